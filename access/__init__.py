@@ -1,0 +1,1 @@
+"""Who may run what over what? Datasets and grants, saved queries, visibility."""

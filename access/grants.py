@@ -1,0 +1,12 @@
+"""What a caller may read."""
+
+from collections.abc import Sequence
+
+from db.connection import DataPool, transaction
+from db.data.datasets import Dataset, read_granted
+
+
+async def authorize(pool: DataPool, org_id: str, user_id: str | None, roles: Sequence[str]) -> tuple[Dataset, ...]:
+    """Every dataset that this org, user and roles may read, and no other; raises `DatabaseUnavailable`."""
+    async with transaction(pool) as connection:
+        return tuple(await read_granted(connection, org_id, user_id, roles))

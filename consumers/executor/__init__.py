@@ -1,0 +1,1 @@
+"""Requests to results: admit, schedule, claim, execute, store, finish."""

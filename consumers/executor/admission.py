@@ -1,0 +1,250 @@
+"""Admission: records become rows, and each record gets a verdict on what to do with it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from time import monotonic
+from typing import Any
+
+from consumers.executor.identity import fingerprint_request, hash_sql
+from consumers.executor.story import QueryFacts, tell
+from db.clock import DatabaseClock
+from db.connection import DataPool, transaction
+from db.data.admission import NewQuery, SavedLookup, insert_queries, resolve_saved
+from db.data.outbox import NewEvent, notify_relay
+from db.data.runs import RunState, read_deleted, read_states
+from producers.dead_letters import DeadCode
+from queryd.codec import InvalidEvent, Undecodable, decode_fields, to_request
+from queryd.events import (
+    ErrorCode,
+    Invalid,
+    Mode,
+    OrgId,
+    QueryId,
+    QueryRequested,
+    Status,
+    from_millis,
+    parse_uuid,
+)
+from queryd.headers import continue_trace, find_traceparent
+from queryd.subscription import Record
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What admission needs of the settings. Times in seconds."""
+
+    queue_seconds: dict[Mode, float]
+    engines: frozenset[str]
+    hash_key: str | None = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The record is a dead letter."""
+
+    code: DeadCode
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Nothing is left to do for the record."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A query of ours to run, or to watch while another worker runs it. `sql` is None when the saved query that was
+    admitted is not to be had any more with the same text."""
+
+    record: Record
+    request: QueryRequested
+    facts: QueryFacts
+    state: RunState
+    sql: str | None = field(repr=False)
+
+
+Verdict = Refused | Done | Admitted
+
+
+@dataclass(frozen=True, slots=True)
+class Legible:
+    """A record whose ids can be read. `request` is None when it is invalid, and `reason` says why."""
+
+    record: Record
+    query_id: QueryId
+    org_id: OrgId
+    mode: Mode
+    fields: dict[str, Any] = field(repr=False)
+    fingerprint: bytes
+    traceparent: str
+    request: QueryRequested | None
+    reason: str | None
+
+
+def read_record(record: Record, mode: Mode, rules: Rules) -> Legible | Refused:
+    """Decode one record of a lane."""
+    try:
+        fields = decode_fields(record.value, QueryRequested.__name__)
+        query_id = QueryId(parse_uuid(fields["query_id"], "query_id"))
+        org_id = OrgId(parse_uuid(fields["org_id"], "org_id"))
+    except (Undecodable, Invalid) as error:
+        return Refused(DeadCode.UNDECODABLE, str(error))
+    request, reason = None, None
+    try:
+        request = _judge(fields, mode, rules)
+    except InvalidEvent as error:
+        reason = str(error)
+    return Legible(
+        record=record,
+        query_id=query_id,
+        org_id=org_id,
+        mode=mode,
+        fields=fields,
+        fingerprint=fingerprint_request(fields, rules.hash_key),
+        traceparent=find_traceparent(record.headers) or continue_trace(None),
+        request=request,
+        reason=reason,
+    )
+
+
+def _judge(fields: dict[str, Any], mode: Mode, rules: Rules) -> QueryRequested:
+    request = to_request(fields)
+    if request.mode is not mode:
+        raise InvalidEvent(f"mode must be {mode.value}, as the topic's", fields)
+    if request.engine is not None and request.engine not in rules.engines:
+        raise InvalidEvent(f"engine must be one of {', '.join(sorted(rules.engines))}", fields)
+    return request
+
+
+async def admit(pool: DataPool, clock: DatabaseClock, rules: Rules, batch: Sequence[Legible]) -> list[Verdict]:
+    """Admit a batch in one transaction; raises `DatabaseUnavailable`, and psycopg's errors of data for one bad row.
+
+    Safe to repeat: a known id changes nothing, and the verdict is read from what then stands.
+    """
+    async with transaction(pool) as connection:
+        texts = await resolve_saved(connection, [lookup for item in batch if (lookup := _look_up(item)) is not None])
+        births = [_give_birth(item, texts.get(item.query_id), clock.now(), rules) for item in batch]
+        # Of two records with one id in one batch the first is the query's own.
+        first = {birth.query.query_id: birth for birth in reversed(births)}
+        await insert_queries(
+            connection,
+            [birth.query for birth in first.values()],
+            [event for birth in first.values() for event in birth.events],
+        )
+        states = await read_states(connection, first)
+        deleted = await read_deleted(connection, first.keys() - states.keys())
+        await notify_relay(connection)
+    if states:
+        clock.tell(max(state.read_at for state in states.values()))
+    return [_decide(birth, states.get(birth.query.query_id), birth.query.query_id in deleted) for birth in births]
+
+
+@dataclass(frozen=True, slots=True)
+class _Birth:
+    """A query as it would be admitted now, if it is new."""
+
+    item: Legible
+    query: NewQuery
+    facts: QueryFacts
+    events: list[NewEvent]
+    sql: str | None = field(repr=False)
+
+
+def _look_up(item: Legible) -> SavedLookup | None:
+    request = item.request
+    if request is None or request.saved_query_id is None:
+        return None
+    return SavedLookup(request.query_id, request.saved_query_id, request.org_id, request.user_id, request.roles)
+
+
+def _give_birth(item: Legible, saved_text: str | None, now: datetime, rules: Rules) -> _Birth:
+    request = item.request
+    sql = saved_text if request is not None and request.saved_query_id is not None else item.fields["sql"]
+    code, message = _find_failure(item, sql)
+    facts = QueryFacts(
+        query_id=item.query_id,
+        org_id=item.org_id,
+        mode=item.mode,
+        sql_hash=hash_sql(sql or "", rules.hash_key),
+        traceparent=item.traceparent,
+    )
+    if request is not None:
+        facts = replace(
+            facts,
+            user_id=request.user_id,
+            task_id=request.task_id,
+            # A saved query that the caller can't see is the same as none, in the row as well.
+            saved_query_id=request.saved_query_id if saved_text is not None else None,
+            output_format=request.output_format,
+        )
+    events = [tell(facts, sequence=1, previous=None, status=Status.QUEUED, attempt=0, now=now)]
+    if code is not None:
+        events.append(
+            tell(
+                facts,
+                sequence=2,
+                previous=Status.QUEUED,
+                status=Status.FAILED,
+                attempt=0,
+                now=now,
+                error_code=code,
+                error_message=message,
+            )
+        )
+    record = item.record
+    query = NewQuery(
+        query_id=item.query_id,
+        org_id=item.org_id,
+        user_id=facts.user_id,
+        mode=item.mode.value,
+        status=Status.QUEUED.value if code is None else Status.FAILED.value,
+        sql_hash=facts.sql_hash,
+        saved_query_id=facts.saved_query_id,
+        task_id=facts.task_id,
+        output_format=None if facts.output_format is None else facts.output_format.value,
+        error_code=None if code is None else code.value,
+        error_message=message,
+        fingerprint=item.fingerprint,
+        topic=record.topic,
+        partition=record.partition,
+        record_offset=record.offset,
+        traceparent=item.traceparent,
+        sequence=len(events),
+        appended_at=_append_time(record),
+        waited_seconds=monotonic() - record.polled_at,
+        queue_seconds=rules.queue_seconds[item.mode],
+        last_event=events[-1].payload,
+    )
+    return _Birth(item, query, facts, events, sql)
+
+
+def _find_failure(item: Legible, sql: str | None) -> tuple[ErrorCode | None, str | None]:
+    if item.request is None:
+        return ErrorCode.INVALID_REQUEST, item.reason
+    if sql is None:
+        return ErrorCode.SAVED_QUERY_NOT_FOUND, "the saved query does not exist"
+    return None, None
+
+
+def _append_time(record: Record) -> datetime | None:
+    # Only the broker's own stamp decides anything; a producer may put what it likes into CreateTime.
+    return from_millis(record.timestamp_ms) if record.appended_by_broker and record.timestamp_ms is not None else None
+
+
+def _decide(birth: _Birth, state: RunState | None, deleted: bool) -> Verdict:
+    item, record = birth.item, birth.item.record
+    if item.request is None:
+        # Every malformed record is a dead letter of its own, whatever stands under its id.
+        return Refused(DeadCode.INVALID_REQUEST, item.reason or "")
+    if state is None or deleted:
+        return Done()
+    if state.fingerprint != item.fingerprint:
+        return Refused(DeadCode.CONFLICT, "another request with this query_id was accepted before")
+    own = (state.topic, state.partition, state.record_offset) == (record.topic, record.partition, record.offset)
+    if not own or Status(state.status).terminal:
+        return Done()
+    # What runs must be what was admitted: a saved query edited since then is another text.
+    sql = birth.sql if birth.facts.sql_hash == state.sql_hash else None
+    facts = replace(birth.facts, sql_hash=state.sql_hash, traceparent=state.traceparent)
+    return Admitted(record=record, request=item.request, facts=facts, state=state, sql=sql)

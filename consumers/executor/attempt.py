@@ -1,0 +1,388 @@
+"""One attempt at a query, top to bottom: claim, authorize, execute, store, finish."""
+
+import asyncio
+import contextlib
+import shutil
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import stamina
+import structlog
+from results.formats import content_type
+from results.location import file_name, prefix
+from results.uploader import StoredObject, StoreRefused, StoreUnavailable, Uploader
+
+from access.grants import authorize
+from consumers.executor.admission import Admitted
+from consumers.executor.endings import Failure, Success, fail, overdue_failure, succeed
+from consumers.executor.leases import Lease, Leases, Stop
+from consumers.executor.story import QueryFacts, tell
+from consumers.executor.transitions import RowRefused, Transitions
+from db.clock import DatabaseClock
+from db.connection import DataPool
+from db.data.attempts import Claim, Ending, HandBack
+from db.data.datasets import Dataset
+from db.data.runs import RunState
+from db.retrying import until_available
+from engines.protocol import (
+    Engine,
+    EngineCrashed,
+    EngineUnavailable,
+    Execution,
+    Output,
+    QueryFailed,
+    Relation,
+    RelationKind,
+)
+from queryd.events import ErrorCode, Mode, ResultFile, Status
+from telemetry.events import LogEvent
+
+_log = structlog.get_logger("queryd.attempt")
+
+# Three strikes: SQL that kills its process again and again is not worth a fourth.
+MAX_CRASHES = 3
+
+_Done = TypeVar("_Done")
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRules:
+    """What an attempt needs of the settings. Times in seconds."""
+
+    worker: str
+    bucket: str
+    scratch: Path
+    lease_seconds: float
+    default_seconds: dict[Mode, float]
+    longest_seconds: dict[Mode, float]
+    retention: timedelta
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A claimed attempt. `started` is on the monotonic clock, `sequence` that of its Running event."""
+
+    query: Admitted
+    lease: Lease
+    attempt: int
+    sequence: int
+    started: float
+    run_seconds: float
+    queued_ms: int
+    scratch: Path
+
+
+class _Stopped(Exception):
+    """The attempt was asked to end: its lease is lost, it was cancelled, or the worker drains."""
+
+    def __init__(self, why: Stop) -> None:
+        super().__init__(why.name)
+        self.why = why
+
+
+class Attempts:
+    """Runs attempts. `run` and `end_unclaimed` answer whether the query is terminal; if not, somebody must watch it."""
+
+    def __init__(
+        self,
+        *,
+        pool: DataPool,
+        clock: DatabaseClock,
+        transitions: Transitions,
+        leases: Leases,
+        engine: Engine,
+        uploader: Uploader,
+        rules: AttemptRules,
+    ) -> None:
+        self._pool = pool
+        self._clock = clock
+        self._transitions = transitions
+        self._leases = leases
+        self._engine = engine
+        self._uploader = uploader
+        self._rules = rules
+
+    async def run(self, query: Admitted, still_renewal: int | None, executed: Callable[[], None]) -> bool:
+        """One attempt. `executed` is called when the engine is free again and the result is still to be stored."""
+        failure = _find_failure(query.state, query.sql, still_renewal)
+        if failure is not None:
+            return await self.end_unclaimed(query, failure, still_renewal)
+        token = str(uuid.uuid4())
+        with self._leases.hold(query.facts.query_id, token) as lease:
+            running = await self._claim(query, lease, still_renewal)
+            if running is None:
+                return False
+            async with _scratch(running.scratch):
+                try:
+                    outcome = await self._execute(running)
+                    executed()
+                    return await self._finish(running, await self._store(running, outcome))
+                except _Stopped as stopped:
+                    return await self._give_up(running, stopped.why)
+                except EngineCrashed:
+                    _log.warning(LogEvent.ENGINE_CHILD_DIED, **_names(running))
+                    await self._hand_back(running, crashed=True)
+                    return False
+
+    async def end_unclaimed(self, query: Admitted, failure: Failure, still_renewal: int | None) -> bool:
+        """End a query that nobody holds."""
+        ending = fail(query.facts, query.state, failure, now=self._clock.now(), still_renewal=still_renewal)
+        return await self._end(ending, query.facts)
+
+    # Claim.
+
+    async def _claim(self, query: Admitted, lease: Lease, still_renewal: int | None) -> Running | None:
+        state, mode = query.state, query.facts.mode
+        wanted = query.request.timeout_seconds or self._rules.default_seconds[mode]
+        run_seconds = min(float(wanted), self._rules.longest_seconds[mode])
+        now = self._clock.now()
+        queued_ms = _queued_ms(state, now)
+        event = tell(
+            query.facts,
+            sequence=state.sequence + 1,
+            previous=Status(state.status),
+            status=Status.RUNNING,
+            attempt=state.attempt + 1,
+            now=now,
+            engine=self._engine.name,
+            queued_ms=queued_ms,
+        )
+        claim = Claim(
+            query_id=query.facts.query_id,
+            sequence=state.sequence,
+            token=lease.token,
+            worker=self._rules.worker,
+            engine=self._engine.name,
+            still_renewal=still_renewal,
+            lease_seconds=self._rules.lease_seconds,
+            run_seconds=run_seconds,
+            shard=event.shard,
+            event_id=event.event_id,
+            payload=event.payload,
+            headers=event.headers,
+        )
+        try:
+            claimed = await self._transitions.claim(claim)
+        except RowRefused:
+            return None
+        if claimed is None or claimed.token != lease.token or Status(claimed.status).terminal:
+            return None
+        scratch = self._rules.scratch / f"{query.facts.query_id}-{claimed.attempt}"
+        running = Running(
+            query, lease, claimed.attempt, claimed.sequence, time.monotonic(), run_seconds, queued_ms, scratch
+        )
+        _log.info(LogEvent.QUERY_STARTED, **_names(running))
+        return running
+
+    # Authorize and execute.
+
+    async def _execute(self, running: Running) -> Output | Failure:
+        query = running.query
+        if query.sql is None:
+            return Failure(ErrorCode.SAVED_QUERY_NOT_FOUND, "the saved query has changed since it was admitted")
+        request = query.request
+
+        async def ask() -> tuple[Dataset, ...]:
+            return await authorize(self._pool, request.org_id, request.user_id, request.roles)
+
+        granted = await _unless_stopped(running.lease, until_available(ask, "postgres data"))
+        execution = Execution(
+            query_id=request.query_id,
+            org_id=request.org_id,
+            sql=query.sql,
+            parameters=request.parameters,
+            relations=tuple(_to_relation(dataset) for dataset in granted),
+            output_format=request.output_format,
+            scratch=running.scratch,
+            timeout_seconds=running.run_seconds,
+            max_rows=request.max_rows,
+            max_bytes=None,
+        )
+        try:
+            return await _unless_stopped(running.lease, self._execute_when_available(execution, running))
+        except QueryFailed as failed:
+            return Failure(failed.code, failed.message)
+        except EngineUnavailable:
+            return Failure(ErrorCode.ENGINE_UNAVAILABLE, "a dataset's store could not be reached within the time limit")
+
+    async def _execute_when_available(self, execution: Execution, running: Running) -> Output:
+        # The dataset's store is away: that is nobody's error, so it is tried again until the query's own time is over.
+        left = running.started + running.run_seconds - time.monotonic()
+        async for attempt in stamina.retry_context(
+            on=EngineUnavailable, attempts=None, timeout=left, wait_initial=0.2, wait_max=5.0, wait_jitter=0.5
+        ):
+            with attempt:
+                return await self._engine.execute(execution)
+        raise EngineUnavailable
+
+    # Store.
+
+    async def _store(self, running: Running, outcome: Output | Failure) -> Success | Failure:
+        if isinstance(outcome, Failure):
+            return outcome
+        facts, rules, output_format = running.query.facts, self._rules, running.query.request.output_format
+        where = prefix(facts.org_id, facts.query_id, running.attempt, running.lease.token)
+        key = where + file_name(output_format)
+
+        async def store() -> StoredObject:
+            told = False
+            async for attempt in stamina.retry_context(
+                on=StoreUnavailable, attempts=None, timeout=None, wait_initial=0.2, wait_max=5.0, wait_jitter=0.5
+            ):
+                with attempt:
+                    try:
+                        return await self._uploader.store(outcome.path, key, content_type(output_format))
+                    except StoreUnavailable as error:
+                        if not told:
+                            _log.warning(LogEvent.DEPENDENCY_UNAVAILABLE, dependency="s3", reason=str(error))
+                            told = True
+                        raise
+            raise AssertionError("unreachable: the attempts have no end")
+
+        try:
+            stored = await _unless_stopped(running.lease, store())
+        except StoreRefused as refused:
+            _log.error(LogEvent.RESULT_REFUSED, reason=str(refused), **_names(running))
+            return Failure(ErrorCode.INTERNAL, "the result store refused the result")
+        return Success(
+            location=f"s3://{rules.bucket}/{where}",
+            file=ResultFile(stored.key, stored.bytes, outcome.rows, stored.etag, stored.sha256),
+            columns=outcome.columns,
+            bytes_scanned=outcome.bytes_scanned,
+            duration_ms=_elapsed_ms(running),
+            queued_ms=running.queued_ms,
+            engine=self._engine.name,
+            retention=rules.retention,
+        )
+
+    # Finish.
+
+    async def _finish(self, running: Running, outcome: Success | Failure) -> bool:
+        facts, state, token = running.query.facts, _as_running(running), running.lease.token
+        now = self._clock.now()
+        if isinstance(outcome, Success):
+            return await self._end(succeed(facts, state, outcome, now=now, token=token), facts)
+        ending = fail(
+            facts,
+            state,
+            outcome,
+            now=now,
+            token=token,
+            duration_ms=_elapsed_ms(running),
+            engine=self._engine.name,
+        )
+        return await self._end(ending, facts)
+
+    async def _end(self, ending: Ending, facts: QueryFacts) -> bool:
+        try:
+            state = await self._transitions.end(ending)
+        except RowRefused:
+            # What is in the row can't be stored, so that repeating won't help: the deadline will end the query.
+            return False
+        if state is None:
+            return True
+        if state.sequence == ending.sequence + 1 and ending.token in (None, state.token):
+            _log.info(
+                LogEvent.QUERY_FINISHED,
+                query_id=facts.query_id,
+                org_id=facts.org_id,
+                attempt=state.attempt,
+                status=state.status,
+                error_code=ending.error_code,
+                duration_ms=ending.duration_ms,
+            )
+        return Status(state.status).terminal
+
+    # Giving up.
+
+    async def _give_up(self, running: Running, why: Stop) -> bool:
+        match why:
+            case Stop.CANCELLED:
+                failure = Failure(ErrorCode.QUERY_CANCELLED, "the query was cancelled")
+                return await self._finish(running, failure)
+            case Stop.DRAINING:
+                await self._hand_back(running, crashed=False)
+                return False
+            case Stop.LOST:
+                return False
+
+    async def _hand_back(self, running: Running, *, crashed: bool) -> None:
+        await self._transitions.hand_back(HandBack(running.query.facts.query_id, running.lease.token, crashed))
+        if not crashed:
+            _log.info(LogEvent.QUERY_HANDED_BACK, **_names(running))
+
+
+def _find_failure(state: RunState, sql: str | None, still_renewal: int | None) -> Failure | None:
+    """Why a query that nobody holds must end instead of being claimed."""
+    left_behind = state.lease_token is not None and (not state.lease_alive or state.lease_renewal == still_renewal)
+    if state.cancelled:
+        return Failure(ErrorCode.QUERY_CANCELLED, "the query was cancelled")
+    if sql is None:
+        return Failure(ErrorCode.SAVED_QUERY_NOT_FOUND, "the saved query has changed since it was admitted")
+    if state.overdue:
+        return overdue_failure(Status(state.status))
+    if state.crashes + left_behind >= MAX_CRASHES:
+        return Failure(ErrorCode.ENGINE_CRASHED, f"the query's process died {MAX_CRASHES} times")
+    return None
+
+
+async def _unless_stopped(lease: Lease, work: Awaitable[_Done]) -> _Done:
+    """The work's answer, or `_Stopped` when the lease says so first; the work is then cancelled and awaited."""
+    task = asyncio.ensure_future(work)
+    waited: set[asyncio.Future[Any]] = {task, lease.stopped}
+    try:
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise _Stopped(lease.stopped.result())
+    finally:
+        if not task.done():
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, QueryFailed, EngineCrashed, EngineUnavailable):
+                await task
+
+
+@asynccontextmanager
+async def _scratch(folder: Path) -> AsyncIterator[None]:
+    await asyncio.to_thread(folder.mkdir, mode=0o700)
+    try:
+        yield
+    finally:
+        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+
+
+def _to_relation(dataset: Dataset) -> Relation:
+    return Relation(
+        name=dataset.name,
+        kind=RelationKind(dataset.kind),
+        location=dataset.location,
+        version=f"{dataset.id}:{dataset.version}",
+    )
+
+
+def _as_running(running: Running) -> RunState:
+    """The state in which the attempt stands by its own token: what its ending is judged against."""
+    return replace(running.query.state, status=Status.RUNNING.value, sequence=running.sequence, attempt=running.attempt)
+
+
+def _names(running: Running) -> dict[str, str | int]:
+    return {
+        "query_id": running.query.facts.query_id,
+        "org_id": running.query.facts.org_id,
+        "attempt": running.attempt,
+    }
+
+
+def _elapsed_ms(running: Running) -> int:
+    return round((time.monotonic() - running.started) * 1000)
+
+
+def _queued_ms(state: RunState, now: datetime) -> int:
+    """From the broker's append to the start of the first attempt, which is now unless there was one before."""
+    return max(0, ((state.started_at or now) - state.queued_at) // timedelta(milliseconds=1))

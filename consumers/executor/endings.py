@@ -1,0 +1,151 @@
+"""How a query ends: the row's and the event's side of it, made together so that they can't disagree."""
+
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
+
+from psycopg.types.json import Jsonb
+
+from consumers.executor.story import QueryFacts, tell
+from db.data.attempts import Ending
+from db.data.outbox import NewEvent
+from db.data.runs import RunState
+from queryd.events import Column, ErrorCode, ResultFile, Status
+
+# An event carries this many columns at most, and no longer descriptions; the file has everything. Together they stay
+# well below the 512 KiB of an event.
+_MAX_COLUMNS = 200
+_MAX_NAME = 128
+_MAX_TYPE = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The query's own end: a code and one sentence without SQL or data."""
+
+    code: ErrorCode
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Success:
+    """A whole result in the store. `location` is its prefix as a URL; durations in ms."""
+
+    location: str
+    file: ResultFile
+    columns: tuple[Column, ...]
+    bytes_scanned: int | None
+    duration_ms: int
+    queued_ms: int
+    engine: str
+    retention: timedelta
+
+
+def overdue_failure(status: Status) -> Failure:
+    """What a query gets whose time is over, by the status in which it waited."""
+    if status is Status.QUEUED:
+        return Failure(ErrorCode.QUEUE_TIMEOUT, "the query waited in the queue for too long")
+    return Failure(ErrorCode.QUERY_TIMEOUT, "the query exceeded its time limit")
+
+
+def fail(
+    facts: QueryFacts,
+    state: RunState,
+    failure: Failure,
+    *,
+    now: datetime,
+    token: str | None = None,
+    still_renewal: int | None = None,
+    duration_ms: int | None = None,
+    engine: str | None = None,
+) -> Ending:
+    """The query ends `Failed`. Without a token it must be one that nobody holds."""
+    event = tell(
+        facts,
+        sequence=state.sequence + 1,
+        previous=Status(state.status),
+        status=Status.FAILED,
+        attempt=state.attempt,
+        now=now,
+        error_code=failure.code,
+        error_message=failure.message,
+        duration_ms=duration_ms,
+        engine=engine,
+    )
+    return _ending(
+        event,
+        state,
+        Status.FAILED,
+        token=token,
+        still_renewal=still_renewal,
+        duration_ms=duration_ms,
+        failure=failure,
+    )
+
+
+def succeed(facts: QueryFacts, state: RunState, success: Success, *, now: datetime, token: str) -> Ending:
+    """The query ends `Succeeded`: from here on its result is visible."""
+    event = tell(
+        facts,
+        sequence=state.sequence + 1,
+        previous=Status(state.status),
+        status=Status.SUCCEEDED,
+        attempt=state.attempt,
+        now=now,
+        output_location=success.location,
+        files=(success.file,),
+        columns=tuple(_fit(column, number) for number, column in enumerate(success.columns[:_MAX_COLUMNS], start=1)),
+        row_count=success.file.rows,
+        bytes=success.file.bytes,
+        bytes_scanned=success.bytes_scanned,
+        duration_ms=success.duration_ms,
+        queued_ms=success.queued_ms,
+        engine=success.engine,
+        expires_at=now + success.retention,
+    )
+    return _ending(
+        event,
+        state,
+        Status.SUCCEEDED,
+        token=token,
+        still_renewal=None,
+        duration_ms=success.duration_ms,
+        success=success,
+    )
+
+
+def _ending(
+    event: NewEvent,
+    state: RunState,
+    status: Status,
+    *,
+    token: str | None,
+    still_renewal: int | None,
+    duration_ms: int | None,
+    failure: Failure | None = None,
+    success: Success | None = None,
+) -> Ending:
+    return Ending(
+        query_id=state.query_id,
+        sequence=state.sequence,
+        token=token,
+        still_renewal=still_renewal,
+        status=status.value,
+        output_location=None if success is None else success.location,
+        row_count=None if success is None else success.file.rows,
+        result_bytes=None if success is None else success.file.bytes,
+        duration_ms=duration_ms,
+        error_code=None if failure is None else failure.code.value,
+        error_message=None if failure is None else failure.message,
+        files=Jsonb([] if success is None else [asdict(success.file)]),
+        retention_seconds=None if success is None else success.retention.total_seconds(),
+        shard=event.shard,
+        event_id=event.event_id,
+        payload=event.payload,
+        headers=event.headers,
+    )
+
+
+def _fit(column: Column, number: int) -> Column:
+    name = column.name if len(column.name) <= _MAX_NAME else f"column_{number}"
+    kind = column.type if len(column.type) <= _MAX_TYPE else column.type.partition("(")[0]
+    return Column(name, kind)

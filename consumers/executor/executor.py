@@ -1,0 +1,287 @@
+"""The executor: requests in, results out. This file holds the loops; a query's way through them is
+
+    poll → admit → schedule → claim → authorize → execute → store → finish → commit
+
+and each arrow is one function: `_take_in`, `admission.admit`, `FairQueue.put`, then `Attempts.run` from top to bottom.
+"""
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+from consumers.executor.admission import Admitted, Done, Legible, Refused, Rules, Verdict, admit, read_record
+from consumers.executor.attempt import Attempts
+from consumers.executor.leases import Leases, Stop
+from consumers.executor.reaper import Reaper
+from consumers.executor.schedule import FairQueue
+from consumers.executor.transitions import Batcher, RowRefused, Transitions
+from consumers.executor.watch import Takeable, Watch
+from db.clock import DatabaseClock
+from db.connection import DatabaseUnavailable, DataPool
+from engines.protocol import Engine
+from producers.dead_letters import DeadCode, DeadLetters
+from queryd.events import Mode
+from queryd.publisher import Publisher
+from queryd.subscription import Partition, Record, Subscription
+from results.uploader import Uploader
+from telemetry.events import LogEvent
+
+_log = structlog.get_logger("queryd.executor")
+
+# A handed-back query's next attempt starts within 2 s, so the watch looks twice a second; one statement for all.
+_WATCH_SECONDS = 0.5
+# Results waiting for the store or the finish, per lane: bounds what lies in scratch while S3 or Postgres is slow.
+_UNFINISHED_RESULTS = 32
+# Handing back is one transaction; longer than this the database is away, and the leases run out by themselves.
+_HAND_BACK_SECONDS = 2.0
+
+_UNSTORABLE = Refused(DeadCode.INVALID_REQUEST, "the database can't store a value of this request")
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutorRules:
+    """What the executor needs of the settings. Times in seconds."""
+
+    slots: dict[Mode, int]
+    lease_seconds: float
+    drain_seconds: float
+
+
+class Lane:
+    """One lane: its queue, its slots, and room for results on their way out."""
+
+    def __init__(self, mode: Mode, slots: int) -> None:
+        self.mode = mode
+        self.slots = slots
+        self.queue = FairQueue()
+        self.unfinished = asyncio.Semaphore(slots + _UNFINISHED_RESULTS)
+
+
+class Executor:
+    """One worker process. `run` returns once it has been asked to stop and has drained."""
+
+    def __init__(
+        self,
+        *,
+        pool: DataPool,
+        clock: DatabaseClock,
+        subscription_config: dict[str, Any],
+        publisher: Publisher,
+        engine: Engine,
+        uploader: Uploader,
+        transitions: Transitions,
+        attempts: Attempts,
+        leases: Leases,
+        reaper: Reaper,
+        admission_rules: Rules,
+        rules: ExecutorRules,
+    ) -> None:
+        self._pool = pool
+        self._clock = clock
+        self._publisher = publisher
+        self._dead_letters = DeadLetters(publisher)
+        self._engine = engine
+        self._uploader = uploader
+        self._transitions = transitions
+        self._attempts = attempts
+        self._leases = leases
+        self._reaper = reaper
+        self._admission_rules = admission_rules
+        self._rules = rules
+        self._lanes = {mode: Lane(mode, rules.slots[mode]) for mode in Mode}
+        self._lane_of_topic = {mode.topic.value: self._lanes[mode] for mode in Mode}
+        self._admissions: Batcher[Legible, Verdict] = Batcher(self._admit)
+        self._watch = Watch(rules.lease_seconds)
+        # Why a parked query may be taken although its lease looks alive, by query id.
+        self._still_renewals: dict[str, int | None] = {}
+        self._running: set[asyncio.Task[None]] = set()
+        self._stopping = asyncio.Event()
+        self._failure: BaseException | None = None
+        self.subscription = Subscription(
+            subscription_config, self._lane_of_topic.keys(), revoked=self._forget_partitions
+        )
+
+    def stop(self) -> None:
+        """Ask `run` to drain and return."""
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Work until `stop`; raises what no retry can mend, such as a dead letter that can't be written."""
+        self._publisher.open()
+        await self._engine.start()
+        await self._uploader.start()
+        await self.subscription.open()
+        loops = [
+            asyncio.create_task(self._take_in(), name="intake"),
+            asyncio.create_task(self._leases.renew_for_ever(), name="leases"),
+            asyncio.create_task(self._watch_for_ever(), name="watch"),
+            asyncio.create_task(self._reaper.reap_for_ever(), name="reaper"),
+            *(
+                asyncio.create_task(self._serve_slot(lane), name=f"slot {lane.mode.value}")
+                for lane in self._lanes.values()
+                for _ in range(lane.slots)
+            ),
+        ]
+        stopping = asyncio.create_task(self._stopping.wait(), name="stopping")
+        try:
+            done, _ = await asyncio.wait([stopping, *loops], return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            await self._shut_down([stopping, *loops])
+        if self._failure is not None:
+            raise self._failure
+
+    # Poll and admit.
+
+    async def _take_in(self) -> None:
+        while True:
+            records = await self.subscription.poll()
+            if records:
+                await self._admit_records(records)
+
+    async def _admit_records(self, records: Sequence[Record]) -> None:
+        legible: list[Legible] = []
+        refused: list[tuple[Record, Refused]] = []
+        for record in records:
+            mode = self._lane_of_topic[record.topic].mode
+            match read_record(record, mode, self._admission_rules):
+                case Refused() as refusal:
+                    refused.append((record, refusal))
+                case Legible() as item:
+                    legible.append(item)
+        if legible:
+            verdicts = await self._admissions.run_all(legible)
+            for item, verdict in zip(legible, verdicts, strict=True):
+                self._follow(item.record, verdict, refused)
+        await self._bury(refused)
+
+    async def _admit(self, batch: Sequence[Legible]) -> list[Verdict]:
+        return await admit(self._pool, self._clock, self._admission_rules, batch)
+
+    def _follow(self, record: Record, verdict: Verdict | RowRefused, refused: list[tuple[Record, Refused]]) -> None:
+        match verdict:
+            case Refused():
+                refused.append((record, verdict))
+            case RowRefused():
+                refused.append((record, _UNSTORABLE))
+            case Done():
+                self.subscription.finish(record)
+            case Admitted() if verdict.state.lease_alive:
+                self._watch.park(verdict)
+            case Admitted():
+                self._lanes[verdict.facts.mode].queue.put(verdict)
+
+    async def _bury(self, refused: Sequence[tuple[Record, Refused]]) -> None:
+        """Dead letters, acknowledged before their records finish; if they can't be written, the executor stops."""
+        await asyncio.gather(*(self._dead_letters.send(record, why.code, why.reason) for record, why in refused))
+        for record, _ in refused:
+            self.subscription.finish(record)
+
+    # Schedule and run.
+
+    async def _serve_slot(self, lane: Lane) -> None:
+        while True:
+            await lane.unfinished.acquire()
+            query = await lane.queue.take()
+            executed = asyncio.Event()
+            task = asyncio.create_task(self._run(lane, query, executed))
+            self._running.add(task)
+            task.add_done_callback(self._ended)
+            await executed.wait()
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        self._running.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # Nothing that an attempt may run into by design ends here, so nobody knows how its query stands: stop,
+            # and let the leases and the redelivered records settle it.
+            self._failure = self._failure or error
+            self._stopping.set()
+
+    async def _run(self, lane: Lane, query: Admitted, executed: asyncio.Event) -> None:
+        try:
+            if not self.subscription.owns(query.record):
+                return
+            still_renewal = self._still_renewals.pop(query.facts.query_id, None)
+            if await self._attempts.run(query, still_renewal, executed.set):
+                self.subscription.finish(query.record)
+            elif not self._stopping.is_set():
+                self._watch.park(query)
+        finally:
+            lane.unfinished.release()
+            executed.set()
+
+    # Watch.
+
+    async def _watch_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(_WATCH_SECONDS)
+            if not len(self._watch):
+                continue
+            try:
+                states = await self._transitions.read([query.facts.query_id for query in self._watch.queries])
+            except DatabaseUnavailable as error:
+                _log.warning(LogEvent.DEPENDENCY_UNAVAILABLE, dependency="postgres data", reason=str(error))
+                continue
+            finished, takeable = self._watch.observe(states)
+            for query in finished:
+                self.subscription.finish(query.record)
+            for taken in takeable:
+                self._take_over(taken)
+
+    def _take_over(self, taken: Takeable) -> None:
+        if taken.still_renewal is not None:
+            self._still_renewals[taken.query.facts.query_id] = taken.still_renewal
+        self._lanes[taken.query.facts.mode].queue.put(taken.query)
+
+    # Rebalance and shutdown.
+
+    async def _forget_partitions(self, partitions: set[Partition]) -> None:
+        """What waits of these partitions is the next owner's. What runs goes on under its lease."""
+
+        def gone(query: Admitted) -> bool:
+            return (query.record.topic, query.record.partition) in partitions
+
+        for lane in self._lanes.values():
+            lane.queue.drop(gone)
+        for query in self._watch.queries:
+            if gone(query):
+                self._watch.drop(query.facts.query_id)
+
+    async def _shut_down(self, loops: Sequence["asyncio.Task[Any]"]) -> None:
+        """Stop intake, finish or hand back, commit, flush, close: each step guarded on its own."""
+        _log.info(LogEvent.SERVICE_STOPPING, running=len(self._running))
+        self._stopping.set()
+        keep = [task for task in loops if task.get_name() == "leases" and not task.done()]
+        await _end_tasks([task for task in loops if task not in keep])
+        await _guarded("drain", self._drain())
+        await _guarded("leave the group", self.subscription.close())
+        await _guarded("flush", self._publisher.close())
+        await _guarded("engine", self._engine.close())
+        await _guarded("uploader", self._uploader.close())
+        await _end_tasks(keep)
+
+    async def _drain(self) -> None:
+        if self._running:
+            await asyncio.wait(self._running, timeout=self._rules.drain_seconds)
+        self._leases.stop_all(Stop.DRAINING)
+        if self._running:
+            _, left = await asyncio.wait(self._running, timeout=_HAND_BACK_SECONDS)
+            await _end_tasks(left)
+
+
+async def _guarded(step: str, work: Coroutine[Any, Any, None]) -> None:
+    try:
+        await work
+    # The next step must be reached whatever this one ran into; ending here is as safe as a kill -9.
+    except Exception as error:  # noqa: BLE001
+        _log.error(LogEvent.SERVICE_FAILED, step=step, error=type(error).__name__)
+
+
+async def _end_tasks(tasks: "Sequence[asyncio.Task[Any]] | set[asyncio.Task[Any]]") -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

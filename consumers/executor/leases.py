@@ -1,0 +1,95 @@
+"""Leases: an attempt is ours while we renew it. One loop renews all of them together."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+import structlog
+
+from db.connection import DatabaseUnavailable, DataPool, transaction
+from db.data.attempts import Renewal, renew
+from telemetry.events import LogEvent
+
+_log = structlog.get_logger("queryd.leases")
+
+
+class Stop(Enum):
+    """Why an attempt must end before it is finished."""
+
+    LOST = auto()
+    CANCELLED = auto()
+    DRAINING = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """One attempt's lease. `stopped` resolves when the attempt must end before its time."""
+
+    query_id: str
+    token: str
+    stopped: "asyncio.Future[Stop]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    def stop(self, why: Stop) -> None:
+        """Ask the attempt to end; the first reason stands."""
+        if not self.stopped.done():
+            self.stopped.set_result(why)
+
+
+class Leases:
+    """The leases that this process holds."""
+
+    def __init__(self, pool: DataPool, lease_seconds: float, renew_seconds: float) -> None:
+        self._pool = pool
+        self._lease_seconds = lease_seconds
+        self._renew_seconds = renew_seconds
+        self._held: dict[str, Lease] = {}
+
+    @contextmanager
+    def hold(self, query_id: str, token: str) -> Iterator[Lease]:
+        """Renew the lease of a claimed attempt for as long as the context lasts."""
+        lease = Lease(query_id, token)
+        self._held[token] = lease
+        try:
+            yield lease
+        finally:
+            del self._held[token]
+
+    def stop_all(self, why: Stop) -> None:
+        """Ask every attempt to end."""
+        for lease in self._held.values():
+            lease.stop(why)
+
+    @property
+    def held(self) -> int:
+        """How many attempts are under way."""
+        return len(self._held)
+
+    async def renew_for_ever(self) -> None:
+        """Renew every few seconds. While the database is away nothing can be decided: a lease that ran out meanwhile
+        is found lost at the next renewal, and every write is fenced anyway."""
+        while True:
+            started = time.monotonic()
+            if self._held:
+                try:
+                    await self._renew()
+                except DatabaseUnavailable as error:
+                    _log.warning(LogEvent.DEPENDENCY_UNAVAILABLE, dependency="postgres data", reason=str(error))
+            await asyncio.sleep(max(0.0, self._renew_seconds - (time.monotonic() - started)))
+
+    async def _renew(self) -> None:
+        asked = list(self._held.values())
+        renewals = [Renewal(lease.query_id, lease.token, self._lease_seconds) for lease in asked]
+        async with transaction(self._pool) as connection:
+            kept = await renew(connection, renewals)
+        for lease in asked:
+            # An attempt that ended while the answer was on its way has nothing to lose any more.
+            if lease.token not in self._held:
+                continue
+            if lease.query_id not in kept:
+                _log.warning(LogEvent.LEASE_LOST, query_id=lease.query_id)
+                lease.stop(Stop.LOST)
+            elif kept[lease.query_id]:
+                lease.stop(Stop.CANCELLED)

@@ -1,0 +1,66 @@
+"""The reaper: ends any query past its deadline that no live lease holds, even if its message is gone."""
+
+import asyncio
+import random
+
+import structlog
+
+from consumers.executor.endings import fail, overdue_failure
+from consumers.executor.story import QueryFacts
+from consumers.executor.transitions import RowRefused, Transitions
+from db.clock import DatabaseClock
+from db.connection import DatabaseUnavailable, DataPool, transaction
+from db.data.runs import RunState, read_canonical, read_overdue, read_states
+from queryd.events import Status
+from telemetry.events import LogEvent
+
+_log = structlog.get_logger("queryd.reaper")
+
+# How often each executor looks: a query past its deadline is ended within this time. One indexed read.
+_SECONDS = 5.0
+_BATCH = 100
+
+
+class Reaper:
+    """Runs in every executor; that several find the same query costs a statement that matches nothing."""
+
+    def __init__(self, pool: DataPool, clock: DatabaseClock, transitions: Transitions) -> None:
+        self._pool = pool
+        self._clock = clock
+        self._transitions = transitions
+
+    async def reap_for_ever(self) -> None:
+        """Look every few seconds, with jitter so that executors don't look together."""
+        while True:
+            await asyncio.sleep(_SECONDS * random.uniform(0.7, 1.0))  # noqa: S311 — jitter, not a secret
+            try:
+                await self.reap()
+            except DatabaseUnavailable as error:
+                _log.warning(LogEvent.DEPENDENCY_UNAVAILABLE, dependency="postgres data", reason=str(error))
+
+    async def reap(self) -> int:
+        """End what is overdue now; returns how many were found. Raises `DatabaseUnavailable`."""
+        async with transaction(self._pool) as connection:
+            overdue = await read_overdue(connection, _BATCH)
+            states = await read_states(connection, overdue)
+            rows = await read_canonical(connection, overdue)
+        await asyncio.gather(
+            *(
+                self._end(QueryFacts.from_row(rows[query_id], state.traceparent), state)
+                for query_id, state in states.items()
+                if query_id in rows
+            )
+        )
+        return len(overdue)
+
+    async def _end(self, facts: QueryFacts, state: RunState) -> None:
+        failure = overdue_failure(Status(state.status))
+        ending = fail(facts, state, failure, now=self._clock.now())
+        try:
+            ended = await self._transitions.end(ending)
+        except RowRefused:
+            return
+        if ended is not None and ended.sequence == ending.sequence + 1:
+            _log.info(
+                LogEvent.QUERY_REAPED, query_id=facts.query_id, org_id=facts.org_id, error_code=failure.code.value
+            )

@@ -1,0 +1,92 @@
+"""A query's story: each step as an event, ready for the outbox."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Self
+
+from psycopg.types.json import Jsonb
+
+from db.data.outbox import NewEvent
+from db.data.runs import CanonicalRow
+from queryd.codec import encode
+from queryd.contract import contract
+from queryd.events import Mode, OrgId, OutputFormat, QueryId, QueryStatusChanged, Status
+from queryd.headers import build_headers, continue_trace
+
+_EVENT = QueryStatusChanged.__name__
+
+
+@dataclass(frozen=True, slots=True)
+class QueryFacts:
+    """What stays the same through a query's whole story."""
+
+    query_id: QueryId
+    org_id: OrgId
+    mode: Mode
+    sql_hash: str
+    traceparent: str
+    user_id: str | None = None
+    task_id: str | None = None
+    saved_query_id: str | None = None
+    output_format: OutputFormat | None = None
+
+    @classmethod
+    def from_row(cls, row: CanonicalRow, traceparent: str) -> Self:
+        """The facts of a query whose request is not at hand."""
+        return cls(
+            query_id=QueryId(row.query_id),
+            org_id=OrgId(row.org_id),
+            mode=Mode(row.mode),
+            sql_hash=row.sql_hash,
+            traceparent=traceparent,
+            user_id=row.user_id,
+            task_id=row.task_id,
+            saved_query_id=row.saved_query_id,
+            output_format=None if row.output_format is None else OutputFormat(row.output_format),
+        )
+
+
+def tell(
+    facts: QueryFacts,
+    *,
+    sequence: int,
+    previous: Status | None,
+    status: Status,
+    attempt: int,
+    now: datetime,
+    **details: Any,
+) -> NewEvent:
+    """Event number `sequence`; `details` are further fields of `QueryStatusChanged`. Raises `EventTooLarge`."""
+    event = QueryStatusChanged(
+        query_id=facts.query_id,
+        sequence=sequence,
+        previous_status=previous,
+        status=status,
+        attempt=attempt,
+        org_id=facts.org_id,
+        user_id=facts.user_id,
+        task_id=facts.task_id,
+        saved_query_id=facts.saved_query_id,
+        mode=facts.mode,
+        sql_hash=facts.sql_hash,
+        output_format=facts.output_format,
+        occurred_at=now,
+        **details,
+    )
+    headers = build_headers(
+        event_type=f"queryd.{_EVENT}",
+        event_id=event.event_id,
+        subject=facts.query_id,
+        time=now,
+        source="queryd",
+        traceparent=continue_trace(facts.traceparent),
+        schema=f"{_EVENT}.v{contract().newest[_EVENT].version}.avsc",
+    )
+    return NewEvent(
+        query_id=facts.query_id,
+        sequence=sequence,
+        event_id=event.event_id,
+        type=_EVENT,
+        payload=encode(event),
+        headers=Jsonb(headers),
+    )

@@ -1,0 +1,80 @@
+"""Watching queries that somebody else holds, or that nobody may hold any more.
+
+A lease is dead when the database's clock has passed its expiry, or when its renewal number has stood still for its
+whole length on our own monotonic clock: a database clock that jumps back must not keep a dead worker alive.
+"""
+
+import time
+from dataclasses import dataclass, replace
+
+from consumers.executor.admission import Admitted
+from db.data.runs import RunState
+from queryd.events import Status
+
+
+@dataclass(frozen=True, slots=True)
+class Takeable:
+    """A query that may be claimed or ended now. `still_renewal` names a lease that was seen to stand still."""
+
+    query: Admitted
+    still_renewal: int | None
+
+
+@dataclass(slots=True)
+class _Watched:
+    query: Admitted
+    renewal: int | None
+    since: float
+
+
+class Watch:
+    """The parked queries of this process, by id. A second record of one id replaces the first: it is the newer one."""
+
+    def __init__(self, lease_seconds: float) -> None:
+        self._lease_seconds = lease_seconds
+        self._watched: dict[str, _Watched] = {}
+
+    def __len__(self) -> int:
+        return len(self._watched)
+
+    def park(self, query: Admitted) -> None:
+        """Begin to watch a query."""
+        self._watched[query.facts.query_id] = _Watched(query, query.state.lease_renewal, time.monotonic())
+
+    def drop(self, query_id: str) -> None:
+        """Stop watching."""
+        self._watched.pop(query_id, None)
+
+    @property
+    def queries(self) -> list[Admitted]:
+        """What is watched now."""
+        return [watched.query for watched in self._watched.values()]
+
+    def observe(self, states: dict[str, RunState]) -> tuple[list[Admitted], list[Takeable]]:
+        """Judge by what stands in the database: queries that are terminal or gone, and queries that may be taken.
+
+        Both leave the watch.
+        """
+        finished: list[Admitted] = []
+        takeable: list[Takeable] = []
+        for query_id, watched in list(self._watched.items()):
+            state = states.get(query_id)
+            if state is None or Status(state.status).terminal:
+                finished.append(watched.query)
+            elif (taken := self._judge(watched, state)) is not None:
+                takeable.append(taken)
+            else:
+                continue
+            del self._watched[query_id]
+        return finished, takeable
+
+    def _judge(self, watched: _Watched, state: RunState) -> Takeable | None:
+        query = replace(watched.query, state=state)
+        if not state.lease_alive:
+            return Takeable(query, None)
+        if state.lease_renewal != watched.renewal:
+            watched.renewal, watched.since = state.lease_renewal, time.monotonic()
+            return None
+        if time.monotonic() - watched.since > self._lease_seconds:
+            return Takeable(query, state.lease_renewal)
+        return None

@@ -1,0 +1,76 @@
+"""Connections to a database, and the two kinds of error that its callers tell apart.
+
+`DatabaseUnavailable`: nothing is wrong with the statement, wait and repeat it. Everything else is psycopg's own error.
+"""
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, NewType
+
+import psycopg
+from psycopg.conninfo import make_conninfo
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
+
+Connection = psycopg.AsyncConnection[tuple[Any, ...]]
+Pool = AsyncConnectionPool[Connection]
+
+# Two databases that must not be mistaken for each other.
+DataPool = NewType("DataPool", Pool)
+StatePool = NewType("StatePool", Pool)
+
+# A peer that accepts and never answers: connecting gives up after 5 s, unacknowledged bytes after 10 s, a silent
+# connection after 5 s + 3 probes of 2 s. Our longest statement moves 500 queries in some 100 ms; 20 s is a hung server.
+_CONNECT_SECONDS = 5
+_CONNINFO: dict[str, Any] = {
+    "connect_timeout": _CONNECT_SECONDS,
+    "tcp_user_timeout": 10_000,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "options": "-c statement_timeout=20s -c idle_in_transaction_session_timeout=30s -c timezone=UTC",
+}
+# How long to wait for a free connection before the database counts as unavailable.
+_POOL_SECONDS = 10.0
+
+
+class DatabaseUnavailable(Exception):
+    """The database can't be reached, is shutting down, or asked to repeat the transaction: wait and repeat it."""
+
+
+def conninfo(url: str, application: str) -> str:
+    """`url` with our timeouts; `application` is what `pg_stat_activity` shows."""
+    return make_conninfo(url, **_CONNINFO, application_name=f"queryd {application}")
+
+
+def make_pool(url: str, application: str, size: int) -> Pool:
+    """A pool that is not open yet. It connects in the background and goes on trying while the server is away."""
+    return AsyncConnectionPool(
+        conninfo(url, application),
+        min_size=1,
+        max_size=size,
+        open=False,
+        timeout=_POOL_SECONDS,
+        # How long the pool itself tries before it reports; the next request for a connection starts it again.
+        reconnect_timeout=_POOL_SECONDS,
+        name=application,
+    )
+
+
+@asynccontextmanager
+async def transaction(pool: Pool) -> AsyncIterator[Connection]:
+    """One transaction on one connection of the pool; raises `DatabaseUnavailable`."""
+    with unavailable_told_apart():
+        async with pool.connection() as connection:
+            yield connection
+
+
+@contextmanager
+def unavailable_told_apart() -> Iterator[None]:
+    """Turn psycopg's errors of the connection, the server's state and of concurrency into `DatabaseUnavailable`."""
+    try:
+        yield
+    except PoolTimeout as error:
+        raise DatabaseUnavailable("no connection within 10 s") from error
+    except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+        # Only the class and SQLSTATE: a message may quote values.
+        raise DatabaseUnavailable(f"{type(error).__name__} {error.sqlstate or ''}".rstrip()) from error

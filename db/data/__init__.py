@@ -1,0 +1,1 @@
+"""Postgres data: the two canonical tables and ours beside them."""

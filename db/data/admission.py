@@ -1,0 +1,141 @@
+"""Admission: a batch of requests becomes rows, in one transaction."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from psycopg.types.json import Jsonb
+
+from db.connection import Connection
+from db.data.outbox import NewEvent
+from db.rows import to_arrays
+
+
+@dataclass(frozen=True, slots=True)
+class NewQuery:
+    """A query to be admitted: `Queued`, or at once `Failed` when it can never run.
+
+    `appended_at` is the broker's time of the record, None where the broker does not stamp; then `waited_seconds` since
+    the poll counts. `queue_seconds` is how long it may wait from then on.
+    """
+
+    query_id: str
+    org_id: str
+    user_id: str | None
+    mode: str
+    status: str
+    sql_hash: str
+    saved_query_id: str | None
+    task_id: str | None
+    output_format: str | None
+    error_code: str | None
+    error_message: str | None
+    fingerprint: bytes
+    topic: str
+    partition: int
+    record_offset: int
+    traceparent: str
+    sequence: int
+    appended_at: datetime | None
+    waited_seconds: float
+    queue_seconds: float
+    last_event: bytes
+
+
+# A known id changes nothing, whoever sends it again: `new` has only the rows that this statement made.
+INSERT_QUERIES = """
+WITH input AS (
+    SELECT i.*, coalesce(least(i.appended_at, now()), now() - make_interval(secs => i.waited_seconds)) AS queued_at
+    FROM unnest(
+        %(query_id)s::uuid[], %(org_id)s::uuid[], %(user_id)s::uuid[], %(mode)s::text[], %(status)s::text[],
+        %(sql_hash)s::text[], %(saved_query_id)s::uuid[], %(task_id)s::uuid[], %(output_format)s::text[],
+        %(error_code)s::text[], %(error_message)s::text[], %(fingerprint)s::bytea[], %(topic)s::text[],
+        %(partition)s::int[], %(record_offset)s::bigint[], %(traceparent)s::text[], %(sequence)s::int[],
+        %(appended_at)s::timestamptz[], %(waited_seconds)s::float8[], %(queue_seconds)s::float8[],
+        %(last_event)s::bytea[]
+    ) AS i(query_id, org_id, user_id, mode, status, sql_hash, saved_query_id, task_id, output_format, error_code,
+           error_message, fingerprint, topic, partition, record_offset, traceparent, sequence, appended_at,
+           waited_seconds, queue_seconds, last_event)
+    WHERE NOT EXISTS (SELECT FROM deleted_ids d WHERE d.query_id = i.query_id)
+    ORDER BY i.query_id
+), new AS (
+    INSERT INTO query_results (id, org_id, user_id, mode, status, sql_hash, saved_query_id, task_id, output_format,
+                               error_code, error_message)
+    SELECT query_id, org_id, user_id, mode, status, sql_hash, saved_query_id, task_id, output_format,
+           error_code, error_message
+    FROM input
+    ON CONFLICT (id) DO NOTHING
+    RETURNING id
+), runs AS (
+    INSERT INTO query_runs (query_id, fingerprint, topic, partition, record_offset, traceparent, sequence, queued_at,
+                            deadline, last_event)
+    SELECT i.query_id, i.fingerprint, i.topic, i.partition, i.record_offset, i.traceparent, i.sequence, i.queued_at,
+           CASE WHEN i.status = 'Queued' THEN i.queued_at + make_interval(secs => i.queue_seconds) END,
+           i.last_event
+    FROM input i JOIN new ON new.id = i.query_id
+)
+INSERT INTO outbox (shard, event_id, query_id, type, payload, headers)
+SELECT e.shard, e.event_id, e.query_id, e.type, e.payload, e.headers
+FROM unnest(
+    %(event_shard)s::smallint[], %(event_id)s::uuid[], %(event_query_id)s::uuid[], %(event_sequence)s::int[],
+    %(event_type)s::text[], %(event_payload)s::bytea[], %(event_headers)s::jsonb[]
+) AS e(shard, event_id, query_id, sequence, type, payload, headers)
+JOIN new ON new.id = e.query_id
+ORDER BY e.query_id, e.sequence
+"""
+
+# Which saved queries the callers may run, and their text. One that is not visible is simply not there. The key-share
+# lock keeps a row from being removed before the result that refers to it is committed.
+RESOLVE_SAVED = """
+SELECT i.query_id::text, s.query
+FROM jsonb_to_recordset(%(lookups)s::jsonb)
+     AS i(query_id uuid, saved_query_id uuid, org_id uuid, user_id uuid, roles text[])
+JOIN saved_queries s ON s.id = i.saved_query_id
+WHERE s.visibility = 'public'
+   OR (s.org_id = i.org_id
+       AND (s.visibility = 'org'
+            OR (s.visibility = 'private' AND s.user_id = i.user_id)
+            OR (s.visibility LIKE 'role:%%' AND substr(s.visibility, 6) = ANY(i.roles))))
+FOR KEY SHARE OF s
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class SavedLookup:
+    """Who wants to run which saved query."""
+
+    query_id: str
+    saved_query_id: str
+    org_id: str
+    user_id: str | None
+    roles: tuple[str, ...]
+
+
+async def insert_queries(connection: Connection, queries: Sequence[NewQuery], events: Sequence[NewEvent]) -> None:
+    """Insert the queries that are not there yet, each with its events."""
+    arrays: dict[str, Any] = to_arrays(NewQuery, queries)
+    arrays |= {
+        f"event_{name}".replace("event_event_", "event_"): values
+        for name, values in to_arrays(NewEvent, events).items()
+    }
+    arrays["event_shard"] = [event.shard for event in events]
+    await connection.execute(INSERT_QUERIES, arrays)
+
+
+async def resolve_saved(connection: Connection, lookups: Sequence[SavedLookup]) -> dict[str, str]:
+    """The SQL of the saved queries that are visible to their callers, by the id of the query that wants it."""
+    if not lookups:
+        return {}
+    wanted = [
+        {
+            "query_id": lookup.query_id,
+            "saved_query_id": lookup.saved_query_id,
+            "org_id": lookup.org_id,
+            "user_id": lookup.user_id,
+            "roles": list(lookup.roles),
+        }
+        for lookup in lookups
+    ]
+    cursor = await connection.execute(RESOLVE_SAVED, {"lookups": Jsonb(wanted)})
+    return dict(await cursor.fetchall())

@@ -1,0 +1,232 @@
+"""Attempts: claim, renew, finish, hand back. Every write carries the attempt's token; where it matches no row, nothing
+happens.
+
+A batch's ids are sorted and locked in order, so that two workers' batches can't deadlock; a claim skips what another
+worker has locked. The change and its event are one statement: an event's position is drawn after its query's row lock.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from psycopg.types.json import Jsonb
+
+from db.connection import Connection
+from db.rows import to_arrays
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Take a query for a new attempt. `sequence` is the state that the claimer has seen; the event is about the next.
+
+    `still_renewal` is the lease's renewal number when the claimer has seen it stand still for a whole lease; then the
+    lease counts as dead whatever the database's clock says.
+    """
+
+    query_id: str
+    sequence: int
+    token: str
+    worker: str
+    engine: str
+    still_renewal: int | None
+    lease_seconds: float
+    run_seconds: float
+    shard: int
+    event_id: str
+    payload: bytes
+    headers: Jsonb
+
+
+CLAIM = """
+WITH input AS (
+    SELECT * FROM unnest(
+        %(query_id)s::uuid[], %(sequence)s::int[], %(token)s::uuid[], %(worker)s::text[], %(engine)s::text[],
+        %(still_renewal)s::bigint[], %(lease_seconds)s::float8[], %(run_seconds)s::float8[], %(shard)s::smallint[],
+        %(event_id)s::uuid[], %(payload)s::bytea[], %(headers)s::jsonb[]
+    ) AS i(query_id, sequence, token, worker, engine, still_renewal, lease_seconds, run_seconds, shard, event_id,
+           payload, headers)
+), locked AS (
+    SELECT r.query_id
+    FROM query_runs r JOIN input i USING (query_id)
+    WHERE r.sequence = i.sequence AND r.deadline > now()
+      AND NOT EXISTS (SELECT FROM query_cancellations c
+                      JOIN query_results q ON q.id = c.query_id AND q.org_id = c.org_id
+                      WHERE c.query_id = r.query_id)
+    ORDER BY r.query_id
+    FOR UPDATE OF r SKIP LOCKED
+), dead AS (
+    SELECT i.query_id, l.renewal, l.query_id IS NOT NULL AS left_behind
+    FROM locked JOIN input i USING (query_id)
+    LEFT JOIN query_leases l USING (query_id)
+    WHERE l.query_id IS NULL OR l.expires_at <= now() OR l.renewal = i.still_renewal
+), moved AS (
+    UPDATE query_runs r
+    SET sequence = r.sequence + 1, attempt = r.attempt + 1, token = i.token, engine = i.engine,
+        crashes = r.crashes + dead.left_behind::int,
+        started_at = coalesce(r.started_at, now()),
+        deadline = now() + make_interval(secs => i.run_seconds), last_event = i.payload
+    FROM input i JOIN dead USING (query_id)
+    WHERE r.query_id = i.query_id
+    RETURNING r.query_id
+), results AS (
+    UPDATE query_results q SET status = 'Running', updated_at = now() FROM moved WHERE q.id = moved.query_id
+), leased AS (
+    INSERT INTO query_leases AS l (query_id, token, worker, renewal, expires_at)
+    SELECT i.query_id, i.token, i.worker, 0, now() + make_interval(secs => i.lease_seconds)
+    FROM input i JOIN moved USING (query_id)
+    ON CONFLICT (query_id) DO UPDATE
+    SET token = excluded.token, worker = excluded.worker, renewal = l.renewal + 1, expires_at = excluded.expires_at
+)
+INSERT INTO outbox (shard, event_id, query_id, type, payload, headers)
+SELECT i.shard, i.event_id, i.query_id, 'QueryStatusChanged', i.payload, i.headers
+FROM input i JOIN moved USING (query_id)
+ORDER BY i.query_id
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Bring a query to its terminal status.
+
+    With a `token` it is the attempt's own finish. Without, it ends a query that no live lease holds (never claimed, or
+    left behind); `still_renewal` as for a claim.
+    """
+
+    query_id: str
+    sequence: int
+    token: str | None
+    still_renewal: int | None
+    status: str
+    output_location: str | None
+    row_count: int | None
+    result_bytes: int | None
+    duration_ms: int | None
+    error_code: str | None
+    error_message: str | None
+    files: Jsonb
+    retention_seconds: float | None
+    shard: int
+    event_id: str
+    payload: bytes
+    headers: Jsonb
+
+
+END = """
+WITH input AS (
+    SELECT * FROM unnest(
+        %(query_id)s::uuid[], %(sequence)s::int[], %(token)s::uuid[], %(still_renewal)s::bigint[], %(status)s::text[],
+        %(output_location)s::text[], %(row_count)s::bigint[], %(result_bytes)s::bigint[], %(duration_ms)s::int[],
+        %(error_code)s::text[], %(error_message)s::text[], %(files)s::jsonb[], %(retention_seconds)s::float8[],
+        %(shard)s::smallint[], %(event_id)s::uuid[], %(payload)s::bytea[], %(headers)s::jsonb[]
+    ) AS i(query_id, sequence, token, still_renewal, status, output_location, row_count, result_bytes, duration_ms,
+           error_code, error_message, files, retention_seconds, shard, event_id, payload, headers)
+), locked AS (
+    SELECT r.query_id
+    FROM query_runs r JOIN input i USING (query_id)
+    WHERE r.sequence = i.sequence AND r.deadline IS NOT NULL
+    ORDER BY r.query_id
+    FOR UPDATE OF r
+), allowed AS (
+    SELECT i.query_id
+    FROM locked JOIN input i USING (query_id) JOIN query_runs r USING (query_id)
+    LEFT JOIN query_leases l USING (query_id)
+    WHERE CASE WHEN i.token IS NOT NULL THEN r.token = i.token
+               ELSE l.query_id IS NULL OR l.expires_at <= now() OR l.renewal = i.still_renewal END
+), moved AS (
+    UPDATE query_runs r
+    SET sequence = r.sequence + 1, deadline = NULL, files = i.files, last_event = i.payload,
+        expires_at = now() + make_interval(secs => i.retention_seconds)
+    FROM input i JOIN allowed USING (query_id)
+    WHERE r.query_id = i.query_id AND r.sequence = i.sequence
+    RETURNING r.query_id
+), results AS (
+    UPDATE query_results q
+    SET status = i.status, output_location = i.output_location, row_count = i.row_count, bytes = i.result_bytes,
+        duration_ms = i.duration_ms, error_code = i.error_code, error_message = i.error_message, updated_at = now()
+    FROM input i JOIN moved USING (query_id)
+    WHERE q.id = i.query_id
+), released AS (
+    DELETE FROM query_leases l USING moved WHERE l.query_id = moved.query_id
+)
+INSERT INTO outbox (shard, event_id, query_id, type, payload, headers)
+SELECT i.shard, i.event_id, i.query_id, 'QueryStatusChanged', i.payload, i.headers
+FROM input i JOIN moved USING (query_id)
+ORDER BY i.query_id
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Renewal:
+    """Keep an attempt's lease alive."""
+
+    query_id: str
+    token: str
+    lease_seconds: float
+
+
+# A lease that has expired and that nobody has taken since is simply renewed: its attempt is still the live one.
+RENEW = """
+WITH input AS (
+    SELECT * FROM unnest(%(query_id)s::uuid[], %(token)s::uuid[], %(lease_seconds)s::float8[])
+        AS i(query_id, token, lease_seconds)
+), locked AS (
+    SELECT l.query_id FROM query_leases l JOIN input i ON i.query_id = l.query_id AND i.token = l.token
+    ORDER BY l.query_id FOR UPDATE OF l
+)
+UPDATE query_leases l
+SET renewal = l.renewal + 1, expires_at = now() + make_interval(secs => i.lease_seconds)
+FROM input i JOIN locked USING (query_id)
+WHERE l.query_id = i.query_id
+RETURNING l.query_id::text,
+    EXISTS (SELECT FROM query_cancellations c JOIN query_results q ON q.id = c.query_id AND q.org_id = c.org_id
+            WHERE c.query_id = l.query_id)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class HandBack:
+    """Give an attempt up so that another may start at once; `crashed` when it was the attempt's own doing."""
+
+    query_id: str
+    token: str
+    crashed: bool
+
+
+# No event: the query stays Running until its next attempt says so.
+HAND_BACK = """
+WITH input AS (
+    SELECT * FROM unnest(%(query_id)s::uuid[], %(token)s::uuid[], %(crashed)s::boolean[])
+        AS i(query_id, token, crashed)
+), locked AS (
+    SELECT r.query_id FROM query_runs r JOIN input i ON i.query_id = r.query_id AND i.token = r.token
+    WHERE r.deadline IS NOT NULL
+    ORDER BY r.query_id FOR UPDATE OF r
+), given AS (
+    UPDATE query_runs r SET token = NULL, crashes = r.crashes + i.crashed::int
+    FROM input i JOIN locked USING (query_id)
+    WHERE r.query_id = i.query_id
+    RETURNING r.query_id
+)
+DELETE FROM query_leases l USING given WHERE l.query_id = given.query_id
+"""
+
+
+async def claim(connection: Connection, claims: Sequence[Claim]) -> None:
+    """Claim what can be claimed; who succeeded is read back by token."""
+    await connection.execute(CLAIM, to_arrays(Claim, claims))
+
+
+async def end(connection: Connection, endings: Sequence[Ending]) -> None:
+    """End what may be ended; who succeeded is read back by sequence and token."""
+    await connection.execute(END, to_arrays(Ending, endings))
+
+
+async def renew(connection: Connection, renewals: Sequence[Renewal]) -> dict[str, bool]:
+    """The queries whose lease is still ours, each with whether its cancellation was asked for."""
+    arrays: dict[str, Any] = to_arrays(Renewal, renewals)
+    return dict(await (await connection.execute(RENEW, arrays)).fetchall())
+
+
+async def hand_back(connection: Connection, hand_backs: Sequence[HandBack]) -> None:
+    """Give attempts up."""
+    await connection.execute(HAND_BACK, to_arrays(HandBack, hand_backs))

@@ -1,0 +1,130 @@
+"""The outbox: events committed with the change that they tell of, waiting for the relay."""
+
+import uuid
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from psycopg.rows import class_row
+from psycopg.types.json import Jsonb
+
+from db.connection import Connection
+
+SHARDS = 64
+# The relay listens on this channel; a notification says only "look", so it carries nothing.
+CHANNEL = "queryd_outbox"
+
+
+@dataclass(frozen=True, slots=True)
+class NewEvent:
+    """An encoded event on its way into the outbox, in the transaction of the change that it tells of."""
+
+    query_id: str
+    sequence: int
+    event_id: str
+    type: str
+    payload: bytes
+    headers: Jsonb
+
+    @property
+    def shard(self) -> int:
+        """Which relay publishes it: all of a query's events have the same shard."""
+        return shard_of(self.query_id)
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingEvent:
+    """A row of the outbox as the relay reads it. A payload of None is a tombstone."""
+
+    position: int
+    event_id: str
+    query_id: str
+    payload: bytes | None
+    headers: dict[str, str]
+
+
+def shard_of(query_id: str) -> int:
+    """A query's shard, 0 to 63."""
+    return zlib.crc32(uuid.UUID(query_id).bytes) % SHARDS
+
+
+NOTIFY = f"NOTIFY {CHANNEL}"
+LISTEN = f"LISTEN {CHANNEL}"
+
+READ_WAITING = """
+SELECT position, event_id::text AS event_id, query_id::text AS query_id, payload, headers
+FROM outbox
+WHERE shard = ANY(%(shards)s)
+ORDER BY position
+LIMIT %(limit)s
+"""
+
+DELETE_PUBLISHED = "DELETE FROM outbox WHERE position = ANY(%(positions)s)"
+
+READ_GENERATION = "SELECT generation::text, published FROM outbox_state"
+MARK_PUBLISHED = "UPDATE outbox_state SET published = true WHERE NOT published"
+
+READ_RELAY_POSITIONS = """
+SELECT partition, next_offset FROM relay_positions WHERE cluster_id = %(cluster_id)s AND topic_id = %(topic_id)s
+"""
+
+WRITE_RELAY_POSITIONS = """
+INSERT INTO relay_positions (cluster_id, topic_id, partition, next_offset)
+SELECT %(cluster_id)s, %(topic_id)s, i.partition, i.next_offset
+FROM unnest(%(partitions)s::int[], %(next_offsets)s::bigint[]) AS i(partition, next_offset)
+ON CONFLICT (cluster_id, topic_id, partition)
+DO UPDATE SET next_offset = greatest(relay_positions.next_offset, excluded.next_offset)
+"""
+
+# Two keys: ours, and the first of the shards. Session-level: the lock goes when its connection goes.
+TRY_LOCK = "SELECT pg_try_advisory_lock(711, %(shard)s)"
+
+
+async def notify_relay(connection: Connection) -> None:
+    """Wake the relay when the transaction commits."""
+    await connection.execute(NOTIFY)
+
+
+async def read_waiting(connection: Connection, shards: Iterable[int], limit: int) -> list[WaitingEvent]:
+    """The next events of the shards, in order of position."""
+    async with connection.cursor(row_factory=class_row(WaitingEvent)) as cursor:
+        await cursor.execute(READ_WAITING, {"shards": list(shards), "limit": limit})
+        return await cursor.fetchall()
+
+
+async def delete_published(connection: Connection, positions: Iterable[int]) -> None:
+    """Kafka has them. Rows that have gone already are no error."""
+    await connection.execute(MARK_PUBLISHED)
+    await connection.execute(DELETE_PUBLISHED, {"positions": list(positions)})
+
+
+async def read_generation(connection: Connection) -> tuple[str, bool]:
+    """The outbox's generation, and whether anything was ever published from it."""
+    row: Any = await (await connection.execute(READ_GENERATION)).fetchone()
+    return row[0], row[1]
+
+
+async def read_relay_positions(connection: Connection, cluster_id: str, topic_id: str) -> dict[int, int]:
+    """Per partition, the offset behind the last event whose row was deleted."""
+    cursor = await connection.execute(READ_RELAY_POSITIONS, {"cluster_id": cluster_id, "topic_id": topic_id})
+    return dict(await cursor.fetchall())
+
+
+async def write_relay_positions(connection: Connection, cluster_id: str, topic_id: str, ends: dict[int, int]) -> None:
+    """Remember where each partition ended, in the transaction that deletes the published rows."""
+    await connection.execute(
+        WRITE_RELAY_POSITIONS,
+        {
+            "cluster_id": cluster_id,
+            "topic_id": topic_id,
+            "partitions": list(ends.keys()),
+            "next_offsets": list(ends.values()),
+        },
+    )
+
+
+async def try_lock(connection: Connection, shard: int) -> bool:
+    """Take the lock of a set of shards, named by its first; held as long as the connection lives."""
+    row: Any = await (await connection.execute(TRY_LOCK, {"shard": shard})).fetchone()
+    return bool(row[0])

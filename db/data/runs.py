@@ -1,0 +1,136 @@
+"""What stands in the database about queries: read by whoever must decide from the truth and not from memory."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from psycopg.rows import class_row
+
+from db.connection import Connection
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """A query as the database has it, at `read_at` of the database's clock.
+
+    `lease_alive` is judged by that clock alone; an observer that has seen `lease_renewal` stand still for a whole lease
+    knows better. `overdue` means that the deadline of its present status has passed.
+    """
+
+    query_id: str
+    org_id: str
+    status: str
+    sql_hash: str
+    fingerprint: bytes
+    topic: str
+    partition: int
+    record_offset: int
+    traceparent: str
+    sequence: int
+    attempt: int
+    crashes: int
+    token: str | None
+    queued_at: datetime
+    started_at: datetime | None
+    overdue: bool
+    cancelled: bool
+    lease_token: str | None
+    lease_renewal: int | None
+    lease_alive: bool
+    read_at: datetime
+
+
+READ_STATES = """
+SELECT q.id::text AS query_id, q.org_id::text AS org_id, q.status, q.sql_hash,
+       r.fingerprint, r.topic, r.partition, r.record_offset, r.traceparent,
+       r.sequence, r.attempt, r.crashes, r.token::text AS token, r.queued_at, r.started_at,
+       coalesce(r.deadline <= now(), false) AS overdue,
+       EXISTS (SELECT FROM query_cancellations c WHERE c.query_id = q.id AND c.org_id = q.org_id) AS cancelled,
+       l.token::text AS lease_token, l.renewal AS lease_renewal, coalesce(l.expires_at > now(), false) AS lease_alive,
+       clock_timestamp() AS read_at
+FROM query_runs r
+JOIN query_results q ON q.id = r.query_id
+LEFT JOIN query_leases l ON l.query_id = r.query_id
+WHERE r.query_id = ANY(%(query_ids)s::uuid[])
+"""
+
+READ_DELETED = "SELECT query_id::text FROM deleted_ids WHERE query_id = ANY(%(query_ids)s::uuid[])"
+
+# Queries that nobody runs and whose time is over; the oldest first, so that a backlog is worked off in order.
+READ_OVERDUE = """
+SELECT r.query_id::text
+FROM query_runs r
+LEFT JOIN query_leases l ON l.query_id = r.query_id
+WHERE r.deadline <= now() AND (l.query_id IS NULL OR l.expires_at <= now())
+ORDER BY r.deadline
+LIMIT %(limit)s
+"""
+
+# What an event about a query needs beside the step itself, for a worker that has no request in memory.
+READ_CANONICAL = """
+SELECT q.id::text AS query_id, q.org_id::text AS org_id, q.user_id::text AS user_id, q.mode, q.status, q.sql_hash,
+       q.saved_query_id::text AS saved_query_id, q.task_id::text AS task_id, q.output_format, q.output_location,
+       q.row_count, q.bytes, q.duration_ms, q.error_code, q.error_message, q.created_at, q.updated_at
+FROM query_results q
+WHERE q.id = ANY(%(query_ids)s::uuid[])
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class CanonicalRow:
+    """A row of `query_results`, ids as strings."""
+
+    query_id: str
+    org_id: str
+    user_id: str | None
+    mode: str
+    status: str
+    sql_hash: str
+    saved_query_id: str | None
+    task_id: str | None
+    output_format: str | None
+    output_location: str | None
+    row_count: int | None
+    bytes: int | None
+    duration_ms: int | None
+    error_code: str | None
+    error_message: str | None
+    created_at: datetime
+    updated_at: datetime
+
+
+READ_FILES = "SELECT files FROM query_runs WHERE query_id = %(query_id)s"
+
+
+async def read_states(connection: Connection, query_ids: Iterable[str]) -> dict[str, RunState]:
+    """The states of the queries that exist, by id."""
+    async with connection.cursor(row_factory=class_row(RunState)) as cursor:
+        await cursor.execute(READ_STATES, {"query_ids": list(query_ids)})
+        return {state.query_id: state for state in await cursor.fetchall()}
+
+
+async def read_deleted(connection: Connection, query_ids: Iterable[str]) -> set[str]:
+    """Which of the ids belong to rows that were deleted for good."""
+    cursor = await connection.execute(READ_DELETED, {"query_ids": list(query_ids)})
+    return {row[0] for row in await cursor.fetchall()}
+
+
+async def read_overdue(connection: Connection, limit: int) -> list[str]:
+    """Ids of queries past their deadline that no live lease holds."""
+    cursor = await connection.execute(READ_OVERDUE, {"limit": limit})
+    return [row[0] for row in await cursor.fetchall()]
+
+
+async def read_canonical(connection: Connection, query_ids: Iterable[str]) -> dict[str, CanonicalRow]:
+    """The canonical rows of the queries that exist, by id."""
+    async with connection.cursor(row_factory=class_row(CanonicalRow)) as cursor:
+        await cursor.execute(READ_CANONICAL, {"query_ids": list(query_ids)})
+        return {row.query_id: row for row in await cursor.fetchall()}
+
+
+async def read_files(connection: Connection, query_id: str) -> list[dict[str, Any]]:
+    """The objects of a query's result: key, bytes, rows, etag, sha256. Empty when there is none."""
+    cursor = await connection.execute(READ_FILES, {"query_id": query_id})
+    row = await cursor.fetchone()
+    return list(row[0]) if row else []

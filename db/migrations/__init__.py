@@ -1,0 +1,1 @@
+"""How a schema comes to be: alembic over plain SQL, one chain of versions for each database."""

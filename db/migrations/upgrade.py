@@ -1,0 +1,38 @@
+"""Bring a database to the newest version of its schema."""
+
+from pathlib import Path
+
+import psycopg
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import create_engine, text
+from sqlalchemy.pool import NullPool
+
+_DB = Path(__file__).resolve().parent.parent
+
+# Any fixed number that nothing else on the server uses: two processes that upgrade at once take turns.
+_UPGRADE_LOCK = 7_105_113_001
+
+
+def upgrade_data(url: str) -> None:
+    """Upgrade Postgres data; `url` is a libpq URI. Safe to repeat, and for two processes at once."""
+    _upgrade(url, _DB / "data" / "versions", "queryd_data_version")
+
+
+def upgrade_state(url: str) -> None:
+    """Upgrade our tables in Postgres state, leaving the platform's own alone."""
+    _upgrade(url, _DB / "state" / "versions", "queryd_state_version")
+
+
+def _upgrade(url: str, versions: Path, version_table: str) -> None:
+    # SQLAlchemy only carries alembic here; the connection itself is made by psycopg from the libpq URI.
+    engine = create_engine("postgresql+psycopg://", creator=lambda: psycopg.connect(url), poolclass=NullPool)
+    with engine.connect() as connection, connection.begin():
+        connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _UPGRADE_LOCK})
+        config = Config()
+        config.set_main_option("script_location", str(_DB / "migrations"))
+        config.set_main_option("version_locations", str(versions))
+        config.set_main_option("path_separator", "newline")
+        config.attributes["connection"] = connection
+        config.attributes["version_table"] = version_table
+        command.upgrade(config, "head")

@@ -1,0 +1,1 @@
+"""Postgres state: what the control plane knows about queries."""

@@ -1,0 +1,1 @@
+"""The chain of versions of this database."""

@@ -1,0 +1,1 @@
+"""DuckDB in child processes, one query at a time each."""

@@ -1,0 +1,183 @@
+"""Writing a judged statement's result to a file by `COPY`, typed as faithfully as the format allows.
+
+CSV: header, lines end in CR LF, NULL is an empty field without quotes and the empty string is `""`.
+JSON: one object a line; NaN and the infinities, which JSON does not have, become strings.
+Parquet: HUGEINT (what a sum of integers is) becomes DECIMAL(38,0), for DuckDB would write it as a rounded DOUBLE.
+Names that occur twice get `_1`, `_2` and so on, in all formats.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+from duckdb.sqltypes import DuckDBPyType
+
+from engines.protocol import QueryFailed
+from queryd.events import Column, ErrorCode, OutputFormat, Parameter
+
+_COPY_OPTIONS = {
+    OutputFormat.PARQUET: "FORMAT parquet, COMPRESSION zstd, PARQUET_VERSION v2",
+    OutputFormat.CSV: r"FORMAT csv, HEADER, NULLSTR '', NEW_LINE '\r\n'",
+    OutputFormat.JSON: "FORMAT json",
+}
+
+_WORD = r"[^\W\d]\w*"
+_NAME = rf"{_WORD}(?: \w+)*"
+# A name, or a call of at most one name: what DuckDB makes of anything else quotes the SQL.
+_TELLABLE = re.compile(rf"{_NAME}|{_WORD}\((?:{_NAME})?\)")
+_MAX_TOLD_NAME = 128
+
+# How deep types are taken apart to find numbers that the format can't say; deeper ones are written as DuckDB does.
+_MAX_TYPE_DEPTH = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A written file: its rows, its size in bytes and its columns as an event may name them."""
+
+    rows: int
+    bytes: int
+    columns: tuple[Column, ...]
+
+
+def export(
+    connection: duckdb.DuckDBPyConnection,
+    text: str,
+    parameters: dict[str, Parameter],
+    target: Path,
+    output_format: OutputFormat,
+    *,
+    max_rows: int | None,
+    max_bytes: int | None,
+) -> Exported:
+    """Run a judged statement and write its rows to `target`, in its own order.
+
+    `text` must have passed the gate: it stands between brackets here, on lines of its own. Raises `QueryFailed` with
+    RESULT_TOO_LARGE above a limit, and DuckDB's exceptions; `target` may then hold a part of the result.
+    """
+    values = parameters or None
+    described = connection.execute(f"DESCRIBE (\n{text}\n)", values).fetchall()
+    columns = [(str(name), str(type_)) for name, type_, *_ in described]
+    source = _faithful(text, columns, output_format)
+    if max_rows is not None:
+        source = f"SELECT * FROM ({source}) LIMIT {max_rows + 1}"  # noqa: S608 - judged by the gate
+    copied = connection.execute(f"COPY ({source}) TO {literal(str(target))} ({_COPY_OPTIONS[output_format]})", values)
+    counted = copied.fetchone()
+    if counted is None:
+        raise QueryFailed(ErrorCode.INTERNAL, "The engine did not say how many rows it wrote.")
+    rows, size = int(counted[0]), target.stat().st_size
+    if max_rows is not None and rows > max_rows:
+        raise QueryFailed(ErrorCode.RESULT_TOO_LARGE, f"The result has more than {max_rows} rows.")
+    if max_bytes is not None and size > max_bytes:
+        raise QueryFailed(ErrorCode.RESULT_TOO_LARGE, f"The result is larger than {max_bytes} bytes.")
+    return Exported(rows, size, told_columns(columns))
+
+
+def told_columns(columns: list[tuple[str, str]]) -> tuple[Column, ...]:
+    """Names and types as an event may have them. A name that could quote the SQL becomes `column_N`, N from 1."""
+    return tuple(
+        Column(name if _tellable(name) else f"column_{number}", type_ if _tellable_type(type_) else type_.split("(")[0])
+        for number, (name, type_) in enumerate(columns, 1)
+    )
+
+
+def quote(name: str) -> str:
+    """An identifier in SQL."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def literal(text: str) -> str:
+    """A string in SQL."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _tellable(name: str) -> bool:
+    return len(name) <= _MAX_TOLD_NAME and _TELLABLE.fullmatch(name) is not None
+
+
+def _tellable_type(type_: str) -> bool:
+    """Enums hold values, and so may the quoted field names of a struct; anything very long holds more than a type."""
+    return "ENUM" not in type_ and '"' not in type_ and len(type_) <= 8 * _MAX_TOLD_NAME
+
+
+def _faithful(text: str, columns: list[tuple[str, str]], output_format: OutputFormat) -> str:
+    """The statement itself, or wrapped so that names are unique and the format can say its values."""
+    names = _unique([name for name, _ in columns])
+    given = [f"c{number}" for number in range(len(columns))]
+    written = [_written(place, type_, output_format) for place, (_, type_) in zip(given, columns, strict=True)]
+    if written == given and names == [name for name, _ in columns]:
+        return f"\n{text}\n"
+    listed = ", ".join(f"{expression} AS {quote(name)}" for expression, name in zip(written, names, strict=True))
+    return f"SELECT {listed} FROM (\n{text}\n) AS result({', '.join(given)})"  # noqa: S608 - judged by the gate
+
+
+def _unique(names: list[str]) -> list[str]:
+    """Names that differ in more than case, each as near to the original as may be."""
+    taken = {name.lower() for name in names}
+    seen: set[str] = set()
+    unique = []
+    for name in names:
+        candidate, number = name, 0
+        while candidate.lower() in seen or (number and candidate.lower() in taken):
+            number += 1
+            candidate = f"{name}_{number}"
+        seen.add(candidate.lower())
+        unique.append(candidate)
+    return unique
+
+
+def _written(place: str, type_: str, output_format: OutputFormat) -> str:
+    """The expression that writes a column of that type: `place` itself unless the format would falsify it."""
+    if output_format is OutputFormat.PARQUET and "HUGEINT" in type_:
+        return _cast_whole_numbers(place, type_)
+    if output_format is OutputFormat.JSON and ("DOUBLE" in type_ or "FLOAT" in type_):
+        return _say_not_a_number(place, duckdb.sqltype(type_), 0)
+    return place
+
+
+def _cast_whole_numbers(place: str, type_: str) -> str:
+    if "ENUM" in type_ or '"' in type_:
+        return place
+    return f"CAST({place} AS {re.sub(r'U?HUGEINT', 'DECIMAL(38,0)', type_)})"
+
+
+def _say_not_a_number(place: str, type_: DuckDBPyType, depth: int) -> str:
+    """An expression whose JSON equals that of `place`, but for NaN and infinities, which become strings."""
+    if depth == _MAX_TYPE_DEPTH:
+        return place
+    match type_.id:
+        case "double" | "float":
+            return f"CASE WHEN isfinite({place}) THEN to_json({place}) ELSE to_json(CAST({place} AS VARCHAR)) END"
+        case "list" | "array":
+            of_list = place if type_.id == "list" else f"CAST({place} AS {_parts(type_)[0][1]}[])"
+            return _each(place, of_list, _parts(type_)[0][1], depth)
+        case "map":
+            values = _each("", f"map_values({place})", _parts(type_)[1][1], depth)
+            return f"map(map_keys({place}), {values})" if values else place
+        case "struct":
+            return _fields(place, type_, depth)
+        case _:
+            return place
+
+
+def _each(unchanged: str, of_list: str, element: DuckDBPyType, depth: int) -> str:
+    """The list `of_list` with every element rewritten, or `unchanged` if its elements need nothing."""
+    name = f"x{depth}"
+    written = _say_not_a_number(name, element, depth + 1)
+    return unchanged if written == name else f"list_transform({of_list}, lambda {name}: {written})"
+
+
+def _fields(place: str, type_: DuckDBPyType, depth: int) -> str:
+    """The struct `place` with every field rewritten, or itself if its fields need nothing or have no names."""
+    fields = [(name, f"struct_extract({place}, {literal(name)})", part) for name, part in _parts(type_)]
+    written = [(name, field, _say_not_a_number(field, part, depth + 1)) for name, field, part in fields]
+    if not all(name for name, _, _ in written) or all(before == after for _, before, after in written):
+        return place
+    packed = ", ".join(f"{quote(name)} := {after}" for name, _, after in written)
+    return f"CASE WHEN {place} IS NULL THEN NULL ELSE struct_pack({packed}) END"
+
+
+def _parts(type_: DuckDBPyType) -> list[tuple[str, DuckDBPyType]]:
+    """A nested type's own parts; the size of an array is none."""
+    return [(name, part) for name, part in type_.children if isinstance(part, DuckDBPyType)]

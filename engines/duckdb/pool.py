@@ -1,0 +1,332 @@
+"""The DuckDB engine: pre-started child processes, one query at a time each, replaced when one can't be trusted."""
+
+import asyncio
+import contextlib
+import fcntl
+import itertools
+import os
+import shutil
+import signal
+import tempfile
+from collections import OrderedDict
+from collections.abc import Coroutine
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from engines.duckdb.settings import DuckDBSettings
+from engines.protocol import EngineCrashed, EngineUnavailable, Execution, Output, QueryFailed, Relation
+from processes.child import ChildDied, ChildProcess, minimal_environment
+from processes.frames import Message
+from queryd.__main__ import room_command
+from queryd.events import Column, ErrorCode, OrgId
+
+# DuckDB's operators stop within 20 ms of an interrupt and some scalar calls after seconds or never: a second is long
+# enough for the first kind and too long to wait for the second.
+_INTERRUPT_GRACE_SECONDS = 1.0
+
+# An interrupt that comes between two of DuckDB's statements is lost, so it is said again, ten times within the grace.
+_INTERRUPT_AGAIN_SECONDS = 0.1
+
+# DuckDB and its extensions keep a little of every query's memory; a fresh process every few hours costs nothing.
+_QUERIES_PER_CHILD = 10_000
+
+# As many warm instances as a child keeps, see engines.duckdb.instance.
+_WARM_PER_CHILD = 8
+
+# A start takes 0.6 s on an idle machine; on a starved one it may take many times that, and waiting beats giving up.
+_START_SECONDS = 60.0
+
+# After a failed start (no memory, no disk) another try makes sense soon, but not at once.
+_RESTART_PAUSE_SECONDS = 1.0
+
+# A snapshot held open stops vacuum on a server that has other work, so no scan of one may last longer.
+_SCAN_MILLISECONDS = 600_000
+
+# A server that does not even answer a connection attempt for this long is down as far as a query is concerned.
+_CONNECT_SECONDS = 5
+
+_FOLDER_PREFIX = "child-"
+
+_Warmth = tuple[OrgId, frozenset[Relation]]
+
+
+@dataclass(slots=True)
+class _Home:
+    """A child's own directory, held by a lock of ours so that no other process sweeps it away."""
+
+    path: Path
+    lock: int
+
+    @classmethod
+    def make(cls, root: Path) -> "_Home":
+        path = Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX, dir=root))
+        lock = os.open(path, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return cls(path, lock)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self.lock)
+
+
+class _Worker:
+    """A child and what the pool knows of it."""
+
+    def __init__(self, process: ChildProcess, home: _Home) -> None:
+        self.process = process
+        self.home = home
+        self.queries = 0
+        # It can't be trusted any more; `killed` if that is because it would not stop.
+        self.retired = False
+        self.killed = False
+        self._runs = itertools.count(1)
+        self._warm: OrderedDict[_Warmth, None] = OrderedDict()
+
+    @property
+    def usable(self) -> bool:
+        """True while it may be given another query."""
+        return self.process.alive and not self.retired and self.queries < _QUERIES_PER_CHILD
+
+    def is_warm_for(self, warmth: _Warmth) -> bool:
+        """True if it probably has an instance for that org and those relations."""
+        return warmth in self._warm
+
+    def begin(self, warmth: _Warmth) -> int:
+        """Note that a query starts; returns the run's number."""
+        self.queries += 1
+        self._warm[warmth] = None
+        self._warm.move_to_end(warmth)
+        if len(self._warm) > _WARM_PER_CHILD:
+            self._warm.popitem(last=False)
+        return next(self._runs)
+
+    async def end(self) -> int:
+        """Kill the child, wait for it and remove its directory; returns its exit code."""
+        self.process.kill()
+        code = await self.process.wait()
+        self.home.remove()
+        return code
+
+
+class DuckDBEngine:
+    """Runs queries in `children` processes. Implements `engines.protocol.Engine`."""
+
+    def __init__(self, settings: DuckDBSettings, children: int, *, quiet: bool = True) -> None:
+        """`quiet` sends what the children print, which may quote SQL, nowhere; tests may want to see it."""
+        if children < 1:
+            raise ValueError("an engine needs at least one child")
+        self.name = f"duckdb {version('duckdb')}"
+        self._settings = _with_bounded_scans(settings)
+        self._children = children
+        self._quiet = quiet
+        # The least recently used child stands first.
+        self._idle: list[_Worker] = []
+        self._all: set[_Worker] = set()
+        self._returned = asyncio.Event()
+        self._background: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    async def start(self) -> None:
+        """Start all children at once. Raises `EngineUnavailable` if one can't be started."""
+        self._settings.scratch_root.mkdir(parents=True, exist_ok=True)
+        _sweep(self._settings.scratch_root)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(self._children):
+                    group.create_task(self._add_worker())
+        except* (OSError, ChildDied, TimeoutError) as failures:
+            await self.close()
+            raise EngineUnavailable("a DuckDB process can't be started") from failures
+
+    async def execute(self, execution: Execution) -> Output:
+        """Run one query on the child that suits it best; see `engines.protocol.Engine.execute`.
+
+        Waits for a child if all are busy. The time limit counts from the call; at its end the query is interrupted,
+        and the child killed a second later if it has not stopped.
+        """
+        deadline = asyncio.get_running_loop().time() + execution.timeout_seconds
+        warmth = (execution.org_id, frozenset(execution.relations))
+        try:
+            async with asyncio.timeout_at(deadline):
+                worker = await self._take(warmth)
+        except TimeoutError:
+            raise _timed_out() from None
+        run = worker.begin(warmth)
+        target = execution.scratch / f"result.{execution.output_format}"
+        answering = asyncio.create_task(worker.process.request(_to_message(execution, run, target)))
+        try:
+            # Unlike wait_for and timeout, wait leaves the request alone when time is up.
+            await asyncio.wait({answering}, timeout=deadline - asyncio.get_running_loop().time())
+            if not answering.done():
+                await self._interrupt(worker, run, answering)
+        finally:
+            if answering.done():
+                self._take_back(worker, answering)
+            else:
+                # A cancelled query must not keep its caller: its child is stopped in the background.
+                self._spawn(self._stop(worker, run, answering))
+        return await _read_answer(answering, worker, target)
+
+    async def close(self) -> None:
+        """Kill all children and remove their directories. What still runs raises `EngineCrashed`."""
+        self._closed = True
+        self._returned.set()
+        workers = list(self._all)
+        for worker in workers:
+            worker.process.kill()
+        while self._background:
+            await asyncio.wait(set(self._background))
+        for worker in list(self._all):
+            await self._remove(worker)
+
+    async def _take(self, warmth: _Warmth) -> _Worker:
+        """An idle child: one that is warm for the query, else the least recently used. Waits until there is one."""
+        while not self._closed:
+            for gone in [worker for worker in self._idle if not worker.process.alive]:
+                self._idle.remove(gone)
+                self._spawn(self._replace(gone))
+            if self._idle:
+                chosen = next((worker for worker in self._idle if worker.is_warm_for(warmth)), self._idle[0])
+                self._idle.remove(chosen)
+                return chosen
+            self._returned.clear()
+            await self._returned.wait()
+        raise EngineUnavailable("the engine is closed")
+
+    async def _interrupt(self, worker: _Worker, run: int, answering: asyncio.Task[Message]) -> None:
+        """Stop a run: ask first, and kill the child if it has not answered within a second."""
+        clock = asyncio.get_running_loop().time
+        end = clock() + _INTERRUPT_GRACE_SECONDS
+        while not answering.done() and clock() < end:
+            with contextlib.suppress(ChildDied):
+                await worker.process.send({"interrupt": run})
+            await asyncio.wait({answering}, timeout=_INTERRUPT_AGAIN_SECONDS)
+        if not answering.done():
+            worker.killed = True
+            worker.process.kill()
+            await asyncio.wait({answering})
+
+    async def _stop(self, worker: _Worker, run: int, answering: asyncio.Task[Message]) -> None:
+        await self._interrupt(worker, run, answering)
+        self._take_back(worker, answering)
+
+    def _take_back(self, worker: _Worker, answering: asyncio.Task[Message]) -> None:
+        """Make a child that has answered, or died, idle again or replace it."""
+        if answering.exception() is not None or answering.result().get("tainted"):
+            worker.retired = True
+        if self._closed or not worker.usable:
+            self._spawn(self._replace(worker))
+        else:
+            self._offer(worker)
+
+    def _offer(self, worker: _Worker) -> None:
+        self._idle.append(worker)
+        self._returned.set()
+
+    async def _replace(self, worker: _Worker) -> None:
+        await self._remove(worker)
+        while not self._closed:
+            try:
+                await self._add_worker()
+            except (OSError, ChildDied, TimeoutError):
+                await asyncio.sleep(_RESTART_PAUSE_SECONDS)
+            else:
+                return
+
+    async def _add_worker(self) -> None:
+        home = _Home.make(self._settings.scratch_root)
+        try:
+            environment = minimal_environment(home.path)
+            process = await ChildProcess.start(room_command("engines.duckdb.child"), environment, quiet=self._quiet)
+        except BaseException:
+            home.remove()
+            raise
+        worker = _Worker(process, home)
+        self._all.add(worker)
+        try:
+            async with asyncio.timeout(_START_SECONDS):
+                await process.request({"settings": self._settings.to_message(), "home": str(home.path)})
+        except BaseException:
+            await asyncio.shield(self._remove(worker))
+            raise
+        self._offer(worker)
+
+    async def _remove(self, worker: _Worker) -> None:
+        if worker in self._all:
+            self._all.remove(worker)
+            if worker in self._idle:
+                self._idle.remove(worker)
+            await worker.end()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+
+def _timed_out() -> QueryFailed:
+    return QueryFailed(ErrorCode.QUERY_TIMEOUT, "The query ran longer than its time limit.")
+
+
+async def _read_answer(answering: asyncio.Task[Message], worker: _Worker, target: Path) -> Output:
+    """What the child said, as a value or an exception."""
+    try:
+        answer = await answering
+    except ChildDied:
+        if worker.killed:
+            raise _timed_out() from None
+        if await worker.process.wait() == -signal.SIGXCPU:
+            message = "The query used more CPU time than its time limit allows."
+            raise QueryFailed(ErrorCode.QUERY_TIMEOUT, message) from None
+        raise EngineCrashed("the DuckDB process died under the query") from None
+    if "interrupted" in answer:
+        raise _timed_out()
+    if "failed" in answer:
+        raise QueryFailed(ErrorCode(answer["failed"]), answer["message"])
+    if "unavailable" in answer:
+        raise EngineUnavailable(answer["unavailable"])
+    columns = tuple(Column(name, type_) for name, type_ in answer["columns"])
+    return Output(target, answer["rows"], answer["bytes"], columns)
+
+
+def _to_message(execution: Execution, run: int, target: Path) -> Message:
+    return {
+        "run": run,
+        "org": execution.org_id,
+        "sql": execution.sql,
+        "parameters": execution.parameters,
+        "relations": [[each.name, each.kind, each.location, each.version] for each in execution.relations],
+        "format": execution.output_format,
+        "target": str(target),
+        "seconds": execution.timeout_seconds,
+        "max_rows": execution.max_rows,
+        "max_bytes": execution.max_bytes,
+    }
+
+
+def _with_bounded_scans(settings: DuckDBSettings) -> DuckDBSettings:
+    """The settings with limits on what a query may ask of the datasets' Postgres."""
+    if settings.postgres_url is None:
+        return settings
+    given = conninfo_to_dict(settings.postgres_url).get("options")
+    options = f"{given or ''} -c statement_timeout={_SCAN_MILLISECONDS}".strip()
+    bounded = make_conninfo(settings.postgres_url, options=options, connect_timeout=_CONNECT_SECONDS)
+    return replace(settings, postgres_url=bounded)
+
+
+def _sweep(root: Path) -> None:
+    """Remove the directories of children whose pool died without tidying: nobody holds their locks any more."""
+    for path in root.glob(f"{_FOLDER_PREFIX}*"):
+        lock = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(lock)

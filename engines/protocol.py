@@ -1,0 +1,99 @@
+"""What an engine is: it turns SQL and the relations granted to its caller into one file of results."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+from queryd.events import Column, ErrorCode, OrgId, OutputFormat, Parameter, QueryId
+
+
+class RelationKind(StrEnum):
+    """Where a dataset's rows lie."""
+
+    PARQUET = "parquet"
+    POSTGRES = "postgres"
+
+
+@dataclass(frozen=True, slots=True)
+class Relation:
+    """A dataset as an engine sees it.
+
+    `name` is what SQL calls it, with a schema at most (`finance.invoices`). `location` is `s3://bucket/path`, a glob of
+    those or a folder ending in `/`; of a Postgres relation it is `schema.table` in the datasets' server. `version`
+    changes with every change of the grant or the location, so that nothing stays warm beyond it.
+    """
+
+    name: str
+    kind: RelationKind
+    location: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """One attempt to run one query. `relations` is everything granted to its caller, and nothing else can be read.
+
+    `scratch` is the attempt's own directory, which exists and is empty. `timeout_seconds` counts from the call of
+    `execute`. Limits that are None don't exist.
+    """
+
+    query_id: QueryId
+    org_id: OrgId
+    sql: str = field(repr=False)
+    parameters: dict[str, Parameter] = field(repr=False)
+    relations: tuple[Relation, ...]
+    output_format: OutputFormat
+    scratch: Path
+    timeout_seconds: float
+    max_rows: int | None = None
+    max_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A whole result in `path`, a file inside the attempt's scratch directory. `bytes_scanned` is None if unknown."""
+
+    path: Path
+    rows: int
+    bytes: int
+    columns: tuple[Column, ...]
+    bytes_scanned: int | None = None
+
+
+class QueryFailed(Exception):
+    """The query's own error: fail it with `code`. `message` is a sentence of ours, free of SQL, values and names."""
+
+    def __init__(self, code: ErrorCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+class EngineCrashed(Exception):
+    """The process died under this query: try again, and count it, for the query may be the cause."""
+
+
+class EngineUnavailable(Exception):
+    """What the query reads can't be reached just now: wait and try again. The sentence holds no SQL and no values."""
+
+
+class Engine(Protocol):
+    """An engine. `name` is its product and version, as events say it."""
+
+    name: str
+
+    async def start(self) -> None:
+        """Make ready to execute. Raises `EngineUnavailable` where that is not possible."""
+        ...
+
+    async def execute(self, execution: Execution) -> Output:
+        """Run one query to its end; raises `QueryFailed`, `EngineCrashed` or `EngineUnavailable`.
+
+        Cancelling the task that awaits this stops the query.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Stop whatever still runs and leave nothing behind."""
+        ...

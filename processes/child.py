@@ -1,0 +1,144 @@
+"""The parent's side: a child process behind a framed pipe, awaited from asyncio."""
+
+import asyncio
+import contextlib
+import itertools
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+from processes import frames
+from processes.frames import Message
+
+# What Python and TLS may need from outside to start at all; nothing else of our environment reaches a child.
+_PASSED_ON = ("LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR")
+
+
+class ChildDied(Exception):
+    """The child's pipe ended: what was asked of it may or may not have happened. Start another one."""
+
+
+def minimal_environment(home: Path) -> dict[str, str]:
+    """An explicit environment for a child: UTC, UTF-8, its own home, no packages of the user's, nothing inherited."""
+    passed_on = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    return {
+        "HOME": str(home),
+        "TMPDIR": str(home),
+        "TZ": "UTC",
+        "LC_ALL": "C.UTF-8",
+        "PYTHONUTF8": "1",
+        "PYTHONNOUSERSITE": "1",
+        **passed_on,
+    }
+
+
+class ChildProcess:
+    """One child. Requests may overlap; the child says in which order it answers them. Bound to its event loop."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        if process.stdin is None or process.stdout is None:
+            raise ValueError("a child needs both pipes")
+        self._process = process
+        self._stdin = process.stdin
+        self._stdout = process.stdout
+        self._ids = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[Message]] = {}
+        self._ended = False
+        self._reader = asyncio.create_task(self._read(), name=f"child-{process.pid}")
+
+    @classmethod
+    async def start(cls, command: Sequence[str], env: Mapping[str, str], *, quiet: bool = True) -> Self:
+        """Start `command` with exactly the environment `env`, in a session of its own.
+
+        What it prints goes nowhere while `quiet` (it may quote SQL), else to our stderr. Raises `OSError` if the
+        command can't be started.
+        """
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            env=dict(env),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL if quiet else None,
+            start_new_session=True,
+        )
+        return cls(process)
+
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """False once the pipe has ended: no request will be answered any more."""
+        return not self._ended
+
+    async def request(self, message: Message) -> Message:
+        """Send a message and wait for its answer. Raises `ChildDied` when there will be none.
+
+        Cancelling it only stops the waiting: the child goes on and its answer is dropped.
+        """
+        if self._ended:
+            raise ChildDied("the child has ended")
+        number = next(self._ids)
+        answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = answer
+        try:
+            await self._write({"id": number, "body": message})
+            return await answer
+        finally:
+            del self._waiting[number]
+            if answer.done() and not answer.cancelled():
+                # Mark a failure as seen, for it may have come while the write was what failed.
+                answer.exception()
+
+    async def send(self, message: Message) -> None:
+        """Send a notice that has no answer. Raises `ChildDied`."""
+        if self._ended:
+            raise ChildDied("the child has ended")
+        await self._write({"body": message})
+
+    def kill(self) -> None:
+        """End the child at once with SIGKILL; a child that has ended already is left in peace.
+
+        Not by asyncio's own `kill`: it polls, and what it reaps there asyncio's watcher then misses.
+        """
+        if not self._ended:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGKILL)
+
+    async def wait(self) -> int:
+        """Wait until the child has ended and its pipes are closed; returns its exit code, minus the signal's number."""
+        code = await self._process.wait()
+        await self._reader
+        self._stdin.close()
+        with contextlib.suppress(ConnectionError):
+            await self._stdin.wait_closed()
+        return code
+
+    async def _write(self, message: Message) -> None:
+        try:
+            self._stdin.write(frames.encode(message))
+            await self._stdin.drain()
+        except ConnectionError:
+            raise ChildDied("the child does not read any more") from None
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                header = await self._stdout.readexactly(frames.HEADER.size)
+                message = frames.decode(await self._stdout.readexactly(frames.body_length(header)))
+                waiting = self._waiting.get(int(message["id"]))
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(message["body"])
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        except (frames.BrokenFrame, KeyError, TypeError, ValueError):
+            self.kill()
+        finally:
+            self._ended = True
+            for waiting in self._waiting.values():
+                if not waiting.done():
+                    waiting.set_exception(ChildDied("the child ended before its answer"))

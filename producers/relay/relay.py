@@ -1,0 +1,191 @@
+"""The relay's loop: read the next rows, publish them, delete them.
+
+One relay is active for a set of shards: it holds an advisory lock on the very connection by which it reads and deletes.
+A relay that was stopped loses its connection (`idle_session_timeout`), and with it the lock and the right to delete; in
+Kafka its transactional id fences it.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+import stamina
+import structlog
+
+from db.connection import Connection, DatabaseUnavailable, conninfo, unavailable_told_apart
+from db.data.outbox import (
+    LISTEN,
+    SHARDS,
+    WaitingEvent,
+    delete_published,
+    read_generation,
+    read_relay_positions,
+    read_waiting,
+    try_lock,
+    write_relay_positions,
+)
+from producers.relay.channels import (
+    Channel,
+    ChannelBroken,
+    ReadBackChannel,
+    Recovered,
+    TransactionalChannel,
+)
+from producers.relay.ledger import within_span
+from queryd.events import Topic
+from queryd.topics import TopicIdentity, TopicUnknown, read_topic_identity
+from telemetry.events import LogEvent
+
+_log = structlog.get_logger("queryd.relay")
+
+_BATCH = 500
+# A stopped relay loses its connection after this, and another may take over.
+_IDLE_SESSION = "10s"
+# How long to wait for a notification before looking anyway: keeps the session alive, and a lost notification cheap.
+_LOOK_SECONDS = 1.0
+# How often a standby asks for the lock.
+_STANDBY_SECONDS = 1.0
+
+
+class OutboxMismatch(Exception):
+    """Kafka and Postgres disagree on what was published: an operator must say which is right."""
+
+
+@dataclass(frozen=True, slots=True)
+class RelayRules:
+    """What the relay needs of the settings: libpq URI, librdkafka's configuration, and whether to use transactions."""
+
+    data_url: str
+    kafka: dict[str, Any]
+    transactions: bool
+    shards: tuple[int, ...] = tuple(range(SHARDS))
+
+
+class Relay:
+    """One relay process. `run` returns once it has been asked to stop."""
+
+    def __init__(self, rules: RelayRules, ready: Callable[[], None]) -> None:
+        self._rules = rules
+        self._ready = ready
+        self._stopping = asyncio.Event()
+        self._status_topic = TopicIdentity("", "")
+
+    def stop(self) -> None:
+        """Ask `run` to return after the batch under way."""
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Publish until `stop`. Whatever goes away is waited for; raises `OutboxMismatch` and `LedgerUnreadable`."""
+        told = False
+        async for attempt in stamina.retry_context(
+            on=(DatabaseUnavailable, ChannelBroken, TopicUnknown),
+            attempts=None,
+            timeout=None,
+            wait_initial=0.2,
+            wait_max=3.0,
+            wait_jitter=0.5,
+        ):
+            with attempt:
+                if self._stopping.is_set():
+                    return
+                try:
+                    await self._run_session()
+                except (DatabaseUnavailable, ChannelBroken, TopicUnknown) as error:
+                    if not told:
+                        _log.warning(
+                            LogEvent.DEPENDENCY_UNAVAILABLE,
+                            dependency="postgres data" if isinstance(error, DatabaseUnavailable) else "kafka",
+                            reason=str(error),
+                        )
+                        told = True
+                    raise
+
+    async def _run_session(self) -> None:
+        with unavailable_told_apart():
+            async with await psycopg.AsyncConnection.connect(
+                conninfo(self._rules.data_url, "relay"), autocommit=True
+            ) as connection:
+                await connection.execute(f"SET idle_session_timeout = '{_IDLE_SESSION}'")
+                if not await self._wait_for_lock(connection):
+                    return
+                await connection.execute(LISTEN)
+                await self._publish_for_ever(connection)
+
+    async def _wait_for_lock(self, connection: Connection) -> bool:
+        told = False
+        while not await try_lock(connection, self._rules.shards[0]):
+            if not told:
+                _log.info(LogEvent.RELAY_WAITING, reason="another relay is active for these shards")
+                told = True
+                self._ready()
+            if await self._stops_within(_STANDBY_SECONDS):
+                return False
+        return True
+
+    async def _publish_for_ever(self, connection: Connection) -> None:
+        generation, published = await read_generation(connection)
+        channel = await self._make_channel(connection)
+        try:
+            recovered = await asyncio.to_thread(channel.open)
+            await self._settle(connection, recovered, generation, published)
+            self._ready()
+            while not self._stopping.is_set():
+                events = await read_waiting(connection, self._rules.shards, _BATCH)
+                if events:
+                    events = events[: within_span([event.position for event in events])]
+                    ends = await asyncio.to_thread(channel.publish, events, generation)
+                    await self._delete(connection, events, ends)
+                if len(events) < _BATCH:
+                    await self._wait_for_news(connection)
+        finally:
+            await asyncio.to_thread(channel.close)
+
+    async def _make_channel(self, connection: Connection) -> Channel:
+        self._status_topic = await asyncio.to_thread(read_topic_identity, self._rules.kafka, Topic.STATUS)
+        if self._rules.transactions:
+            return TransactionalChannel(self._rules.kafka, f"queryd-relay-{self._rules.shards[0]}")
+        return ReadBackChannel(
+            self._rules.kafka,
+            await read_relay_positions(connection, self._status_topic.cluster_id, self._status_topic.topic_id),
+        )
+
+    async def _settle(self, connection: Connection, recovered: Recovered, generation: str, published: bool) -> None:
+        """Delete the rows that an earlier session published and did not live to delete."""
+        if recovered.ledger is not None:
+            if recovered.ledger.generation != generation:
+                raise OutboxMismatch(
+                    "Kafka's record of what was published belongs to another outbox: the database was restored or "
+                    "remade. Decide which events subscribers have seen, then reset the relay's group offset"
+                )
+            await delete_published(connection, recovered.ledger.positions)
+        elif self._rules.transactions and published:
+            raise OutboxMismatch(
+                "Kafka has no record of what was published, and Postgres says that something was: the group's offset "
+                "is lost or this is another cluster. Decide which events subscribers have seen, then reset the outbox"
+            )
+        elif recovered.event_ids:
+            waiting = await read_waiting(connection, self._rules.shards, len(recovered.event_ids) + _BATCH)
+            known = [event.position for event in waiting if event.event_id in recovered.event_ids]
+            if known:
+                _log.info(LogEvent.EVENTS_PUBLISHED_BEFORE, events=len(known))
+                await delete_published(connection, known)
+
+    async def _delete(self, connection: Connection, events: Sequence[WaitingEvent], ends: dict[int, int]) -> None:
+        async with connection.transaction():
+            if not self._rules.transactions:
+                await write_relay_positions(
+                    connection, self._status_topic.cluster_id, self._status_topic.topic_id, ends
+                )
+            await delete_published(connection, [event.position for event in events])
+
+    async def _wait_for_news(self, connection: Connection) -> None:
+        async for _ in connection.notifies(timeout=_LOOK_SECONDS, stop_after=1):
+            return
+
+    async def _stops_within(self, seconds: float) -> bool:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), seconds)
+        return self._stopping.is_set()

@@ -1,0 +1,449 @@
+"""The one poll-to-commit loop: asyncio around confluent-kafka's consumer.
+
+The consumer is touched by one thread at a time: `poll`, `commit` and `close` are awaited by one task, and each runs
+in a worker thread, so that the event loop never blocks and the poll goes on whatever the records' work does.
+What may be committed follows `consumer-rules` 1 to 6: offsets are stored and committed only after `finish`, only for
+partitions still owned, and never beyond the first unfinished record.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    OFFSET_INVALID,
+    OFFSET_STORED,
+    TIMESTAMP_LOG_APPEND_TIME,
+    Consumer,
+    KafkaError,
+    KafkaException,
+    Message,
+    TopicPartition,
+)
+
+from queryd.offsets import PartitionOffsets
+from queryd.outages import QUIET, OutageLog
+
+_log = logging.getLogger("queryd.subscription")
+
+# How many records one poll hands over at most: a batch of this size is one admission transaction of some 50 ms.
+_BATCH = 500
+# How long one poll waits for a first record: also the longest that a commit or a close waits for the poll to return.
+_POLL_SECONDS = 0.1
+# How often finished offsets are committed: what a crash has to read again is what finished within this time.
+_COMMIT_SECONDS = 0.5
+# How long a revoke may take: the group waits for us meanwhile, and nobody works on the partitions.
+_DRAIN_SECONDS = 3.0
+# How long to wait for the group's offsets or a synchronous commit before the broker counts as gone.
+_BROKER_SECONDS = 10.0
+
+Partition = tuple[str, int]
+
+
+class SubscriptionLost(Exception):
+    """The consumer can't go on and must be made anew: wait, then open another subscription."""
+
+
+class OffsetOutOfRange(Exception):
+    """The committed offset is no longer in the log: an operator decides where to go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record as received. Times: `timestamp_ms` since the epoch, `polled_at` on this process's monotonic clock."""
+
+    topic: str
+    partition: int
+    offset: int
+    key: bytes | None
+    value: bytes | None = field(repr=False)
+    headers: tuple[tuple[str, bytes | None], ...]
+    timestamp_ms: int | None
+    appended_by_broker: bool
+    polled_at: float
+    epoch: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of key and value."""
+        return len(self.key or b"") + len(self.value or b"")
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """How much unfinished work one topic may hold in memory before its partitions pause."""
+
+    records: int = 100_000
+    bytes: int = 256 * 1024 * 1024
+
+
+StartOffsets = Callable[[list[Partition]], Awaitable[dict[Partition, int]]]
+Revoked = Callable[[set[Partition]], Awaitable[None]]
+
+
+@dataclass(slots=True)
+class _Assigned:
+    """One partition during one assignment."""
+
+    epoch: int
+    offsets: PartitionOffsets = field(default_factory=PartitionOffsets)
+
+
+class Subscription:
+    """A group's subscription to some topics, with explicit finishing of each record.
+
+    `start_offsets` answers, for newly assigned partitions, from where to read; a partition that it leaves out starts at
+    the group's committed offset, or at the earliest record where there is none. `revoked` is awaited when partitions
+    are taken away, for at most 3 s, before their finished offsets are committed.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        topics: Iterable[str],
+        *,
+        window: Window | None = None,
+        start_offsets: StartOffsets | None = None,
+        revoked: Revoked | None = None,
+        commit: bool = True,
+    ) -> None:
+        self._topics = list(topics)
+        self._window = window or Window()
+        self._start_offsets = start_offsets
+        self._revoked = revoked
+        self._commits = commit
+        self._paused: set[str] = set()
+        self._assigned: dict[Partition, _Assigned] = {}
+        self._epoch = 0
+        self._next_commit = 0.0
+        self._failure: Exception | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._lock = threading.Lock()
+        self._first_assignment = asyncio.Event()
+        self._outages = OutageLog("the consumer")
+        self._consumer = Consumer(
+            _consumer_config(config)
+            | QUIET
+            | {"on_commit": self._on_commit, "error_cb": self._outages.complain, "logger": _log}
+        )
+
+    async def open(self) -> None:
+        """Join the group."""
+        self._loop = asyncio.get_running_loop()
+        await asyncio.to_thread(
+            self._consumer.subscribe,
+            self._topics,
+            on_assign=self._on_assign,
+            on_revoke=self._on_revoke,
+            on_lost=self._on_lost,
+        )
+
+    async def wait_assigned(self) -> None:
+        """Return once the group has answered for the first time, with partitions or with none."""
+        await self._first_assignment.wait()
+
+    @property
+    def assignment(self) -> frozenset[Partition]:
+        """The partitions that this member holds now."""
+        return frozenset(self._assigned)
+
+    def owns(self, record: Record) -> bool:
+        """True while the assignment that delivered the record lasts."""
+        held = self._assigned.get((record.topic, record.partition))
+        return held is not None and held.epoch == record.epoch
+
+    async def poll(self) -> list[Record]:
+        """Up to 500 records; an empty list after 100 ms without any.
+
+        Raises `SubscriptionLost` (make a new subscription) and `OffsetOutOfRange` (stop).
+        """
+        records = await asyncio.to_thread(self._poll)
+        if self._failure is not None:
+            raise SubscriptionLost(f"a rebalance callback failed: {self._failure!r}") from self._failure
+        return records
+
+    def finish(self, record: Record) -> None:
+        """The record's effect is durable. A record of an assignment that has ended is ignored."""
+        with self._lock:
+            held = self._assigned.get((record.topic, record.partition))
+            if held is None or held.epoch != record.epoch:
+                return
+            held.offsets.finish(record.offset)
+
+    async def commit(self) -> None:
+        """Commit what is finished now, and wait for the broker's answer."""
+        await asyncio.to_thread(self._commit, synchronously=True)
+
+    async def close(self) -> None:
+        """Commit what is finished and leave the group. `close` of the consumer is reached whatever fails before."""
+        try:
+            await self.commit()
+        except KafkaException as error:
+            _log.warning("the last commit failed, some finished records will be read again: %s", _reason(error))
+        finally:
+            await asyncio.to_thread(self._consumer.close)
+
+    # What follows runs in the worker thread that polls, callbacks included.
+
+    def _poll(self) -> list[Record]:
+        try:
+            self._pause_or_resume()
+            # One blocking poll for the first record, then what is already here: `consume(500, 0.1)` alone would wait
+            # for its timeout whenever fewer than 500 are there.
+            first = self._consumer.poll(_POLL_SECONDS)
+            messages = [] if first is None else [first, *self._consumer.consume(_BATCH - 1, 0)]
+            records = [record for message in messages if (record := self._receive(message)) is not None]
+            if self._commits and time.monotonic() >= self._next_commit:
+                self._commit(synchronously=False)
+                self._next_commit = time.monotonic() + _COMMIT_SECONDS
+        except KafkaException as error:
+            raise SubscriptionLost(_reason(error)) from error
+        return records
+
+    def _receive(self, message: Message) -> Record | None:
+        error = message.error()
+        if error is not None:
+            _judge(error)
+            return None
+        self._outages.answered()
+        topic, partition, offset = message.topic(), message.partition(), message.offset()
+        assert topic is not None and partition is not None and offset is not None
+        kind, millis = message.timestamp()
+        with self._lock:
+            held = self._assigned.get((topic, partition))
+            if held is None:
+                return None
+            record = Record(
+                topic=topic,
+                partition=partition,
+                offset=offset,
+                key=_bytes(message.key()),
+                value=_bytes(message.value()),
+                headers=_headers(message),
+                timestamp_ms=millis if millis >= 0 else None,
+                appended_by_broker=kind == TIMESTAMP_LOG_APPEND_TIME,
+                polled_at=time.monotonic(),
+                epoch=held.epoch,
+            )
+            held.offsets.receive(offset, record.size)
+        return record
+
+    def _pause_or_resume(self) -> None:
+        # Resuming only at half the window: each pause and resume throws the fetch buffer away.
+        for topic in self._topics:
+            records, size = self._unfinished(topic)
+            full = records >= self._window.records or size >= self._window.bytes
+            half = records <= self._window.records // 2 and size <= self._window.bytes // 2
+            if full and topic not in self._paused:
+                self._consumer.pause(self._partitions_of(topic))
+                self._paused.add(topic)
+            elif half and topic in self._paused:
+                self._consumer.resume(self._partitions_of(topic))
+                self._paused.discard(topic)
+
+    def _unfinished(self, topic: str) -> tuple[int, int]:
+        with self._lock:
+            held = [held.offsets.unfinished for (of, _), held in self._assigned.items() if of == topic]
+        return sum(records for records, _ in held), sum(size for _, size in held)
+
+    def _partitions_of(self, topic: str) -> list[TopicPartition]:
+        return [TopicPartition(held, partition) for held, partition in self._assigned if held == topic]
+
+    def _commit(self, *, synchronously: bool) -> None:
+        if not self._commits:
+            return
+        with self._lock:
+            positions = self._take_positions(self._assigned)
+        if not positions:
+            return
+        # Storing refuses partitions that are no longer ours; a bare commit of offsets would not.
+        self._consumer.store_offsets(offsets=positions)
+        if synchronously:
+            self._consumer.commit(offsets=positions, asynchronous=False)
+        else:
+            # The answer comes to `_on_commit`, served by a later poll.
+            self._consumer.commit(offsets=positions, asynchronous=True)
+
+    def _take_positions(self, partitions: Iterable[Partition]) -> list[TopicPartition]:
+        return [
+            TopicPartition(*partition, position)
+            for partition in partitions
+            if (position := self._assigned[partition].offsets.take_commit()) is not None
+        ]
+
+    def _on_commit(self, error: KafkaError | None, partitions: list[TopicPartition]) -> None:
+        failed = [partition for partition in partitions if error is not None or partition.error is not None]
+        if not failed:
+            return
+        _log.warning("a commit failed and will be repeated: %s", error or failed[0].error)
+        with self._lock:
+            for partition in failed:
+                held = self._assigned.get((partition.topic, partition.partition))
+                if held is not None:
+                    held.offsets.retake()
+
+    def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        with self._guarded("assign"):
+            self._outages.answered()
+            start = self._find_start(consumer, partitions)
+            with self._lock:
+                self._epoch += 1
+                for partition in partitions:
+                    self._assigned[partition.topic, partition.partition] = _Assigned(self._epoch)
+            consumer.incremental_assign(start)
+            if paused := [partition for partition in start if partition.topic in self._paused]:
+                consumer.pause(paused)
+            _log.info("assigned %s", sorted((p.topic, p.partition) for p in partitions))
+            self._call_soon(self._first_assignment.set)
+
+    def _find_start(self, consumer: Consumer, partitions: list[TopicPartition]) -> list[TopicPartition]:
+        wanted = [(partition.topic, partition.partition) for partition in partitions]
+        known: dict[Partition, int] = {}
+        if self._start_offsets is not None:
+            known = self._await(self._start_offsets(wanted), _BROKER_SECONDS)
+        committed = (
+            {
+                (partition.topic, partition.partition): partition.offset
+                for partition in consumer.committed(
+                    [TopicPartition(*partition) for partition in wanted if partition not in known],
+                    timeout=_BROKER_SECONDS,
+                )
+            }
+            if len(known) < len(wanted)
+            else {}
+        )
+        # A group without an offset begins at the earliest record; an offset that has left the log is another matter
+        # and arrives as an error, since `auto.offset.reset` is `error`.
+        return [
+            TopicPartition(*partition, known.get(partition, _or_beginning(committed.get(partition))))
+            for partition in wanted
+        ]
+
+    def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        with self._guarded("revoke"):
+            revoked = {(partition.topic, partition.partition) for partition in partitions}
+            if self._revoked is not None and not self._await_drain(self._revoked(revoked)):
+                _log.warning("draining revoked partitions took too long, going on without")
+            with self._lock:
+                positions = self._take_positions(revoked & self._assigned.keys())
+            try:
+                if positions and self._commits:
+                    consumer.commit(offsets=positions, asynchronous=False)
+            except KafkaException as error:
+                _log.warning("the commit at a revoke failed, records will be read again: %s", _reason(error))
+            finally:
+                self._forget(revoked)
+            _log.info("revoked %s", sorted(revoked))
+
+    def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        with self._guarded("lost"):
+            lost = {(partition.topic, partition.partition) for partition in partitions}
+            # Somebody else owns them already: nothing may be committed.
+            self._forget(lost)
+            if self._revoked is not None:
+                self._await_drain(self._revoked(lost))
+            _log.warning("lost %s", sorted(lost))
+
+    def _forget(self, partitions: set[Partition]) -> None:
+        with self._lock:
+            for partition in partitions:
+                self._assigned.pop(partition, None)
+
+    def _guarded(self, callback: str) -> "_Guard":
+        return _Guard(self, callback)
+
+    def _latch(self, failure: Exception) -> None:
+        self._failure = failure
+
+    def _await(self, work: Awaitable[Any], seconds: float) -> Any:
+        async def run() -> Any:
+            return await asyncio.wait_for(work, seconds)
+
+        assert self._loop is not None
+        return asyncio.run_coroutine_threadsafe(run(), self._loop).result()
+
+    def _await_drain(self, work: Awaitable[None]) -> bool:
+        try:
+            self._await(work, _DRAIN_SECONDS)
+        except TimeoutError:
+            return False
+        return True
+
+    def _call_soon(self, call: Callable[[], None]) -> None:
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(call)
+
+
+class _Guard:
+    """Nothing may be raised out of a rebalance callback: librdkafka's binding then drops fetched messages silently.
+
+    What was raised is latched and surfaces from the next `poll` as `SubscriptionLost`.
+    """
+
+    def __init__(self, subscription: Subscription, callback: str) -> None:
+        self._subscription = subscription
+        self._callback = callback
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _kind: object, raised: BaseException | None, _trace: object) -> bool:
+        if raised is None:
+            return False
+        _log.error("the %s callback failed: %s", self._callback, type(raised).__name__)
+        self._subscription._latch(raised if isinstance(raised, Exception) else RuntimeError(repr(raised)))
+        return True
+
+
+def _judge(error: KafkaError) -> None:
+    """Decide on an error that came in place of a message; raises where the consumer can't go on."""
+    if error.code() == KafkaError._AUTO_OFFSET_RESET:
+        raise OffsetOutOfRange(
+            f"{error.str()}. Records between the committed offset and the log's start are gone; "
+            "move the group's offset to where reading shall go on, then start again"
+        )
+    if error.fatal():
+        raise SubscriptionLost(error.str())
+    # Everything else librdkafka mends by itself: brokers away, topics not there yet, the poll interval exceeded
+    # (the group takes the partitions away by `on_lost`, and the next poll joins again).
+    _log.warning("kafka: %s", error.str())
+
+
+def _or_beginning(committed: int | None) -> int:
+    if committed is None or committed in (OFFSET_INVALID, OFFSET_STORED) or committed < 0:
+        return OFFSET_BEGINNING
+    return committed
+
+
+def _headers(message: Message) -> tuple[tuple[str, bytes | None], ...]:
+    headers: Any = message.headers() or ()
+    return tuple((name, _bytes(value)) for name, value in headers)
+
+
+def _bytes(value: str | bytes | None) -> bytes | None:
+    return value.encode() if isinstance(value, str) else value
+
+
+def _reason(error: KafkaException) -> str:
+    cause = error.args[0] if error.args else error
+    return cause.str() if isinstance(cause, KafkaError) else str(cause)
+
+
+def _consumer_config(config: dict[str, Any]) -> dict[str, Any]:
+    fixed = {
+        "enable.auto.commit": False,
+        "enable.auto.offset.store": False,
+        "auto.offset.reset": "error",
+        "isolation.level": "read_committed",
+        # Bounds of the prefetch; the default is 64 MB a consumer beside our own window.
+        "queued.max.messages.kbytes": 16_384,
+        "fetch.max.bytes": 8_388_608,
+    }
+    if config.get("group.protocol") != "consumer":
+        fixed["partition.assignment.strategy"] = "cooperative-sticky"
+    return config | fixed

@@ -1,0 +1,177 @@
+"""`queryd submit`, `status` and `fetch`."""
+
+import asyncio
+import json
+import sys
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from confluent_kafka import KafkaException
+
+from db.connection import DatabaseUnavailable, transaction
+from db.data.runs import CanonicalRow, read_canonical, read_files
+from queryd.client import NotSubmitted, QueryClient, QueryHandle
+from queryd.events import Invalid, Mode, OutputFormat, Parameter, QueryStatusChanged, Status, parse_uuid
+from queryd.results import ResultReader
+from service.cli.output import complain, print_fields, print_json
+from service.settings import Settings, load_settings
+from service.wiring import opened_data_pool
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON line and nothing else.")]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command()(submit)
+    app.command()(status)
+    app.command()(fetch)
+
+
+def submit(
+    sql: Annotated[str | None, typer.Argument(help="One SELECT; `-` reads it from stdin.")] = None,
+    *,
+    org: Annotated[str, typer.Option(help="The org that asks.", envvar="QUERYD_ORG")],
+    user: Annotated[str | None, typer.Option(help="The user who asks.", envvar="QUERYD_USER")] = None,
+    role: Annotated[list[str] | None, typer.Option(help="A role of the user; may be repeated.")] = None,
+    mode: Annotated[Mode, typer.Option(help="The lane.")] = Mode.INTERACTIVE,
+    format_: Annotated[
+        OutputFormat, typer.Option("--format", help="How the result is written.")
+    ] = OutputFormat.PARQUET,
+    param: Annotated[list[str] | None, typer.Option(help="name=value; the value is JSON, or else text.")] = None,
+    saved: Annotated[str | None, typer.Option(help="A saved query's id, instead of SQL.")] = None,
+    task: Annotated[str | None, typer.Option(help="The task it runs for.")] = None,
+    query_id: Annotated[str | None, typer.Option("--id", help="The request's own id; made up where not given.")] = None,
+    timeout: Annotated[int | None, typer.Option(help="Time limit in seconds.")] = None,
+    wait: Annotated[bool, typer.Option(help="Wait until the query is finished.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Publish a request. Exit code 1 when it was waited for and failed."""
+    settings = load_settings()
+    if (sql is None) == (saved is None):
+        complain("give the SQL, or --saved with a saved query's id", 2)
+    text = sys.stdin.read() if sql == "-" else sql
+    try:
+        with QueryClient(settings.kafka) as client:
+            handle = client.submit(
+                text,
+                org_id=uuid_argument(org, "--org"),
+                user_id=None if user is None else uuid_argument(user, "--user"),
+                roles=role or (),
+                query_id=None if query_id is None else uuid_argument(query_id, "--id"),
+                saved_query_id=None if saved is None else uuid_argument(saved, "--saved"),
+                parameters=dict(_read_parameter(text) for text in param or ()),
+                mode=mode,
+                task_id=None if task is None else uuid_argument(task, "--task"),
+                output_format=format_,
+                timeout_seconds=timeout,
+            )
+            event = _wait(handle) if wait else None
+    except (NotSubmitted, KafkaException) as error:
+        complain(f"the request could not be published: {error}")
+    _print_submitted(handle, event, as_json)
+    if event is not None and event.status is Status.FAILED:
+        raise SystemExit(1)
+
+
+def status(query_id: Annotated[str, typer.Argument(help="The query's id.")], as_json: Json = False) -> None:
+    """Show where a query stands."""
+    row, _ = _read(load_settings(), uuid_argument(query_id, "the id"))
+    fields = asdict(row)
+    if as_json:
+        print_json(fields)
+    else:
+        print_fields(fields)
+
+
+def fetch(
+    query_id: Annotated[str, typer.Argument(help="The query's id.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write here instead of to stdout.")] = None,
+    link: Annotated[bool, typer.Option(help="Print presigned links of one hour instead.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Fetch a result."""
+    row, files = _read(load_settings(), uuid_argument(query_id, "the id"))
+    if row.status != Status.SUCCEEDED or row.output_location is None:
+        complain(f"the query is {row.status}" + (f", {row.error_code}: {row.error_message}" if row.error_code else ""))
+    reader = ResultReader()
+    if link or as_json:
+        links = [{**file, "link": reader.link(row.output_location, file["key"])} for file in files]
+        if as_json:
+            print_json({"query_id": row.query_id, "output_location": row.output_location, "files": links})
+        else:
+            for each in links:
+                print(each["link"])
+        return
+    body = b"".join(reader.read_object(row.output_location, file["key"]) for file in files)
+    if output is not None:
+        output.write_bytes(body)
+    else:
+        sys.stdout.buffer.write(body)
+
+
+def _wait(handle: QueryHandle) -> QueryStatusChanged:
+    try:
+        return handle.wait()
+    except KeyboardInterrupt:
+        complain(f"no longer waiting; the query goes on: queryd status {handle.query_id}", 130)
+
+
+def _print_submitted(handle: QueryHandle, event: QueryStatusChanged | None, as_json: bool) -> None:
+    fields: dict[str, Any] = {"query_id": handle.query_id}
+    if event is not None:
+        fields |= {
+            "status": event.status.value,
+            "attempt": event.attempt,
+            "row_count": event.row_count,
+            "bytes": event.bytes,
+            "duration_ms": event.duration_ms,
+            "output_location": event.output_location,
+            "files": [asdict(file) for file in event.files],
+            "error_code": None if event.error_code is None else event.error_code.value,
+            "error_message": event.error_message,
+        }
+    if as_json:
+        print_json(fields)
+        return
+    if event is None:
+        print_fields(fields)
+        return
+    fields["files"] = ", ".join(file.key for file in event.files) or None
+    print_fields(fields)
+
+
+def _read(settings: Settings, query_id: str) -> tuple[CanonicalRow, list[dict[str, Any]]]:
+    async def read() -> tuple[CanonicalRow | None, list[dict[str, Any]]]:
+        async with opened_data_pool(settings) as pool, transaction(pool) as connection:
+            rows = await read_canonical(connection, [query_id])
+            return rows.get(query_id), await read_files(connection, query_id)
+
+    try:
+        row, files = asyncio.run(read())
+    except DatabaseUnavailable as error:
+        complain(f"Postgres data (QUERYD_DATA_URL) does not answer: {error}")
+    if row is None:
+        complain(f"there is no query {query_id}")
+    return row, files
+
+
+def _read_parameter(text: str) -> tuple[str, Parameter]:
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        complain("--param wants name=value", 2)
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        return name, value
+    # Only what a parameter may be; a JSON list or object was meant as text.
+    return name, parsed if parsed is None or isinstance(parsed, bool | int | float | str) else value
+
+
+def uuid_argument(text: str, name: str) -> str:
+    try:
+        return parse_uuid(text, name)
+    except Invalid as error:
+        complain(f"{error}; it looks like {uuid.uuid4()}", 2)

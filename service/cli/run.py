@@ -1,0 +1,66 @@
+"""`queryd up` and `queryd run`."""
+
+import asyncio
+import signal
+import subprocess
+import sys
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from queryd.__main__ import room_command
+from service.cli.output import complain
+from service.run import Service, run_service
+from service.settings import STATE_DIRECTORY, load_settings
+
+
+class Runnable(StrEnum):
+    """A service, or all of them."""
+
+    EXECUTOR = "executor"
+    RELAY = "relay"
+    PROJECTOR = "projector"
+    ALL = "all"
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command()(up)
+    app.command()(run)
+
+
+def up() -> None:
+    """Start Postgres, S3, Kafka and queryd's services under .queryd/, print `ready`, and stay until stopped."""
+    from service.embedded.servers import EmbeddedError  # noqa: PLC0415 — an extra that a production install lacks
+    from service.up import UpFailed, run_up  # noqa: PLC0415
+
+    try:
+        asyncio.run(run_up(STATE_DIRECTORY))
+    except (UpFailed, EmbeddedError) as error:
+        complain(str(error))
+
+
+def run(service: Annotated[Runnable, typer.Argument(help="Which service; `all` is one process each.")]) -> None:
+    """Run a service against what the settings name, until SIGTERM."""
+    settings = load_settings()
+    if service is Runnable.ALL:
+        sys.exit(_run_all())
+    sys.exit(run_service(Service(service.value), settings))
+
+
+def _run_all() -> int:
+    """All services as child processes; the first to end ends the others. Returns the worst exit code."""
+    processes = [subprocess.Popen(room_command("service.run", each.value)) for each in Service]
+
+    def stop(_number: int, _frame: object) -> None:
+        for process in processes:
+            process.terminate()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    codes = []
+    for process in processes:
+        codes.append(process.wait())
+        stop(0, None)
+    return max(abs(code) for code in codes)

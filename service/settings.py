@@ -1,0 +1,145 @@
+"""Settings: environment variables, `QUERYD_` and the field's name; S3 takes the standard `AWS_*` ones.
+
+Where a variable is unset, `.queryd/env` in the current directory is read, which `queryd up` writes.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+
+from queryd.events import Mode
+
+STATE_DIRECTORY = Path(".queryd")
+ENV_FILE = STATE_DIRECTORY / "env"
+
+_CORES_A_SLOT = 2
+_GIB = 1024**3
+_HOUR = 3600.0
+_DAY = 24 * _HOUR
+
+
+class WrongSetting(ValueError):
+    """A setting is missing or wrong; the sentence names the variable."""
+
+
+def _check_results_url(url: str) -> str:
+    if not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]+/?", url):
+        raise ValueError("must be s3://bucket, without a path")
+    return url.rstrip("/")
+
+
+def _check_postgres_url(url: SecretStr) -> SecretStr:
+    if not url.get_secret_value().startswith(("postgresql://", "postgres://")):
+        raise ValueError("must be a libpq URI, postgresql://…")
+    return url
+
+
+PostgresUrl = Annotated[SecretStr, AfterValidator(_check_postgres_url)]
+
+
+def _default_slots() -> int:
+    return max(1, (os.cpu_count() or 1) // _CORES_A_SLOT)
+
+
+class Settings(BaseSettings):
+    """Every setting of every service. Times in seconds, sizes in bytes."""
+
+    model_config = SettingsConfigDict(env_prefix="QUERYD_", extra="ignore", frozen=True)
+
+    kafka_bootstrap: str = Field(min_length=1)
+    # Further librdkafka properties as a JSON object: SASL, TLS.
+    kafka_options: dict[str, str | int | bool] = Field(default_factory=dict)
+    # Half of it passes before a dead member's partitions move; librdkafka's default is 45 s.
+    kafka_session_timeout: float = Field(default=15.0, ge=1, le=300)
+
+    data_url: PostgresUrl
+    state_url: PostgresUrl
+    datasets_pg_url: PostgresUrl | None = None
+
+    results_url: Annotated[str, AfterValidator(_check_results_url)]
+    # What reads datasets in S3. Without them the writing credentials serve, and `doctor` says so.
+    datasets_access_key_id: str | None = None
+    datasets_secret_access_key: SecretStr | None = None
+    datasets_session_token: SecretStr | None = None
+
+    slots_interactive: int = Field(default_factory=_default_slots, ge=1, le=256)
+    slots_batch: int = Field(default_factory=_default_slots, ge=1, le=256)
+    child_memory: int = Field(default=_GIB, ge=64 * 1024**2)
+    child_threads: int = Field(default=2, ge=1, le=256)
+    scratch_bytes: int = Field(default=20 * _GIB, ge=1024**2)
+    scratch: Path = STATE_DIRECTORY / "scratch"
+
+    # Renewed every third of it: two renewals may be lost before the lease is.
+    lease_seconds: float = Field(default=15.0, ge=3, le=600)
+    drain_seconds: float = Field(default=12.0, ge=0, le=3600)
+    queue_timeout_interactive: float = Field(default=600.0, gt=0)
+    queue_timeout_batch: float = Field(default=_DAY, gt=0)
+    timeout_interactive: float = Field(default=60.0, gt=0)
+    timeout_interactive_max: float = Field(default=300.0, gt=0)
+    timeout_batch: float = Field(default=_HOUR, gt=0)
+    timeout_batch_max: float = Field(default=_DAY, gt=0)
+    result_retention: float = Field(default=7 * _DAY, gt=0)
+
+    relay_transactions: bool = True
+    sql_hash_key: SecretStr | None = Field(default=None, min_length=16)
+    log_level: str = Field(default="INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
+
+    partitions: int = Field(default=6, ge=1, le=1000)
+    replication: int = Field(default=1, ge=1, le=9)
+
+    @property
+    def bucket(self) -> str:
+        """The results bucket's name."""
+        return self.results_url.removeprefix("s3://")
+
+    @property
+    def kafka(self) -> dict[str, Any]:
+        """librdkafka's configuration, for every client."""
+        return {**self.kafka_options, "bootstrap.servers": self.kafka_bootstrap}
+
+    def slots(self) -> dict[Mode, int]:
+        """Queries running at once in each lane."""
+        return {Mode.INTERACTIVE: self.slots_interactive, Mode.BATCH: self.slots_batch}
+
+    def group(self, name: str) -> dict[str, Any]:
+        """librdkafka's configuration of a consumer group of ours."""
+        return {"group.id": f"queryd-{name}", "session.timeout.ms": int(self.kafka_session_timeout * 1000)}
+
+    def aws(self) -> dict[str, str]:
+        """The `AWS_*` variables, which alone the uploader's process gets."""
+        return {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+
+
+def load_env_file() -> None:
+    """Take from `.queryd/env` what the environment does not say."""
+    try:
+        lines = ENV_FILE.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return
+    for line in lines:
+        name, separator, value = line.partition("=")
+        if separator:
+            os.environ.setdefault(name, value)
+
+
+def load_settings() -> Settings:
+    """The settings of this process; raises `WrongSetting` naming the first variable that is wrong."""
+    load_env_file()
+    try:
+        return Settings()
+    except SettingsError as error:
+        raise WrongSetting("QUERYD_KAFKA_OPTIONS: must be a JSON object of librdkafka properties") from error
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        name = "QUERYD_" + str(problem["loc"][0]).upper()
+        raise WrongSetting(f"{name}: {_explain(name, problem['type'], problem['msg'])}") from None
+
+
+def _explain(name: str, kind: str, message: str) -> str:
+    if kind == "missing":
+        return f"is not set. Run `queryd up` in this directory, or export {name}"
+    return message.removeprefix("Value error, ")

@@ -1,0 +1,93 @@
+"""The topics as the contract wants them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, NewTopic, ResourceType
+
+from queryd.events import Topic
+from queryd.outages import QUIET
+
+_DAY = 24 * 3600 * 1000
+_BROKER_SECONDS = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class TopicSpec:
+    """A topic and its settings."""
+
+    name: Topic
+    config: dict[str, str] = field(default_factory=dict)
+
+
+_REQUESTS = {"cleanup.policy": "delete", "retention.ms": str(7 * _DAY), "message.timestamp.type": "LogAppendTime"}
+
+TOPICS = (
+    TopicSpec(Topic.REQUESTS_INTERACTIVE, _REQUESTS),
+    TopicSpec(Topic.REQUESTS_BATCH, _REQUESTS),
+    TopicSpec(Topic.CANCELLATIONS, {"cleanup.policy": "delete", "retention.ms": str(7 * _DAY)}),
+    TopicSpec(
+        Topic.STATUS,
+        {
+            "cleanup.policy": "compact",
+            # The full story for a week. Compaction passes over the active segment and over what is not dirty enough, so
+            # segments are rolled daily, and a record is compacted at the latest a day after its week.
+            "min.compaction.lag.ms": str(7 * _DAY),
+            "max.compaction.lag.ms": str(8 * _DAY),
+            "segment.ms": str(_DAY),
+            # A reader that was away for a week still sees a deletion.
+            "delete.retention.ms": str(7 * _DAY),
+        },
+    ),
+    TopicSpec(Topic.DEAD_LETTERS, {"cleanup.policy": "delete", "retention.ms": str(30 * _DAY)}),
+)
+
+
+class TopicsRefused(Exception):
+    """The broker can't be reached, or will not make or alter a topic; the sentence says which and why."""
+
+
+def apply_topics(kafka: dict[str, Any], partitions: int, replication: int) -> dict[str, str]:
+    """Make missing topics and put the settings of the others right; what was done, by topic.
+
+    Partitions are never added: a key's records would move. Safe to repeat. Raises `TopicsRefused`.
+    """
+    admin = AdminClient(kafka | QUIET)
+    new = [
+        NewTopic(spec.name, num_partitions=partitions, replication_factor=replication, config=spec.config)
+        for spec in TOPICS
+    ]
+    done: dict[str, str] = {}
+    for name, answer in admin.create_topics(new, request_timeout=_BROKER_SECONDS).items():
+        try:
+            answer.result()
+            done[name] = "created"
+        except KafkaException as error:
+            if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+                raise TopicsRefused(f"{name}: {error.args[0].str()}") from error
+            done[name] = "kept"
+    _put_right(admin, [spec for spec in TOPICS if done[spec.name] == "kept"], done)
+    return done
+
+
+def _put_right(admin: AdminClient, kept: list[TopicSpec], done: dict[str, str]) -> None:
+    resources = [
+        ConfigResource(
+            ResourceType.TOPIC,
+            spec.name,
+            incremental_configs=[
+                ConfigEntry(name, value, incremental_operation=AlterConfigOpType.SET)
+                for name, value in spec.config.items()
+            ],
+        )
+        for spec in kept
+    ]
+    if not resources:
+        return
+    for resource, answer in admin.incremental_alter_configs(resources, request_timeout=_BROKER_SECONDS).items():
+        try:
+            answer.result()
+            done[resource.name] = "settings applied"
+        except KafkaException as error:
+            raise TopicsRefused(f"{resource.name}: {error.args[0].str()}") from error

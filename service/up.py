@@ -1,0 +1,250 @@
+"""`queryd up`: the embedded servers, then each service as a process of its own, started again if it dies."""
+
+import asyncio
+import fcntl
+import os
+import secrets
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+import structlog
+
+from db.datasets_server import READER, prepare_datasets_database
+from db.migrations.upgrade import upgrade_data, upgrade_state
+from db.state.platform import create_platform_tables
+from processes.lifeline import LIFELINE_VARIABLE
+from queryd.__main__ import room_command
+from service.embedded.servers import Lifeline
+from service.embedded.stack import EmbeddedStack
+from service.readiness import READY_VARIABLE
+from service.run import Service
+from service.settings import load_settings
+from service.topics import apply_topics
+from telemetry.events import LogEvent
+
+_log = structlog.get_logger("queryd.up")
+
+# Everything must have ended 15 s after SIGTERM: this long for the services' drain, and the rest for the servers.
+_DRAIN_SECONDS = 5.0
+_SERVICES_SECONDS = 9.0
+# A group member joins the embedded broker after half its session timeout.
+_SESSION_SECONDS = 6.0
+# A service that dies at once would otherwise be started as fast as the machine can.
+_RESTART_SECONDS = 0.5
+# A cold start on two busy cores takes some 10 s; without an answer for this long something is wrong.
+_READY_SECONDS = 120.0
+
+
+class UpFailed(Exception):
+    """`queryd up` can't start; the sentence says why and what to do."""
+
+
+class Stack:
+    """The embedded servers with queryd's databases, bucket and topics in them, and `.queryd/env` to find them by."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._lock: int | None = None
+        self._outside_kafka = os.environ.get("QUERYD_KAFKA_BOOTSTRAP")
+        self.servers: EmbeddedStack | None = None
+
+    def start(self) -> None:
+        """Start the servers and set this process's environment to them; raises `UpFailed`."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.directory)
+        (self.directory / "env").unlink(missing_ok=True)
+        self.servers = EmbeddedStack(self.directory, broker=self._outside_kafka is None)
+        self.servers.start()
+        variables = self._prepare(self.servers)
+        os.environ.update(variables)
+        settings = load_settings()
+        apply_topics(settings.kafka, settings.partitions, settings.replication)
+        _write_atomically(self.directory / "env", variables)
+
+    def stop(self) -> None:
+        """Stop the servers; their data stays."""
+        (self.directory / "env").unlink(missing_ok=True)
+        if self.servers is not None:
+            self.servers.stop()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _prepare(self, servers: EmbeddedStack) -> dict[str, str]:
+        postgres, store = servers.postgres, servers.object_store
+        for database in ("data", "state", "datasets"):
+            postgres.create_database(database)
+        upgrade_data(postgres.url("data"))
+        upgrade_state(postgres.url("state"))
+        create_platform_tables(postgres.url("state"))
+        password = secrets.token_urlsafe(24)
+        prepare_datasets_database(postgres.url("datasets"), password)
+        variables = {
+            "QUERYD_KAFKA_BOOTSTRAP": self._outside_kafka or _bootstrap(servers),
+            "QUERYD_DATA_URL": postgres.url("data"),
+            "QUERYD_STATE_URL": postgres.url("state"),
+            "QUERYD_DATASETS_PG_URL": _as_reader(postgres.url("datasets"), password),
+            "QUERYD_RESULTS_URL": f"s3://{store.bucket}",
+            "AWS_ENDPOINT_URL": store.endpoint_url,
+            "AWS_REGION": store.region,
+            "AWS_ACCESS_KEY_ID": store.writer.access_key,
+            "AWS_SECRET_ACCESS_KEY": store.writer.secret_key,
+            "QUERYD_DATASETS_ACCESS_KEY_ID": store.reader.access_key,
+            "QUERYD_DATASETS_SECRET_ACCESS_KEY": store.reader.secret_key,
+        }
+        profile = {
+            "QUERYD_DRAIN_SECONDS": str(_DRAIN_SECONDS),
+            "QUERYD_KAFKA_SESSION_TIMEOUT": str(_SESSION_SECONDS),
+            "QUERYD_SCRATCH": str((self.directory / "scratch").resolve()),
+        }
+        if self._outside_kafka is None:
+            # The embedded broker accepts transactions and shows aborted records all the same.
+            profile["QUERYD_RELAY_TRANSACTIONS"] = "false"
+        return variables | {name: os.environ.get(name, value) for name, value in profile.items()}
+
+
+class Supervisor:
+    """The services' processes. Everything it starts ends with it, however it ends."""
+
+    def __init__(self, directory: Path, services: Iterable[Service] = tuple(Service)) -> None:
+        self._run_directory = directory / "run"
+        self._services = tuple(services)
+        self._lifeline = Lifeline()
+        self._stopping = asyncio.Event()
+        self._processes: dict[Service, asyncio.subprocess.Process] = {}
+        self._keepers: list[asyncio.Task[None]] = []
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """The services run, ready, for as long as the context lasts; raises `UpFailed`."""
+        self._run_directory.mkdir(parents=True, exist_ok=True)
+        for service in self._services:
+            self._ready_file(service).unlink(missing_ok=True)
+        self._keepers = [asyncio.create_task(self._keep(service), name=service.value) for service in self._services]
+        try:
+            await self._wait_ready()
+            yield
+        finally:
+            await self._stop()
+
+    async def _keep(self, service: Service) -> None:
+        while not self._stopping.is_set():
+            process = await self._start(service)
+            code = await process.wait()
+            if self._stopping.is_set():
+                return
+            _log.warning(LogEvent.SERVICE_RESTARTED, service=service.value, exit_code=code)
+            await asyncio.sleep(_RESTART_SECONDS)
+
+    async def _start(self, service: Service) -> asyncio.subprocess.Process:
+        environment = os.environ | {
+            LIFELINE_VARIABLE: str(self._lifeline.read_end),
+            READY_VARIABLE: str(self._ready_file(service).resolve()),
+        }
+        process = await asyncio.create_subprocess_exec(
+            *room_command("service.run", service.value),
+            env=environment,
+            stdin=asyncio.subprocess.DEVNULL,
+            # Logs go to stderr, and nothing of a service's may get between the lines of ours.
+            stdout=sys.stderr,
+            pass_fds=(self._lifeline.read_end,),
+        )
+        self._processes[service] = process
+        _write_text(self._run_directory / f"{service.value}.pid", f"{process.pid}\n")
+        return process
+
+    async def _wait_ready(self) -> None:
+        deadline = time.monotonic() + _READY_SECONDS
+        waiting = set(self._services)
+        while waiting:
+            waiting = {service for service in waiting if not self._ready_file(service).exists()}
+            if time.monotonic() > deadline:
+                raise UpFailed(
+                    f"not ready after {_READY_SECONDS:.0f} s: {', '.join(sorted(waiting))}; see the log above"
+                )
+            await asyncio.sleep(0.05)
+
+    async def _stop(self) -> None:
+        self._stopping.set()
+        for process in self._processes.values():
+            if process.returncode is None:
+                process.terminate()
+        await asyncio.wait(
+            [asyncio.create_task(process.wait()) for process in self._processes.values()], timeout=_SERVICES_SECONDS
+        )
+        # Whatever still runs is killed by the end of its lifeline.
+        self._lifeline.close()
+        for task in self._keepers:
+            task.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+        await asyncio.gather(*(process.wait() for process in self._processes.values()))
+        for service in self._services:
+            self._ready_file(service).unlink(missing_ok=True)
+            (self._run_directory / f"{service.value}.pid").unlink(missing_ok=True)
+
+    def _ready_file(self, service: Service) -> Path:
+        return self._run_directory / f"{service.value}.ready"
+
+
+async def run_up(directory: Path) -> None:
+    """Start everything, print `ready`, and stay until SIGTERM or SIGINT; raises `UpFailed`."""
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    stack = Stack(directory)
+    try:
+        await asyncio.to_thread(stack.start)
+        async with Supervisor(directory).running():
+            print("ready", flush=True)
+            await _until_stopped(stopping, stack)
+    finally:
+        await asyncio.to_thread(stack.stop)
+
+
+async def _until_stopped(stopping: asyncio.Event, stack: Stack) -> None:
+    assert stack.servers is not None
+    while not stopping.is_set():
+        if stack.servers.ended:
+            raise UpFailed(f"a server has ended: {', '.join(stack.servers.ended)}; its log is in .queryd/logs")
+        try:
+            await asyncio.wait_for(stopping.wait(), 1.0)
+        except TimeoutError:
+            continue
+
+
+def _bootstrap(servers: EmbeddedStack) -> str:
+    assert servers.broker is not None
+    return servers.broker.bootstrap
+
+
+def _as_reader(url: str, password: str) -> str:
+    parts = urlsplit(url)
+    return parts._replace(netloc=f"{READER}:{quote(password)}@{parts.hostname}:{parts.port}").geturl()
+
+
+def _lock(directory: Path) -> int:
+    lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise UpFailed(f"another queryd runs in {directory}: stop it first, or work in another directory") from None
+    return lock
+
+
+def _write_atomically(path: Path, variables: dict[str, str]) -> None:
+    """Readers see the whole file or none; it holds credentials, so only its owner reads it."""
+    draft = path.with_suffix(".draft")
+    draft.touch(mode=0o600)
+    _write_text(draft, "".join(f"{name}={value}\n" for name, value in variables.items()))
+    draft.replace(path)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

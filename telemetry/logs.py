@@ -1,0 +1,45 @@
+"""Structured logs on stderr: one JSON object a line, or coloured lines on a terminal."""
+
+import logging
+import sys
+
+import structlog
+
+
+def set_up_logs(level: str) -> None:
+    """Route structlog and the standard library's loggers to stderr; `level` is a standard level's name."""
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+    renderer: structlog.typing.Processor = (
+        structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            # Tracebacks stay out: a frame's exception text may quote what must not be logged.
+            processors=[_drop_traceback, structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(level)
+    for chatty in ("botocore", "boto3", "urllib3", "alembic", "psycopg.pool", "stamina"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+
+
+def _drop_traceback(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    error = event.pop("exc_info", None)
+    if isinstance(error, tuple) and error[0] is not None:
+        event["error"] = error[0].__name__
+    return event

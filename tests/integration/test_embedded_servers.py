@@ -1,0 +1,334 @@
+"""The embedded servers: on loopback only, with their own credentials, durable, and gone when their owner is."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import boto3
+import psutil
+import psycopg
+import pytest
+from botocore.config import Config
+from botocore.exceptions import ClientError
+
+from service.embedded import postgres as postgres_server
+from service.embedded import servers
+from service.embedded.object_store import Credentials, ObjectStore
+from service.embedded.ports import pick_ports
+from service.embedded.postgres import Postgres
+from service.embedded.servers import EmbeddedError, Lifeline, Recipe, Server
+from service.embedded.stack import EmbeddedStack
+from service.embedded.warden import Ending
+
+# An orphaned Postgres may take three seconds before it is killed; a busy machine, some more.
+_GONE_SECONDS = 15.0
+
+_OWNER = """
+import signal, sys
+from pathlib import Path
+from service.embedded.stack import EmbeddedStack
+
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, lambda *_: None)
+with EmbeddedStack(Path(sys.argv[1])):
+    print("ready", flush=True)
+    while True:
+        signal.pause()
+"""
+
+# Refuses to stop, and has a child that left its session.
+_STUBBORN = """
+import signal, subprocess, sys
+from pathlib import Path
+
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"], start_new_session=True)
+Path("ready").touch()
+while True:
+    signal.pause()
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("stack")
+
+
+@pytest.fixture(scope="module")
+def stack(home: Path) -> Iterator[EmbeddedStack]:
+    with EmbeddedStack(home) as started:
+        yield started
+
+
+def test_every_server_listens_on_loopback_only(stack: EmbeddedStack, home: Path) -> None:
+    listening = []
+    for process in _servers_in(home):
+        with suppress(psutil.NoSuchProcess):
+            connections = process.net_connections("inet")
+            listening += [found.laddr.ip for found in connections if found.status == psutil.CONN_LISTEN]
+    # The S3 server's ten, Postgres's and the broker's.
+    assert listening == ["127.0.0.1"] * 12
+
+
+def test_no_server_is_in_our_process_group(stack: EmbeddedStack) -> None:
+    assert os.getpgrp() not in {os.getpgid(process.pid) for process in _wardens_and_servers(psutil.Process())}
+
+
+def test_sockets_in_the_file_system_are_the_stacks_own(stack: EmbeddedStack, home: Path) -> None:
+    assert {str(path.relative_to(home)) for path in home.rglob("*.sock")} == {"s3/s3.sock", "s3/filer.sock"}
+    port = stack.object_store.endpoint_url.rpartition(":")[2]
+    assert not list(Path(tempfile.gettempdir()).glob(f"seaweedfs-*{port}*"))
+
+
+def test_a_reader_reads_and_cannot_write(stack: EmbeddedStack) -> None:
+    store = stack.object_store
+    _s3(store, store.writer).put_object(Bucket=store.bucket, Key="a/b", Body=b"whole")
+    reader = _s3(store, store.reader)
+    assert reader.get_object(Bucket=store.bucket, Key="a/b")["Body"].read() == b"whole"
+    assert [found["Key"] for found in reader.list_objects_v2(Bucket=store.bucket, Prefix="a/")["Contents"]] == ["a/b"]
+    assert _refusal(lambda: reader.put_object(Bucket=store.bucket, Key="a/c", Body=b"")) == "AccessDenied"
+    assert _refusal(lambda: reader.delete_object(Bucket=store.bucket, Key="a/b")) == "AccessDenied"
+    assert _refusal(lambda: reader.list_objects_v2(Bucket="another")) == "AccessDenied"
+
+
+def test_a_stranger_is_refused(stack: EmbeddedStack) -> None:
+    store = stack.object_store
+    stranger = _s3(store, Credentials("STRANGER", "unknown"))
+    assert _refusal(lambda: stranger.list_objects_v2(Bucket=store.bucket)) == "InvalidAccessKeyId"
+    liar = _s3(store, Credentials(store.writer.access_key, "wrong"))
+    assert _refusal(lambda: liar.put_object(Bucket=store.bucket, Key="a", Body=b"")) == "SignatureDoesNotMatch"
+
+
+def test_postgres_asks_for_its_password(stack: EmbeddedStack) -> None:
+    with pytest.raises(psycopg.OperationalError, match="password"):
+        psycopg.connect(f"postgresql://queryd:wrong@127.0.0.1:{stack.postgres.port}/postgres")
+
+
+def test_sql_and_values_never_reach_postgres_log(stack: EmbeddedStack, home: Path) -> None:
+    with psycopg.connect(stack.postgres.url("postgres"), autocommit=True) as connection:
+        for statement in ("SELECT 'pii-in-sql'::integer", "SELECT nothing AS pii_in_name"):
+            with pytest.raises(psycopg.Error):
+                connection.execute(statement)
+        with pytest.raises(psycopg.Error):
+            connection.execute("SELECT %s::text::integer", ["pii-in-parameter"])
+    log = (home / "logs" / "postgres.log").read_text()
+    assert "ready to accept connections" in log
+    assert "pii" not in log
+
+
+def test_a_database_is_made_once_and_dropped_under_its_sessions(stack: EmbeddedStack) -> None:
+    for _ in range(2):
+        stack.postgres.create_database("once")
+    with psycopg.connect(stack.postgres.url("once")) as session:
+        stack.postgres.drop_database("once")
+        with pytest.raises(psycopg.OperationalError):
+            session.execute("SELECT 1")
+
+
+def test_a_killed_server_is_noticed_and_starts_again_where_it_was(tmp_path: Path, lifeline: Lifeline) -> None:
+    store = ObjectStore(tmp_path, tmp_path / "s3.log", lifeline)
+    store.start()
+    try:
+        before = store.endpoint_url
+        _s3(store, store.writer).put_object(Bucket=store.bucket, Key="kept", Body=b"acknowledged")
+        store.server.kill()
+        assert not store.server.running
+        store.start()
+        assert store.endpoint_url == before
+        body = _s3(store, store.reader).get_object(Bucket=store.bucket, Key="kept")["Body"]
+        assert body.read() == b"acknowledged"
+    finally:
+        store.stop()
+
+
+def test_what_was_stored_survives_stop_and_kill_on_other_ports(tmp_path: Path) -> None:
+    with EmbeddedStack(tmp_path, broker=False) as first:
+        assert first.broker is None
+        _write(first, 1)
+    with EmbeddedStack(tmp_path, broker=False) as second:
+        assert second.object_store.writer == first.object_store.writer
+        assert second.object_store.endpoint_url != first.object_store.endpoint_url
+        _write(second, 2)
+        second.postgres.server.kill()
+        second.object_store.server.kill()
+        assert second.ended == ["postgres", "s3"]
+    with EmbeddedStack(tmp_path, broker=False) as third:
+        assert _read(third) == [1, 2]
+
+
+def test_kill_9_of_the_owner_leaves_no_process(tmp_path: Path) -> None:
+    with _owner(tmp_path / "stack") as owner:
+        born = _below(psutil.Process(owner.pid))
+        # Three wardens, three servers, and Postgres's own children.
+        assert len(born) >= 9
+        owner.kill()
+        owner.wait()
+        _assert_gone(born)
+
+
+def test_a_signal_to_the_owners_group_does_not_reach_the_servers(tmp_path: Path) -> None:
+    with _owner(tmp_path / "stack") as owner:
+        born = _wardens_and_servers(psutil.Process(owner.pid))
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            os.killpg(owner.pid, number)
+        gone, _ = psutil.wait_procs(born, timeout=1)
+        assert not gone
+        owner.kill()
+        owner.wait()
+        _assert_gone(born)
+
+
+def test_kill_9_of_the_wardens_leaves_no_process(tmp_path: Path) -> None:
+    with _owner(tmp_path / "stack") as owner:
+        wardens = psutil.Process(owner.pid).children()
+        born = [child for warden in wardens for child in _below(warden)]
+        for warden in wardens:
+            warden.kill()
+        _assert_gone(born)
+        owner.kill()
+        owner.wait()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux hands a server's orphans to its warden")
+def test_a_server_that_refuses_to_stop_is_killed_with_all_it_started(tmp_path: Path, lifeline: Lifeline) -> None:
+    ending = Ending(signal.SIGTERM, 0.1)
+    stubborn = Recipe(
+        name="a stubborn server",
+        directory=tmp_path,
+        log=tmp_path / "log",
+        pick=tuple,
+        command=lambda _: [sys.executable, "-c", _STUBBORN],
+        ready=lambda _: (tmp_path / "ready").exists(),
+        stop=ending,
+        orphaned=ending,
+    )
+    server = Server(stubborn, lifeline)
+    server.start(seconds=10)
+    born = [process for process in _below(psutil.Process()) if Path(process.cwd()) == tmp_path]
+    assert len(born) == 3
+    server.stop()
+    assert not [process for process in born if process.is_running()]
+
+
+def test_a_server_that_cannot_start_says_where_its_log_is(tmp_path: Path, lifeline: Lifeline) -> None:
+    (tmp_path / "data").mkdir()
+    postgres = Postgres(tmp_path, tmp_path / "postgres.log", lifeline)
+    with pytest.raises(EmbeddedError, match=r"postgres\.log"):
+        postgres.start()
+    assert not postgres.server.running
+
+
+def test_a_second_stack_runs_beside_the_first(stack: EmbeddedStack, tmp_path: Path) -> None:
+    with EmbeddedStack(tmp_path) as other:
+        assert other.broker is not None
+        assert stack.broker is not None
+        assert other.broker.cluster_id != stack.broker.cluster_id
+        assert other.ended == []
+        assert stack.ended == []
+
+
+def test_a_lost_port_is_replaced_by_another(
+    tmp_path: Path, lifeline: Lifeline, stack: EmbeddedStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picks = iter([(stack.postgres.port,), pick_ports(1)])
+    monkeypatch.setattr(postgres_server, "pick_ports", lambda _: next(picks))
+    postgres = Postgres(tmp_path, tmp_path / "postgres.log", lifeline)
+    postgres.start()
+    try:
+        assert postgres.port != stack.postgres.port
+    finally:
+        postgres.stop()
+
+
+def test_one_directory_has_one_server(tmp_path: Path, lifeline: Lifeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "_LOCK_SECONDS", 0.1)
+    first, second = (Postgres(tmp_path, tmp_path / "postgres.log", lifeline) for _ in range(2))
+    first.start()
+    try:
+        with pytest.raises(EmbeddedError, match="another"):
+            second.start()
+    finally:
+        first.stop()
+
+
+@contextmanager
+def _owner(directory: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """Another process that owns a running stack; it leads a process group."""
+    command = [sys.executable, "-c", _OWNER, str(directory)]
+    root = Path(__file__).resolve().parents[2]
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, start_new_session=True) as owner:
+        assert owner.stdout is not None
+        try:
+            assert owner.stdout.readline() == b"ready\n"
+            yield owner
+        finally:
+            owner.kill()
+
+
+def _below(process: psutil.Process) -> list[psutil.Process]:
+    below: list[psutil.Process] = process.children(recursive=True)
+    return below
+
+
+def _wardens_and_servers(owner: psutil.Process) -> list[psutil.Process]:
+    """Without Postgres's children, some of which come and go."""
+    return [process for warden in owner.children() for process in (warden, *warden.children())]
+
+
+def _servers_in(home: Path) -> list[psutil.Process]:
+    """Our descendants that are servers of the stack in `home`: they work below it, and wardens are Python."""
+    found = []
+    for process in _below(psutil.Process()):
+        # Some of Postgres's come and go.
+        with suppress(psutil.NoSuchProcess):
+            if Path(process.cwd()).is_relative_to(home) and "python" not in process.name():
+                found.append(process)
+    return found
+
+
+def _assert_gone(processes: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=_GONE_SECONDS)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def _s3(store: ObjectStore, credentials: Credentials) -> Any:
+    return boto3.client(
+        "s3",
+        endpoint_url=store.endpoint_url,
+        region_name=store.region,
+        aws_access_key_id=credentials.access_key,
+        aws_secret_access_key=credentials.secret_key,
+        config=Config(retries={"total_max_attempts": 1}, s3={"addressing_style": "path"}, proxies={}),
+    )
+
+
+def _refusal(call: Callable[[], object]) -> str:
+    """The S3 error code of a call that must fail."""
+    with pytest.raises(ClientError) as refused:
+        call()
+    return str(refused.value.response["Error"]["Code"])
+
+
+def _write(stack: EmbeddedStack, number: int) -> None:
+    """Leave a mark in Postgres and in S3."""
+    with psycopg.connect(stack.postgres.url("postgres")) as connection:
+        connection.execute("CREATE TABLE IF NOT EXISTS marks (number integer)")
+        connection.execute("INSERT INTO marks VALUES (%s)", [number])
+    store = stack.object_store
+    _s3(store, store.writer).put_object(Bucket=store.bucket, Key=f"marks/{number}", Body=b"x")
+
+
+def _read(stack: EmbeddedStack) -> list[int]:
+    """The marks, which both stores must agree on."""
+    with psycopg.connect(stack.postgres.url("postgres")) as connection:
+        rows = [number for (number,) in connection.execute("SELECT number FROM marks ORDER BY number")]
+    store = stack.object_store
+    found = _s3(store, store.reader).list_objects_v2(Bucket=store.bucket, Prefix="marks/")["Contents"]
+    assert [f"marks/{number}" for number in rows] == [entry["Key"] for entry in found]
+    return rows

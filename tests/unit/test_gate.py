@@ -1,0 +1,184 @@
+"""What the first gate lets through and what it refuses, on statements of our own."""
+
+import json
+import time
+
+import duckdb
+import pytest
+
+from engines.duckdb import gate
+from engines.duckdb.gate import Gate, Judged
+from engines.protocol import QueryFailed
+from queryd.events import ErrorCode, Parameter
+
+GRANTED = ("flights", "Tail Numbers", "ops.crews", "select")
+
+
+@pytest.fixture(scope="module")
+def judge() -> Gate:
+    return Gate()
+
+
+def _refusal(judge: Gate, sql: str, parameters: dict[str, Parameter] | None = None) -> QueryFailed:
+    with pytest.raises(QueryFailed) as caught:
+        judge.judge(sql, GRANTED, parameters or {})
+    return caught.value
+
+
+def test_the_walk_knows_the_trees_of_the_duckdb_that_runs() -> None:
+    assert duckdb.__version__ == gate.TREE_VERSION
+
+
+@pytest.mark.parametrize(
+    ("sql", "references"),
+    [
+        ("SELECT 7 AS seven", set()),
+        ("FROM flights", {"flights"}),
+        ('SELECT * FROM FLIGHTS f JOIN "tail numbers" t USING (tail)', {"flights", "Tail Numbers"}),
+        ('SELECT * FROM ops.crews, "OPS"."Crews" c2', {"ops.crews"}),
+        ('SELECT * FROM "select"', {"select"}),
+        ("WITH flights AS (SELECT * FROM flights WHERE late > 5) FROM flights", {"flights"}),
+        ("WITH secret AS (SELECT 1 AS i), b AS (FROM secret) SELECT * FROM b, secret", set()),
+        (
+            "WITH RECURSIVE t(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM t WHERE i < 9) SELECT sum(i) FROM t",
+            set(),
+        ),
+        ("SELECT (SELECT max(late) FROM flights), EXISTS (FROM ops.crews)", {"flights", "ops.crews"}),
+        ("SELECT x FROM range(10) t(x), unnest([1, 2]) u(y), json_each('{}') j", set()),
+        ("SELECT [x * 2 FOR x IN [1, 2] IF x > 1], {'a': 1}, MAP {'k': 2}, [1, 2][1:1], ('a').upper()", set()),
+        ("SELECT extract(year FROM d), trim(BOTH 'x' FROM s), d AT TIME ZONE 'UTC' FROM flights", {"flights"}),
+        ("SELECT 1::DECIMAL(9, 2), 'a'::ENUM('a', 'b'), {'a': 1}::STRUCT(a BIGINT)", set()),
+        ("FROM flights PIVOT (sum(late) FOR carrier IN ('AA', 'UA'))", {"flights"}),
+        ("SELECT sum(late) OVER (PARTITION BY carrier ORDER BY d) FROM flights TABLESAMPLE 10%", {"flights"}),
+        ("VALUES (1, 'a'), (2, 'b')", set()),
+        ("SELECT 'read_text(''/etc/passwd''); DROP TABLE flights'", set()),
+        ('SELECT late AS "read_csv", user FROM flights ORDER BY ALL', {"flights"}),
+        ("(SELECT 1 UNION SELECT 2) ORDER BY 1", set()),
+    ],
+)
+def test_one_select_over_granted_relations_passes(judge: Gate, sql: str, references: set[str]) -> None:
+    assert judge.judge(sql, GRANTED, {}).references == references
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "SELECT * FROM crews",
+        "SELECT * FROM main.flights",
+        "SELECT * FROM memory.ops.crews",
+        'SELECT * FROM "ops.crews"',
+        "SELECT * FROM 's3://other/part.parquet'",
+        "SELECT * FROM pg_tables",
+        "SELECT * FROM information_schema.tables",
+        "WITH crews AS (SELECT * FROM crews) SELECT 1",
+        "WITH RECURSIVE crews AS (SELECT * FROM crews UNION ALL SELECT * FROM crews) SELECT 1",
+        "WITH a AS (FROM b), b AS (SELECT 1) FROM a",
+        "SELECT (WITH crews AS (SELECT 1) SELECT 1) FROM crews",
+        "SELECT * REPLACE ((SELECT s FROM secret) AS late) FROM flights",
+        "SELECT CASE WHEN EXISTS (FROM secret) THEN 1 END",
+        "SELECT list_transform([1], lambda x: (SELECT s FROM secret))",
+        "SELECT 1 ORDER BY (SELECT s FROM secret)",
+        "SELECT 1 LIMIT (SELECT i FROM secret)",
+        "SELECT sum(1) FILTER (WHERE (SELECT b FROM secret)) FROM flights",
+        "SELECT * FROM range((SELECT i FROM secret))",
+        "SELECT * FROM flights AT (VERSION => 1)",
+        "SELECT * FROM read_json('/tmp/x')",
+        "SELECT * FROM query('SELECT 1')",
+        "SELECT read_blob('/tmp/x')",
+        "SELECT main.upper('x')",
+        "SELECT getenv('HOME')",
+        "SELECT current_setting('threads')",
+        "SELECT list_aggr([1], 'sum')",
+        "SELECT sum(x) OVER () FROM (SELECT nextval('s') AS x)",
+        "DESCRIBE flights",
+        "FROM (SHOW TABLES)",
+        "SUMMARIZE flights",
+        "EXPLAIN SELECT 1",
+        "PIVOT flights ON carrier USING sum(late)",
+        "SELECT 1; SELECT 2",
+        "CREATE TABLE t AS SELECT 1",
+        "INSERT INTO flights VALUES (1)",
+        "COPY flights TO '/tmp/x'",
+        "ATTACH '/tmp/x.db'",
+        "SET VARIABLE x = 1",
+        "USE ops",
+        "",
+        " \n\t",
+        "-- nothing",
+        ";;",
+        "SELECT 1\0",
+        "SELECT '\ud800'",
+        "SELECT " + "[" * 2_000,
+        "SELECT " + "(" * 65 + "1" + ")" * 65,
+        "SELECT " + "NOT " * 400 + "true",
+        "SELECT " + " + ".join("1" * 400),
+        "SELECT a" + ".b" * 500,
+        "SELECT * FROM " + ", ".join(f"(SELECT {number}) t{number}" for number in range(70)),
+        "SELECT '" + "x" * 140_000 + "'",
+        "SELECT 1 -- " + "x" * 262_144,
+        "SELECT * FROM range(10000000000)",
+        "SELECT repeat('x', 2000000000::BIGINT)",
+    ],
+)
+def test_anything_else_is_rejected(judge: Gate, sql: str) -> None:
+    started = time.perf_counter()
+    assert _refusal(judge, sql).code is ErrorCode.SQL_REJECTED
+    # Two seconds would be a parser that hangs; what is refused takes milliseconds.
+    assert time.perf_counter() - started < 2.0
+
+
+@pytest.mark.parametrize(
+    ("sql", "message"),
+    [
+        ("SELEC 1", "The SQL has a syntax error at line 1, column 1."),
+        ("SELECT 'é',\n  1 + )", "The SQL has a syntax error at line 2, column 7."),
+        ("SELECT 1 +", "The SQL has a syntax error at line 1, column 11."),
+    ],
+)
+def test_a_syntax_error_tells_where_and_nothing_else(judge: Gate, sql: str, message: str) -> None:
+    failure = _refusal(judge, sql)
+    assert (failure.code, failure.message) == (ErrorCode.QUERY_ERROR, message)
+
+
+@pytest.mark.parametrize(
+    ("sql", "text"),
+    [
+        ("SELECT 1", "SELECT 1"),
+        ("SELECT 1;", "SELECT 1"),
+        (";; SELECT 1 ; ; ", "SELECT 1 "),
+        ("-- é\nSELECT ';' AS é; -- the end", "-- é\nSELECT ';' AS é"),
+        ("SELECT 1 -- no end", "SELECT 1 -- no end"),
+        ("SELECT 1 /* ; */ ;", "SELECT 1 /* ; */ "),
+    ],
+)
+def test_a_judged_text_can_stand_between_brackets(judge: Gate, sql: str, text: str) -> None:
+    judged = judge.judge(sql, (), {})
+    assert judged == Judged(text, frozenset())
+    parsed = duckdb.extract_statements(f"COPY (\n{judged.text}\n) TO 'x'")
+    assert [each.type for each in parsed] == [duckdb.StatementType.COPY]
+
+
+def test_every_parameter_needs_exactly_one_value(judge: Gate) -> None:
+    assert judge.judge("SELECT $a, $A, $b", (), {"a": 1, "B": None}).text
+    assert _refusal(judge, "SELECT $carrier").message == "The SQL's parameter $carrier has no value."
+    surplus = _refusal(judge, "SELECT 1", {"carrier": "x"})
+    assert surplus.code is ErrorCode.QUERY_ERROR
+    assert "$carrier" in surplus.message
+    assert "secret" not in _refusal(judge, "SELECT 1", {"a secret; value": "x"}).message
+    assert "case" in _refusal(judge, "SELECT $a", {"a": 1, "A": 2}).message
+
+
+def test_a_refusal_never_quotes_the_sql(judge: Gate) -> None:
+    for sql in ("SELECT * FROM hunter2", "SELECT hunter2(", "SELECT read_text('hunter2')", "DROP TABLE hunter2"):
+        assert "hunter2" not in _refusal(judge, sql).message
+
+
+def test_a_node_that_is_not_known_is_refused() -> None:
+    """A newer DuckDB may write what the walk has never seen: fail closed."""
+    for strange in (
+        {"type": "DELETE_NODE"},
+        {"type": "SELECT_NODE", "select_list": [{"class": "READ_FILE", "type": "READ_FILE"}]},
+        {"type": "SELECT_NODE", "somewhere": {"deep": [{"type": "BASE_TABLE", "table_name": "secret"}]}},
+    ):
+        with pytest.raises(QueryFailed):
+            gate._Walk({}).walk(json.loads(json.dumps(strange)))
