@@ -1,5 +1,8 @@
 """The embedded stack's database of datasets: made by us, read by a role that can only read."""
 
+from collections.abc import Sequence
+from typing import LiteralString
+
 import psycopg
 from psycopg import sql
 
@@ -21,3 +24,18 @@ def prepare_datasets_database(url: str, password: str) -> None:
             sql.SQL("ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT SELECT ON TABLES TO {}").format(role),
         ):
             connection.execute(statement)
+
+
+def load_csv(url: str, table: str, columns: Sequence[tuple[str, LiteralString]], body: bytes, *, null: str) -> None:
+    """Make a table anew, of (name, type) columns, and fill it from a CSV file with a header."""
+    described = sql.SQL(", ").join(
+        sql.SQL("{} {}").format(sql.Identifier(name), sql.SQL(kind)) for name, kind in columns
+    )
+    with psycopg.connect(url) as connection, connection.cursor() as cursor:
+        cursor.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(sql.Identifier(table)))
+        cursor.execute(sql.SQL("CREATE TABLE {} ({})").format(sql.Identifier(table), described))
+        statement = sql.SQL("COPY {} FROM STDIN (FORMAT csv, HEADER, NULL {})").format(
+            sql.Identifier(table), sql.Literal(null)
+        )
+        with cursor.copy(statement) as copy:
+            copy.write(body)

@@ -7,9 +7,10 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import IO
 from urllib.parse import quote, urlsplit
 
 import structlog
@@ -111,9 +112,11 @@ class Stack:
 class Supervisor:
     """The services' processes. Everything it starts ends with it, however it ends."""
 
-    def __init__(self, directory: Path, services: Iterable[Service] = tuple(Service)) -> None:
+    def __init__(self, directory: Path, log: IO[bytes] | None = None) -> None:
+        """`log` takes what the services write; without one it goes to our stderr."""
         self._run_directory = directory / "run"
-        self._services = tuple(services)
+        self._services = tuple(Service)
+        self._log = log
         self._lifeline = Lifeline()
         self._stopping = asyncio.Event()
         self._processes: dict[Service, asyncio.subprocess.Process] = {}
@@ -151,7 +154,8 @@ class Supervisor:
             env=environment,
             stdin=asyncio.subprocess.DEVNULL,
             # Logs go to stderr, and nothing of a service's may get between the lines of ours.
-            stdout=sys.stderr,
+            stdout=self._log or sys.stderr,
+            stderr=self._log,
             pass_fds=(self._lifeline.read_end,),
         )
         self._processes[service] = process

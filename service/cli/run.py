@@ -10,9 +10,11 @@ from typing import Annotated
 import typer
 
 from queryd.__main__ import room_command
-from service.cli.output import complain
+from service.cli.output import complain, print_json
+from service.cli.query import Json
 from service.run import Service, run_service
 from service.settings import STATE_DIRECTORY, load_settings
+from telemetry.logs import set_up_logs
 
 
 class Runnable(StrEnum):
@@ -27,6 +29,7 @@ class Runnable(StrEnum):
 def add_commands(app: typer.Typer) -> None:
     """Add the commands of this module."""
     app.command()(up)
+    app.command()(demo)
     app.command()(run)
 
 
@@ -39,6 +42,23 @@ def up() -> None:
         asyncio.run(run_up(STATE_DIRECTORY))
     except (UpFailed, EmbeddedError) as error:
         complain(str(error))
+
+
+def demo(as_json: Json = False) -> None:
+    """Ask a year of New York's flights 14 questions, on a stack of its own, and check the answers."""
+    from service.demo.demo import DemoFailed, run_demo  # noqa: PLC0415 — an extra that a production install lacks
+    from service.embedded.servers import EmbeddedError  # noqa: PLC0415
+    from service.up import UpFailed  # noqa: PLC0415
+
+    set_up_logs("ERROR")
+    try:
+        answer = asyncio.run(run_demo(STATE_DIRECTORY / "demo", quiet=as_json))
+    except (DemoFailed, UpFailed, EmbeddedError) as error:
+        complain(str(error))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        complain("stopped", 130)
+    if as_json:
+        print_json(answer)
 
 
 def run(service: Annotated[Runnable, typer.Argument(help="Which service; `all` is one process each.")]) -> None:

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import secrets
+import shutil
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,9 +95,7 @@ class ObjectStore:
         self.server.stop()
 
     def _command(self, ports: tuple[int, ...]) -> list[str]:
-        # A killed predecessor leaves its socket behind, and options of its own that nobody asked for.
-        for leaving in ("s3.sock", "filer.sock", "data/mini.options"):
-            (self._directory / leaving).unlink(missing_ok=True)
+        self._clear_leavings()
         return [
             _executable(),
             "mini",
@@ -117,6 +116,16 @@ class ObjectStore:
             "-s3.port.lance=0",
             "-idleTimeout=2",
         ]
+
+    def _clear_leavings(self) -> None:
+        """Remove what a predecessor left besides objects."""
+        # A killed one leaves its sockets, and each writes the options it had, to read them at the next start.
+        for leaving in ("s3.sock", "filer.sock", "data/mini.options"):
+            (self._directory / leaving).unlink(missing_ok=True)
+        # The master's election state, by its port. All that counts it learns again from the volumes; resumed, it
+        # sometimes leads only after the volumes first asked for it, and their next try comes 5 s later.
+        for master in (self._directory / "data").glob("m[0-9]*"):
+            shutil.rmtree(master)
 
     def _takes_a_put(self, endpoint_url: str) -> bool:
         """True when the server is ours (nobody else knows the key) and stores an object."""
