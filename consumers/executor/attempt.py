@@ -14,9 +14,6 @@ from typing import Any, TypeVar
 
 import stamina
 import structlog
-from results.formats import content_type
-from results.location import file_name, prefix
-from results.uploader import StoredObject, StoreRefused, StoreUnavailable, Uploader
 
 from access.grants import authorize
 from consumers.executor.admission import Admitted
@@ -41,6 +38,9 @@ from engines.protocol import (
     RelationKind,
 )
 from queryd.events import ErrorCode, Mode, ResultFile, Status
+from results.formats import content_type
+from results.location import file_name, prefix
+from results.uploader import StoredObject, StoreRefused, StoreUnavailable, Uploader
 from telemetry.events import LogEvent
 
 _log = structlog.get_logger("queryd.attempt")

@@ -2,15 +2,11 @@
 
 import asyncio
 import contextlib
-import fcntl
 import itertools
-import os
-import shutil
 import signal
-import tempfile
 from collections import OrderedDict
 from collections.abc import Coroutine
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +17,7 @@ from engines.duckdb.settings import DuckDBSettings
 from engines.protocol import EngineCrashed, EngineUnavailable, Execution, Output, QueryFailed, Relation
 from processes.child import ChildDied, ChildProcess, minimal_environment
 from processes.frames import Message
+from processes.scratch import ScratchFolder, sweep
 from queryd.__main__ import room_command
 from queryd.events import Column, ErrorCode, OrgId
 
@@ -54,29 +51,10 @@ _FOLDER_PREFIX = "child-"
 _Warmth = tuple[OrgId, frozenset[Relation]]
 
 
-@dataclass(slots=True)
-class _Home:
-    """A child's own directory, held by a lock of ours so that no other process sweeps it away."""
-
-    path: Path
-    lock: int
-
-    @classmethod
-    def make(cls, root: Path) -> "_Home":
-        path = Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX, dir=root))
-        lock = os.open(path, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return cls(path, lock)
-
-    def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self.lock)
-
-
 class _Worker:
     """A child and what the pool knows of it."""
 
-    def __init__(self, process: ChildProcess, home: _Home) -> None:
+    def __init__(self, process: ChildProcess, home: ScratchFolder) -> None:
         self.process = process
         self.home = home
         self.queries = 0
@@ -133,7 +111,7 @@ class DuckDBEngine:
     async def start(self) -> None:
         """Start all children at once. Raises `EngineUnavailable` if one can't be started."""
         self._settings.scratch_root.mkdir(parents=True, exist_ok=True)
-        _sweep(self._settings.scratch_root)
+        sweep(self._settings.scratch_root, _FOLDER_PREFIX)
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(self._children):
@@ -238,7 +216,7 @@ class DuckDBEngine:
                 return
 
     async def _add_worker(self) -> None:
-        home = _Home.make(self._settings.scratch_root)
+        home = ScratchFolder.make(self._settings.scratch_root, _FOLDER_PREFIX)
         try:
             environment = minimal_environment(home.path)
             process = await ChildProcess.start(room_command("engines.duckdb.child"), environment, quiet=self._quiet)
@@ -316,17 +294,3 @@ def _with_bounded_scans(settings: DuckDBSettings) -> DuckDBSettings:
     options = f"{given or ''} -c statement_timeout={_SCAN_MILLISECONDS}".strip()
     bounded = make_conninfo(settings.postgres_url, options=options, connect_timeout=_CONNECT_SECONDS)
     return replace(settings, postgres_url=bounded)
-
-
-def _sweep(root: Path) -> None:
-    """Remove the directories of children whose pool died without tidying: nobody holds their locks any more."""
-    for path in root.glob(f"{_FOLDER_PREFIX}*"):
-        lock = os.open(path, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            continue
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-        finally:
-            os.close(lock)
