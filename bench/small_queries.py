@@ -1,7 +1,7 @@
 """Small queries a second: queryd against the naive consumer of `bench.naive`, on the same servers.
 
 Half of the queries are `SELECT 42 AS answer`, half an aggregation over a thousand numbers; results are Parquet. They
-are the same in every run but for their ids. Half come by each lane; the naive peer has one topic for all. A run
+are the same in every run but for their ids, and four orgs ask. Half come by each lane; the naive peer has one topic. A run
 lasts from the first publish to the last terminal event as a reader of the status topic sees it. One unmeasured run of
 each warms up; then they alternate, and each pair begins with the other one. While the naive peer runs, queryd is up
 and idle.
@@ -34,6 +34,9 @@ STATEMENTS = (
     "SELECT count(*) AS numbers, sum(i)::BIGINT AS total FROM generate_series(1, 1000) AS t(i)",
 )
 
+# The same in every run, so that what is kept warm for an org is warm.
+ORGS = tuple(str(uuid.uuid5(uuid.NAMESPACE_URL, f"queryd:bench:org:{number}")) for number in range(4))
+
 # Enough to start every process, fill the pools and load what is loaded late.
 _WARM_UP = 50
 # As many as a lane of a small installation; the naive peer reads them all by itself.
@@ -44,7 +47,7 @@ _TOPIC_SECONDS = 30.0
 
 
 def make_queries(count: int) -> list[Valid]:
-    """`count` small requests, alternating by statement and, in twos, by lane."""
+    """`count` small requests, alternating by statement, in twos by lane, in fours by org."""
     return [Valid(make_fields(MODES[number // 2 % 2], sql=STATEMENTS[number % 2]), (), ()) for number in range(count)]
 
 

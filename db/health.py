@@ -1,4 +1,4 @@
-"""What `queryd doctor` asks a database."""
+"""Is a database as we need it? Asked by `queryd doctor`, and by every service at its start."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,12 +6,31 @@ from typing import Any
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
+from db.connection import conninfo, unavailable_told_apart
+
+DATA_TABLES = ("query_results", "query_runs", "outbox")
+STATE_TABLES = ("query_status", "consumer_offsets", "tasks")
+
 MISSING = "SELECT name FROM unnest(%(names)s::text[]) AS n(name) WHERE to_regclass(name) IS NULL ORDER BY name"
 
 
 def read_missing_tables(connection: psycopg.Connection[Any], tables: Sequence[str]) -> list[str]:
     """Which of the tables are not there."""
     return [row[0] for row in connection.execute(MISSING, {"names": list(tables)}).fetchall()]
+
+
+class SchemaMissing(Exception):
+    """The database is there and our tables are not: run `queryd db upgrade`."""
+
+
+async def require_tables(url: str, tables: Sequence[str]) -> None:
+    """Raises `SchemaMissing`, and `DatabaseUnavailable` while nobody can say."""
+    with unavailable_told_apart():
+        async with await psycopg.AsyncConnection.connect(conninfo(url, "start")) as connection:
+            cursor = await connection.execute(MISSING, {"names": list(tables)})
+            missing = [row[0] for row in await cursor.fetchall()]
+    if missing:
+        raise SchemaMissing(f"tables are missing: {', '.join(missing)}; run `queryd db upgrade`")
 
 
 def same_server(one: str, other: str) -> bool:

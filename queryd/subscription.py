@@ -12,7 +12,8 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from confluent_kafka import (
     OFFSET_BEGINNING,
@@ -43,6 +44,7 @@ _DRAIN_SECONDS = 3.0
 _BROKER_SECONDS = 10.0
 
 Partition = tuple[str, int]
+_Answer = TypeVar("_Answer")
 
 
 class SubscriptionLost(Exception):
@@ -124,6 +126,8 @@ class Subscription:
         self._failure: Exception | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lock = threading.Lock()
+        # A cancelled poll leaves its thread behind for a moment: whoever uses the consumer next waits for it.
+        self._consumer_turn = threading.Lock()
         self._first_assignment = asyncio.Event()
         self._outages = OutageLog("the consumer")
         self._consumer = Consumer(
@@ -162,7 +166,7 @@ class Subscription:
 
         Raises `SubscriptionLost` (make a new subscription) and `OffsetOutOfRange` (stop).
         """
-        records = await asyncio.to_thread(self._poll)
+        records = await asyncio.to_thread(self._in_turn, self._poll)
         if self._failure is not None:
             raise SubscriptionLost(f"a rebalance callback failed: {self._failure!r}") from self._failure
         return records
@@ -177,7 +181,7 @@ class Subscription:
 
     async def commit(self) -> None:
         """Commit what is finished now, and wait for the broker's answer."""
-        await asyncio.to_thread(self._commit, synchronously=True)
+        await asyncio.to_thread(self._in_turn, partial(self._commit, synchronously=True))
 
     async def close(self) -> None:
         """Commit what is finished and leave the group. `close` of the consumer is reached whatever fails before."""
@@ -186,9 +190,13 @@ class Subscription:
         except KafkaException as error:
             _log.warning("the last commit failed, some finished records will be read again: %s", _reason(error))
         finally:
-            await asyncio.to_thread(self._consumer.close)
+            await asyncio.to_thread(self._in_turn, self._consumer.close)
 
     # What follows runs in the worker thread that polls, callbacks included.
+
+    def _in_turn(self, call: Callable[[], _Answer]) -> _Answer:
+        with self._consumer_turn:
+            return call()
 
     def _poll(self) -> list[Record]:
         try:

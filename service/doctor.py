@@ -11,7 +11,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
-from db.health import read_missing_tables, same_server
+from db.health import DATA_TABLES, STATE_TABLES, read_missing_tables, same_server
 from queryd.events import Topic
 from queryd.outages import QUIET
 from service.settings import Settings
@@ -61,7 +61,7 @@ def _examine_data(settings: Settings) -> Iterator[Finding]:
         "postgres data",
         "QUERYD_DATA_URL",
         settings.data_url.get_secret_value(),
-        ("query_results", "query_runs", "outbox"),
+        DATA_TABLES,
     )
 
 
@@ -70,7 +70,7 @@ def _examine_state(settings: Settings) -> Iterator[Finding]:
         "postgres state",
         "QUERYD_STATE_URL",
         settings.state_url.get_secret_value(),
-        ("query_status", "consumer_offsets"),
+        STATE_TABLES,
     )
 
 

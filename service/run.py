@@ -6,10 +6,13 @@ import sys
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from enum import StrEnum
+from functools import partial
 
 import structlog
 
 from consumers.executor.executor import Executor
+from db.health import DATA_TABLES, STATE_TABLES, require_tables
+from db.retrying import until_available
 from processes.lifeline import hold_lifeline
 from service.readiness import announce_ready
 from service.settings import Settings, WrongSetting, load_settings
@@ -44,6 +47,7 @@ def run_service(service: Service, settings: Settings) -> int:
 
 
 async def _run_executor(settings: Settings) -> None:
+    await _require_data(settings)
     async with AsyncExitStack() as stack:
         executor = await make_executor(settings, stack)
         _stop_on_signal(executor.stop)
@@ -54,18 +58,26 @@ async def _run_executor(settings: Settings) -> None:
             announcing.cancel()
 
 
+async def _require_data(settings: Settings) -> None:
+    await until_available(partial(require_tables, settings.data_url.get_secret_value(), DATA_TABLES), "postgres data")
+
+
 async def _announce(executor: Executor) -> None:
     await executor.subscription.wait_assigned()
     announce_ready(Service.EXECUTOR)
 
 
 async def _run_relay(settings: Settings) -> None:
+    await _require_data(settings)
     relay = make_relay(settings, lambda: announce_ready(Service.RELAY))
     _stop_on_signal(relay.stop)
     await relay.run()
 
 
 async def _run_projector(settings: Settings) -> None:
+    await until_available(
+        partial(require_tables, settings.state_url.get_secret_value(), STATE_TABLES), "postgres state"
+    )
     async with AsyncExitStack() as stack:
         projector = await make_projector(settings, stack, lambda: announce_ready(Service.PROJECTOR))
         _stop_on_signal(projector.stop)

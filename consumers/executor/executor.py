@@ -2,10 +2,11 @@
 
     poll → admit → schedule → claim → authorize → execute → store → finish → commit
 
-and each arrow is one function: `_take_in`, `admission.admit`, `FairQueue.put`, then `Attempts.run` from top to bottom.
+and each arrow is one function: `_take_in`, `_admit_records`, `FairQueue.put`, then `Attempts.run` from top to bottom.
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,9 @@ from consumers.executor.schedule import FairQueue
 from consumers.executor.transitions import Batcher, RowRefused, Transitions
 from consumers.executor.watch import Takeable, Watch
 from db.clock import DatabaseClock
-from db.connection import DatabaseUnavailable, DataPool
+from db.connection import DataPool
+from db.data.runs import RunState
+from db.retrying import until_available
 from engines.protocol import Engine
 from producers.dead_letters import DeadCode, DeadLetters
 from queryd.events import Mode
@@ -31,6 +34,8 @@ from telemetry.events import LogEvent
 
 _log = structlog.get_logger("queryd.executor")
 
+# Requests in one admission transaction, which then takes some 50 ms.
+_ADMISSION = 500
 # A handed-back query's next attempt starts within 2 s, so the watch looks twice a second; one statement for all.
 _WATCH_SECONDS = 0.5
 # Results waiting for the store or the finish, per lane: bounds what lies in scratch while S3 or Postgres is slow.
@@ -94,6 +99,8 @@ class Executor:
         self._lanes = {mode: Lane(mode, rules.slots[mode]) for mode in Mode}
         self._lane_of_topic = {mode.topic.value: self._lanes[mode] for mode in Mode}
         self._admissions: Batcher[Legible, Verdict] = Batcher(self._admit)
+        self._arrived: deque[Record] = deque()
+        self._has_arrived = asyncio.Event()
         self._watch = Watch(rules.lease_seconds)
         # Why a parked query may be taken although its lease looks alive, by query id.
         self._still_renewals: dict[str, int | None] = {}
@@ -116,6 +123,7 @@ class Executor:
         await self.subscription.open()
         loops = [
             asyncio.create_task(self._take_in(), name="intake"),
+            asyncio.create_task(self._admit_for_ever(), name="admission"),
             asyncio.create_task(self._leases.renew_for_ever(), name="leases"),
             asyncio.create_task(self._watch_for_ever(), name="watch"),
             asyncio.create_task(self._reaper.reap_for_ever(), name="reaper"),
@@ -138,10 +146,19 @@ class Executor:
     # Poll and admit.
 
     async def _take_in(self) -> None:
+        """The poll goes on whatever admission waits for; what lies between them is bounded by the window."""
         while True:
-            records = await self.subscription.poll()
-            if records:
-                await self._admit_records(records)
+            self._arrived.extend(await self.subscription.poll())
+            if self._arrived:
+                self._has_arrived.set()
+
+    async def _admit_for_ever(self) -> None:
+        while True:
+            await self._has_arrived.wait()
+            self._has_arrived.clear()
+            while self._arrived:
+                batch = [self._arrived.popleft() for _ in range(min(len(self._arrived), _ADMISSION))]
+                await self._admit_records([record for record in batch if self.subscription.owns(record)])
 
     async def _admit_records(self, records: Sequence[Record]) -> None:
         legible: list[Legible] = []
@@ -221,16 +238,15 @@ class Executor:
             await asyncio.sleep(_WATCH_SECONDS)
             if not len(self._watch):
                 continue
-            try:
-                states = await self._transitions.read([query.facts.query_id for query in self._watch.queries])
-            except DatabaseUnavailable as error:
-                _log.warning(LogEvent.DEPENDENCY_UNAVAILABLE, dependency="postgres data", reason=str(error))
-                continue
+            states = await until_available(self._read_watched, "postgres data")
             finished, takeable = self._watch.observe(states)
             for query in finished:
                 self.subscription.finish(query.record)
             for taken in takeable:
                 self._take_over(taken)
+
+    async def _read_watched(self) -> dict[str, RunState]:
+        return await self._transitions.read([query.facts.query_id for query in self._watch.queries])
 
     def _take_over(self, taken: Takeable) -> None:
         if taken.still_renewal is not None:

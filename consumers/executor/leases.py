@@ -9,8 +9,9 @@ from enum import Enum, auto
 
 import structlog
 
-from db.connection import DatabaseUnavailable, DataPool, transaction
+from db.connection import DataPool, transaction
 from db.data.attempts import Renewal, renew
+from db.retrying import until_available
 from telemetry.events import LogEvent
 
 _log = structlog.get_logger("queryd.leases")
@@ -73,10 +74,7 @@ class Leases:
         while True:
             started = time.monotonic()
             if self._held:
-                try:
-                    await self._renew()
-                except DatabaseUnavailable as error:
-                    _log.warning(LogEvent.DEPENDENCY_UNAVAILABLE, dependency="postgres data", reason=str(error))
+                await until_available(self._renew, "postgres data")
             await asyncio.sleep(max(0.0, self._renew_seconds - (time.monotonic() - started)))
 
     async def _renew(self) -> None:

@@ -9,8 +9,9 @@ from consumers.executor.endings import fail, overdue_failure
 from consumers.executor.story import QueryFacts
 from consumers.executor.transitions import RowRefused, Transitions
 from db.clock import DatabaseClock
-from db.connection import DatabaseUnavailable, DataPool, transaction
+from db.connection import DataPool, transaction
 from db.data.runs import RunState, read_canonical, read_overdue, read_states
+from db.retrying import until_available
 from queryd.events import Status
 from telemetry.events import LogEvent
 
@@ -33,10 +34,7 @@ class Reaper:
         """Look every few seconds, with jitter so that executors don't look together."""
         while True:
             await asyncio.sleep(_SECONDS * random.uniform(0.7, 1.0))  # noqa: S311 — jitter, not a secret
-            try:
-                await self.reap()
-            except DatabaseUnavailable as error:
-                _log.warning(LogEvent.DEPENDENCY_UNAVAILABLE, dependency="postgres data", reason=str(error))
+            await until_available(self.reap, "postgres data")
 
     async def reap(self) -> int:
         """End what is overdue now; returns how many were found. Raises `DatabaseUnavailable`."""

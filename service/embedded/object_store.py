@@ -75,6 +75,7 @@ class ObjectStore:
                 ready=lambda ports: all(map(accepts, ports)) and self._takes_a_put(_url(ports)),
                 stop=_STOP,
                 orphaned=_ORPHANED,
+                sockets=_grpc_sockets,
                 # A soft limit: more than the demo needs, and small beside what it would take by itself.
                 environment={"TMPDIR": str(directory / "tmp"), "GOMEMLIMIT": "512MiB"},
             ),
@@ -184,6 +185,15 @@ def _write_private(path: Path, text: str) -> None:
     with os.fdopen(descriptor, "w") as file:
         file.write(text)
     draft.replace(path)
+
+
+def _grpc_sockets(ports: tuple[int, ...]) -> list[Path]:
+    """The sockets that each part makes beside its gRPC port. Neither TMPDIR nor an option moves them."""
+    return [
+        Path(f"/tmp/seaweedfs-{name.partition('.')[0]}-grpc-{port}.sock")  # noqa: S108 - the server's choice
+        for name, port in zip(_PORTS, ports, strict=True)
+        if name.endswith(".grpc")
+    ]
 
 
 def _pick_ports() -> tuple[int, ...]:

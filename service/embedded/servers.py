@@ -73,7 +73,8 @@ class Recipe:
     """What there is to know about a server before it runs.
 
     `pick` chooses ports, `command` makes the command line for them, `ready` tells whether the server that listens
-    there is ours and answers. `directory` is its working directory, `log` takes its output.
+    there is ours and answers. `directory` is its working directory, `log` takes its output. `sockets` names the files
+    outside of `directory` that it leaves behind.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Recipe:
     stop: Ending
     orphaned: Ending
     account: Account | None = None
+    sockets: Callable[[tuple[int, ...]], Sequence[Path]] = lambda _: ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -116,7 +118,9 @@ class Server:
         deadline = time.monotonic() + seconds
         for attempt in range(_PORT_ATTEMPTS):
             ports = self._ports or self._recipe.pick()
-            self._warden = _spawn(self._recipe, self._recipe.command(ports), self._lifeline)
+            self._warden = _spawn(
+                self._recipe, self._recipe.command(ports), self._lifeline, self._recipe.sockets(ports)
+            )
             if self._await_ready(ports, deadline):
                 self._ports = ports
                 return
@@ -185,13 +189,15 @@ def package_folder(package: str, what: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def _spawn(recipe: Recipe, command: Sequence[str], lifeline: Lifeline) -> "subprocess.Popen[bytes]":
+def _spawn(
+    recipe: Recipe, command: Sequence[str], lifeline: Lifeline, sockets: Sequence[Path] = ()
+) -> "subprocess.Popen[bytes]":
     """A warden for `command`. It inherits the directory's lock, so that nobody else can start there while it lives."""
     lock = _lock(recipe)
     try:
         with _open_log(recipe.log) as log:
             return subprocess.Popen(
-                _warden_command(recipe, command, lifeline.read_end, lock),
+                _warden_command(recipe, command, lifeline.read_end, lock, sockets),
                 cwd=recipe.directory,
                 env={name: os.environ[name] for name in _PASSED_ON if name in os.environ} | dict(recipe.environment),
                 stdin=subprocess.DEVNULL,
@@ -205,8 +211,11 @@ def _spawn(recipe: Recipe, command: Sequence[str], lifeline: Lifeline) -> "subpr
         os.close(lock)
 
 
-def _warden_command(recipe: Recipe, command: Sequence[str], lifeline: int, lock: int) -> list[str]:
+def _warden_command(
+    recipe: Recipe, command: Sequence[str], lifeline: int, lock: int, sockets: Sequence[Path]
+) -> list[str]:
     options = [f"--lifeline={lifeline}", f"--lock={lock}", f"--stop={recipe.stop}", f"--orphaned={recipe.orphaned}"]
+    options += [f"--socket={path}" for path in sockets]
     if recipe.account is not None:
         options.append(f"--account={recipe.account.uid}:{recipe.account.gid}")
         if recipe.account.unhindered:

@@ -19,6 +19,7 @@ import ctypes
 import os
 import select
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -59,7 +60,7 @@ class Ending:
 @dataclass(frozen=True, slots=True)
 class Orders:
     """What a warden is told. `account` is the (uid, gid) that the server runs as; `unhindered` lets it use files and
-    folders that are closed to that account, as root could."""
+    folders that are closed to that account, as root could. `sockets` are files that it leaves behind."""
 
     command: tuple[str, ...]
     lifeline: int
@@ -67,6 +68,7 @@ class Orders:
     orphaned: Ending
     account: tuple[int, int] | None
     unhindered: bool
+    sockets: tuple[Path, ...]
 
 
 class Warden:
@@ -95,6 +97,8 @@ class Warden:
             self._reap()
             if self._exit_code is not None:
                 self._sweep()
+                for path in self._orders.sockets:
+                    remove_dead_socket(path)
                 return self._exit_code
             self._wait()
             while self._asked:
@@ -150,6 +154,15 @@ class Warden:
 def _send(pid: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
+
+
+def remove_dead_socket(path: Path) -> None:
+    """Remove a socket's file unless somebody listens there: another server may have had the name before ours."""
+    with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
 
 
 def _children() -> Iterator[int]:
@@ -242,12 +255,19 @@ def _parse(arguments: list[str]) -> Orders:
     parser.add_argument("--orphaned", type=Ending.parse, required=True, help="SIGNAL:SECONDS when the lifeline ends")
     parser.add_argument("--account", type=_account, help="UID:GID to run the server as")
     parser.add_argument("--unhindered", action="store_true", help="let that account use what is closed to it")
+    parser.add_argument("--socket", type=Path, action="append", default=[], help="to remove after the server's end")
     parser.add_argument("command", nargs="+")
     read = parser.parse_args(arguments)
     for inherited in (read.lifeline, read.lock):
         os.set_inheritable(inherited, False)
     return Orders(
-        tuple(read.command), read.lifeline, read.stop, read.orphaned, read.account, read.unhindered and _LINUX
+        tuple(read.command),
+        read.lifeline,
+        read.stop,
+        read.orphaned,
+        read.account,
+        read.unhindered and _LINUX,
+        tuple(read.socket),
     )
 
 
