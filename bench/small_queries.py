@@ -1,10 +1,10 @@
 """Small queries a second: queryd against the naive consumer of `bench.naive`, on the same servers.
 
 Half of the queries are `SELECT 42 AS answer`, half an aggregation over a thousand numbers; results are Parquet. They
-are the same in every run but for their ids, and four orgs ask. Half come by each lane; the naive peer has one topic. A run
-lasts from the first publish to the last terminal event as a reader of the status topic sees it. One unmeasured run of
-each warms up; then they alternate, and each pair begins with the other one. While the naive peer runs, queryd is up
-and idle.
+are the same in every run but for their ids, four orgs ask, and half come by each lane; the naive peer has one topic for
+all. A run lasts from the first publish to the last terminal event as a reader of the status topic sees it. One
+unmeasured run of each warms up; then they alternate, and each pair begins with the other one. While the naive peer
+runs, queryd is up and idle.
 
 Run it from the checkout: `python -m bench.small_queries [--queries N] [--runs N] [--bootstrap HOST:PORT] [--json]`.
 """
@@ -48,7 +48,12 @@ _TOPIC_SECONDS = 30.0
 
 def make_queries(count: int) -> list[Valid]:
     """`count` small requests, alternating by statement, in twos by lane, in fours by org."""
-    return [Valid(make_fields(MODES[number // 2 % 2], sql=STATEMENTS[number % 2]), (), ()) for number in range(count)]
+    return [_make_query(number) for number in range(count)]
+
+
+def _make_query(number: int) -> Valid:
+    mode, sql, org = MODES[number // 2 % 2], STATEMENTS[number % 2], ORGS[number // 4 % len(ORGS)]
+    return Valid(make_fields(mode, sql=sql, org_id=org), (), ())
 
 
 def measure(publisher: Publisher, told: StatusTail, messages: Sequence[Outgoing], query_ids: Sequence[str]) -> float:

@@ -113,11 +113,10 @@ class Attempts:
         failure = _find_failure(query.state, query.sql, still_renewal)
         if failure is not None:
             return await self.end_unclaimed(query, failure, still_renewal)
-        token = str(uuid.uuid4())
-        with self._leases.hold(query.facts.query_id, token) as lease:
-            running = await self._claim(query, lease, still_renewal)
-            if running is None:
-                return False
+        running = await self._claim(query, Lease(query.facts.query_id, str(uuid.uuid4())), still_renewal)
+        if running is None:
+            return False
+        with self._leases.hold(running.lease):
             async with _scratch(running.scratch):
                 try:
                     outcome = await self._execute(running)

@@ -49,14 +49,16 @@ class Leases:
         self._held: dict[str, Lease] = {}
 
     @contextmanager
-    def hold(self, query_id: str, token: str) -> Iterator[Lease]:
-        """Renew the lease of a claimed attempt for as long as the context lasts."""
-        lease = Lease(query_id, token)
-        self._held[token] = lease
+    def hold(self, lease: Lease) -> Iterator[None]:
+        """Renew the lease of an attempt for as long as the context lasts.
+
+        The attempt must be claimed already: a renewal that comes before the claim is committed would find no lease.
+        """
+        self._held[lease.token] = lease
         try:
-            yield lease
+            yield
         finally:
-            del self._held[token]
+            del self._held[lease.token]
 
     def stop_all(self, why: Stop) -> None:
         """Ask every attempt to end."""
