@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from db.connection import DataPool, transaction
+from db.connection import DataPool, statement
 from db.data.datasets import Dataset, read_granted
 
 
 async def authorize(pool: DataPool, org_id: str, user_id: str | None, roles: Sequence[str]) -> tuple[Dataset, ...]:
     """Every dataset that this org, user and roles may read, and no other; raises `DatabaseUnavailable`."""
-    async with transaction(pool) as connection:
+    async with statement(pool) as connection:
         return tuple(await read_granted(connection, org_id, user_id, roles))

@@ -5,7 +5,7 @@ sequence that was seen, so that a second projector, or a reset, changes nothing.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,13 +25,10 @@ from db.state.query_status import (
 from queryd.codec import InvalidEvent, Undecodable, decode_status
 from queryd.events import Invalid, QueryStatusChanged, Topic, parse_uuid
 from queryd.subscription import Partition, Record, Subscription
-from queryd.topics import TopicIdentity, TopicUnknown, read_topic_identity
+from queryd.topics import TopicIdentity, wait_for_topic
 from telemetry.events import LogEvent
 
 _log = structlog.get_logger("queryd.projector")
-
-# How often a start asks for a broker or a topic that is not there yet.
-_AGAIN_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +57,7 @@ class Projector:
 
     async def run(self) -> None:
         """Project until `stop`; whatever goes away is waited for."""
-        topic = await self._find_topic()
+        topic = await self._unless_stopped(wait_for_topic(self._kafka, Topic.STATUS))
         if topic is None:
             return
 
@@ -88,17 +85,13 @@ class Projector:
         await subscription.wait_assigned()
         self._ready()
 
-    async def _find_topic(self) -> TopicIdentity | None:
-        told = False
-        while not self._stopping.is_set():
-            try:
-                return await asyncio.to_thread(read_topic_identity, self._kafka, Topic.STATUS)
-            except TopicUnknown as error:
-                if not told:
-                    _log.warning(LogEvent.DEPENDENCY_UNAVAILABLE, dependency="kafka", reason=str(error))
-                    told = True
-                await asyncio.sleep(_AGAIN_SECONDS)
-        return None
+    async def _unless_stopped(self, work: Coroutine[Any, Any, TopicIdentity]) -> TopicIdentity | None:
+        task, stopping = asyncio.create_task(work), asyncio.create_task(self._stopping.wait())
+        waited: set[asyncio.Task[Any]] = {task, stopping}
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        for each in waited:
+            each.cancel()
+        return task.result() if task.done() else None
 
     async def _read_offsets(self, topic: TopicIdentity) -> dict[int, int]:
         async with transaction(self._pool) as connection:

@@ -1,5 +1,7 @@
 """What an offset belongs to: a cluster and a topic, by their ids."""
 
+import asyncio
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +10,10 @@ from confluent_kafka.admin import AdminClient
 
 from queryd.outages import QUIET
 
+_log = logging.getLogger("queryd.kafka")
+
+# How often to ask for a broker or a topic that is not there yet.
+_AGAIN_SECONDS = 1.0
 # Long enough for a broker that is starting; then the caller waits and asks again.
 _BROKER_SECONDS = 10.0
 
@@ -22,6 +28,19 @@ class TopicIdentity:
 
     cluster_id: str
     topic_id: str
+
+
+async def wait_for_topic(config: dict[str, Any], topic: str) -> TopicIdentity:
+    """The topic's identity, waiting for the broker and the topic for as long as it takes, and saying so once."""
+    told = False
+    while True:
+        try:
+            return await asyncio.to_thread(read_topic_identity, config, topic)
+        except TopicUnknown as error:
+            if not told:
+                _log.warning("kafka does not know %s yet, waiting: %s", topic, error)
+                told = True
+            await asyncio.sleep(_AGAIN_SECONDS)
 
 
 def read_topic_identity(config: dict[str, Any], topic: str) -> TopicIdentity:

@@ -65,7 +65,8 @@ class Stack:
         os.environ.update(variables)
         settings = load_settings()
         apply_topics(settings.kafka, settings.partitions, settings.replication)
-        _write_atomically(self.directory / "env", variables)
+        lines = [f"{name}={value}\n" for name, value in variables.items()]
+        _write_atomically(self.directory / "env", "".join(lines))
 
     def stop(self) -> None:
         """Stop the servers; their data stays."""
@@ -159,7 +160,7 @@ class Supervisor:
             pass_fds=(self._lifeline.read_end,),
         )
         self._processes[service] = process
-        _write_text(self._run_directory / f"{service.value}.pid", f"{process.pid}\n")
+        _write_atomically(self._run_directory / f"{service.value}.pid", f"{process.pid}\n")
         return process
 
     async def _wait_ready(self) -> None:
@@ -242,13 +243,9 @@ def _lock(directory: Path) -> int:
     return lock
 
 
-def _write_atomically(path: Path, variables: dict[str, str]) -> None:
-    """Readers see the whole file or none; it holds credentials, so only its owner reads it."""
-    draft = path.with_suffix(".draft")
+def _write_atomically(path: Path, text: str) -> None:
+    """Readers see the whole file or none; only its owner reads it, for it may hold credentials."""
+    draft = path.with_name(path.name + ".draft")
     draft.touch(mode=0o600)
-    _write_text(draft, "".join(f"{name}={value}\n" for name, value in variables.items()))
+    draft.write_text(text, encoding="utf-8")
     draft.replace(path)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

@@ -19,9 +19,11 @@ from db.connection import DataPool, StatePool, make_pool
 from engines.duckdb.pool import DuckDBEngine
 from engines.duckdb.settings import DuckDBSettings
 from processes.scratch import ScratchFolder, sweep
+from producers.dead_letters import DeadLetters
 from producers.relay.relay import Relay, RelayRules
 from queryd.events import Mode
 from queryd.publisher import Publisher
+from queryd.topics import wait_for_topic
 from results.uploader import Uploader
 from service.settings import Settings
 
@@ -54,11 +56,14 @@ async def make_executor(settings: Settings, stack: AsyncExitStack) -> Executor:
         uploader=uploader,
         rules=_attempt_rules(settings, folder.path),
     )
+    publisher = Publisher(settings.kafka)
+    topics = {mode.topic.value: await wait_for_topic(settings.kafka, mode.topic) for mode in Mode}
     return Executor(
         pool=pool,
         clock=clock,
         subscription_config=settings.kafka | settings.group("executor"),
-        publisher=Publisher(settings.kafka),
+        publisher=publisher,
+        dead_letters=DeadLetters(pool, publisher, settings.kafka, topics),
         engine=engine,
         uploader=uploader,
         transitions=transitions,

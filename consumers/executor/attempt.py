@@ -176,7 +176,7 @@ class Attempts:
         running = Running(
             query, lease, claimed.attempt, claimed.sequence, time.monotonic(), run_seconds, queued_ms, scratch
         )
-        _log.info(LogEvent.QUERY_STARTED, **_names(running))
+        _log.debug(LogEvent.QUERY_STARTED, **_names(running))
         return running
 
     # Authorize and execute.

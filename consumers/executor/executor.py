@@ -25,7 +25,7 @@ from db.connection import DataPool
 from db.data.runs import RunState
 from db.retrying import until_available
 from engines.protocol import Engine
-from producers.dead_letters import DeadCode, DeadLetters
+from producers.dead_letters import DeadCode, DeadLetter, DeadLetters
 from queryd.events import Mode
 from queryd.publisher import Publisher
 from queryd.subscription import Partition, Record, Subscription
@@ -75,6 +75,7 @@ class Executor:
         clock: DatabaseClock,
         subscription_config: dict[str, Any],
         publisher: Publisher,
+        dead_letters: DeadLetters,
         engine: Engine,
         uploader: Uploader,
         transitions: Transitions,
@@ -87,7 +88,7 @@ class Executor:
         self._pool = pool
         self._clock = clock
         self._publisher = publisher
-        self._dead_letters = DeadLetters(publisher)
+        self._dead_letters = dead_letters
         self._engine = engine
         self._uploader = uploader
         self._transitions = transitions
@@ -101,6 +102,7 @@ class Executor:
         self._admissions: Batcher[Legible, Verdict] = Batcher(self._admit)
         self._arrived: deque[Record] = deque()
         self._has_arrived = asyncio.Event()
+        self._burying = asyncio.Lock()
         self._watch = Watch(rules.lease_seconds)
         # Why a parked query may be taken although its lease looks alive, by query id.
         self._still_renewals: dict[str, int | None] = {}
@@ -194,7 +196,8 @@ class Executor:
 
     async def _bury(self, refused: Sequence[tuple[Record, Refused]]) -> None:
         """Dead letters, acknowledged before their records finish; if they can't be written, the executor stops."""
-        await asyncio.gather(*(self._dead_letters.send(record, why.code, why.reason) for record, why in refused))
+        async with self._burying:
+            await self._dead_letters.send([DeadLetter(record, why.code, why.reason) for record, why in refused])
         for record, _ in refused:
             self.subscription.finish(record)
 
@@ -256,7 +259,10 @@ class Executor:
     # Rebalance and shutdown.
 
     async def _forget_partitions(self, partitions: set[Partition]) -> None:
-        """What waits of these partitions is the next owner's. What runs goes on under its lease."""
+        """What waits of these partitions is the next owner's. What runs goes on under its lease.
+
+        Dead letters under way are waited for, so that the next owner finds them noted and not half done.
+        """
 
         def gone(query: Admitted) -> bool:
             return (query.record.topic, query.record.partition) in partitions
@@ -266,6 +272,8 @@ class Executor:
         for query in self._watch.queries:
             if gone(query):
                 self._watch.drop(query.facts.query_id)
+        async with self._burying:
+            pass
 
     async def _shut_down(self, loops: Sequence["asyncio.Task[Any]"]) -> None:
         """Stop intake, finish or hand back, commit, flush, close: each step guarded on its own."""

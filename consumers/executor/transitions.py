@@ -5,6 +5,7 @@ That batching, not more connections, is what makes small queries fast: a commit 
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -24,6 +25,9 @@ _log = structlog.get_logger("queryd.transitions")
 
 # As many rows as one transaction moves in some 50 ms; more would make the first wait for the last.
 _BATCH = 500
+# A slot waits for its claim, so claims go at once. An ending keeps nobody from working: a reader who waits for it does
+# not notice 10 ms, and under load it halves the commits.
+_ENDINGS_APART_SECONDS = 0.01
 
 _Item = TypeVar("_Item")
 _Answer = TypeVar("_Answer")
@@ -46,8 +50,13 @@ class Batcher(Generic[_Item, _Answer]):
     batch until the one row that caused it stands alone and gets `RowRefused`.
     """
 
-    def __init__(self, run: Callable[[Sequence[_Item]], Awaitable[Sequence[_Answer]]]) -> None:
+    def __init__(
+        self, run: Callable[[Sequence[_Item]], Awaitable[Sequence[_Answer]]], apart_seconds: float = 0.0
+    ) -> None:
+        """`apart_seconds`: under load, batches start at least this far apart, so that more share one transaction."""
         self._run = run
+        self._apart_seconds = apart_seconds
+        self._last_start = -apart_seconds
         self._waiting: list[_Waiting[_Item, _Answer]] = []
         self._runner: asyncio.Task[None] | None = None
 
@@ -67,6 +76,8 @@ class Batcher(Generic[_Item, _Answer]):
         # The loop turns once, so that everything due in this very turn comes along.
         await asyncio.sleep(0)
         while self._waiting:
+            await asyncio.sleep(self._last_start + self._apart_seconds - time.monotonic())
+            self._last_start = time.monotonic()
             batch, self._waiting = self._waiting[:_BATCH], self._waiting[_BATCH:]
             try:
                 answers = await self._send([waiting.item for waiting in batch])
@@ -107,7 +118,7 @@ class Transitions:
         self._pool = pool
         self._clock = clock
         self._claims = Batcher(self._claim)
-        self._endings = Batcher(self._end)
+        self._endings = Batcher(self._end, _ENDINGS_APART_SECONDS)
         self._hand_backs = Batcher(self._hand_back)
 
     async def claim(self, wanted: Claim) -> RunState | None:

@@ -6,12 +6,18 @@ import uuid
 from datetime import UTC, datetime
 from typing import Any
 
+from hypothesis import settings
+
 from consumers.executor.admission import Admitted
 from consumers.executor.story import QueryFacts
 from db.data.runs import RunState
 from queryd.codec import encode
 from queryd.events import Mode, OrgId, QueryId, QueryRequested, QueryStatusChanged, Status
 from queryd.subscription import Record
+
+# Few examples, as all unit tests together take seconds; no deadline, as the machine may be busy; no database, as a
+# checkout stays clean.
+QUICK = settings(max_examples=40, deadline=None, database=None)
 
 QUERY_ID = QueryId("0c7f3a52-6c1e-4f0a-9d3b-2f5e8a1b4c6d")
 ORG_ID = OrgId("a1b2c3d4-e5f6-4a7b-8c9d-0e1f2a3b4c5d")

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
 
 from queryd.offsets import PartitionOffsets
+from tests.unit.samples import QUICK
 
 
 class OffsetsAgainstAModel(RuleBasedStateMachine):
@@ -80,6 +81,7 @@ class OffsetsAgainstAModel(RuleBasedStateMachine):
 
 
 TestOffsetsAgainstAModel = OffsetsAgainstAModel.TestCase
+TestOffsetsAgainstAModel.settings = QUICK
 
 
 def _received(offsets: Sequence[int]) -> PartitionOffsets:
@@ -89,6 +91,7 @@ def _received(offsets: Sequence[int]) -> PartitionOffsets:
     return partition
 
 
+@QUICK
 @given(order=st.permutations(range(12)))
 def test_a_commit_never_passes_the_first_unfinished_record(order: list[int]) -> None:
     partition = _received(range(12))

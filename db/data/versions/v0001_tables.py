@@ -138,6 +138,19 @@ CREATE TABLE relay_positions (
 );
 """
 
+_DEAD_LETTERS = """
+-- Records that became dead letters, so that reading one again does not make a second.
+-- sent_at NULL: the broker may have it or not.
+CREATE TABLE dead_letters (
+    topic_id TEXT NOT NULL,
+    partition INT NOT NULL,
+    record_offset BIGINT NOT NULL,
+    created_at TIMESTAMPTZ NOT NULL DEFAULT now(),
+    sent_at TIMESTAMPTZ,
+    PRIMARY KEY (topic_id, partition, record_offset)
+);
+"""
+
 _ACCESS = """
 CREATE TABLE datasets (
     id UUID PRIMARY KEY DEFAULT gen_random_uuid(),
@@ -201,5 +214,5 @@ CREATE TABLE replays (
 
 
 def upgrade() -> None:
-    for statements in (_CANONICAL, _RUNS, _LEASES, _ASKED_AND_GONE, _OUTBOX, _ACCESS):
+    for statements in (_CANONICAL, _RUNS, _LEASES, _ASKED_AND_GONE, _OUTBOX, _DEAD_LETTERS, _ACCESS):
         op.execute(statements)

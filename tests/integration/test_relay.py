@@ -1,0 +1,506 @@
+"""The relay: every row of the outbox reaches the status topic once, whatever the moment of a crash."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from confluent_kafka import Message, Producer
+from confluent_kafka.admin import AdminClient
+
+from consumers.executor.story import QueryFacts, tell
+from db.clock import DatabaseClock
+from db.connection import DataPool
+from db.data.outbox import NewEvent, notify_relay, shard_of
+from db.migrations.upgrade import upgrade_data
+from producers.relay import channels
+from producers.relay.ledger import SPAN
+from producers.relay.relay import OutboxMismatch, Relay, RelayRules
+from queryd.events import Mode, OrgId, QueryId, Status, Topic
+from queryd.headers import continue_trace
+from tests.integration.queries import new_id, opened_pool
+from tests.integration.records import PATIENCE_SECONDS, headers_of, prepare_topics, read_topic, until
+from tests.servers.kafka import Kafka
+
+# What the relay reads at once.
+_BATCH = 500
+# A broker's default for the metadata of an offset.
+_METADATA_BYTES = 4096
+
+# The tests share a broker, and a relay's name there is its first shard: each test takes shards that no other has.
+_free_shards = iter(range(63, -1, -1))
+
+_BOTH_WAYS = pytest.mark.parametrize(
+    "transactions", [pytest.param(True, marks=pytest.mark.needs_kafka), False], ids=["transactional", "read back"]
+)
+needs_kafka = pytest.mark.needs_kafka
+
+
+class _Crash(Exception):
+    """The relay's process ends here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A data database of the test's own, a shard that no other test uses, and the broker."""
+
+    url: str
+    pool: DataPool
+    kafka: Kafka
+    shard: int
+
+    def rules(self, *, transactions: bool) -> RelayRules:
+        return RelayRules(self.url, prepare_topics(self.kafka), transactions, (self.shard,))
+
+
+@dataclass(frozen=True, slots=True)
+class RunningRelay:
+    """A relay at work; `ready` is set once it publishes, or stands by."""
+
+    relay: Relay
+    task: "asyncio.Task[None]"
+    ready: asyncio.Event
+
+
+@pytest.fixture
+async def place(kafka: Kafka, data_url: str) -> AsyncIterator[Place]:
+    upgrade_data(data_url)
+    async with opened_pool(data_url) as pool:
+        yield Place(data_url, pool, kafka, next(_free_shards))
+
+
+# Without a crash.
+
+
+@_BOTH_WAYS
+async def test_every_row_is_published_once_in_order_and_leaves_the_outbox(place: Place, transactions: bool) -> None:
+    early = await _insert(place, _tell_stories(place.shard, queries=20))
+    async with _running(place.rules(transactions=transactions), place.pool) as running:
+        await _until_empty(place.pool, running)
+        # It is at work, and hears of news.
+        late = await _insert(place, _tell_stories(place.shard, queries=5))
+        await _until_empty(place.pool, running)
+    await _assert_published_once(place, [*early, *late])
+
+
+@_BOTH_WAYS
+async def test_a_record_has_the_rows_bytes_and_headers_and_the_querys_id_as_key(
+    place: Place, transactions: bool
+) -> None:
+    [event, *_] = await _insert(place, _tell_stories(place.shard, queries=1))
+    await _publish_all(place, transactions)
+    message = (await _read_published(place, [event]))[0]
+    assert message.key() == event.query_id.encode()
+    assert message.value() == event.payload
+    assert headers_of(message) == {name: value.encode() for name, value in event.headers.obj.items()}
+
+
+@_BOTH_WAYS
+async def test_a_row_without_a_payload_is_a_tombstone(place: Place, transactions: bool) -> None:
+    events = await _insert(place, _tell_stories(place.shard, queries=1))
+    async with place.pool.connection() as connection:
+        await connection.execute("UPDATE outbox SET payload = NULL WHERE event_id = %s", [events[-1].event_id])
+    await _publish_all(place, transactions)
+    assert [message.value() for message in await _read_published(place, events)] == [
+        *(event.payload for event in events[:-1]),
+        None,
+    ]
+
+
+@_BOTH_WAYS
+async def test_more_rows_than_a_batch_are_published_once_in_order(place: Place, transactions: bool) -> None:
+    events = await _insert(place, _tell_stories(place.shard, queries=_BATCH // 2))
+    assert len(events) > _BATCH
+    await _publish_all(place, transactions)
+    await _assert_published_once(place, events)
+
+
+@_BOTH_WAYS
+async def test_a_relay_that_starts_again_publishes_nothing_again(place: Place, transactions: bool) -> None:
+    first = await _insert(place, _tell_stories(place.shard, queries=3))
+    await _publish_all(place, transactions)
+    second = await _insert(place, _tell_stories(place.shard, queries=3))
+    await _publish_all(place, transactions)
+    await _publish_all(place, transactions)
+    await _assert_published_once(place, [*first, *second])
+
+
+@_BOTH_WAYS
+async def test_rows_of_other_shards_stay(place: Place, transactions: bool) -> None:
+    ours = await _insert(place, _tell_stories(place.shard, queries=2))
+    theirs = await _insert(place, _tell_stories((place.shard + 1) % 64, queries=2))
+    async with _running(place.rules(transactions=transactions), place.pool) as running:
+        await until(lambda: _is(place.pool, len(theirs)), running.task)
+    await _assert_published_once(place, ours, left=len(theirs))
+    assert await _read_published(place, theirs) == []
+
+
+@needs_kafka
+async def test_positions_far_apart_are_published_in_batches_whose_ledger_fits(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledgers: list[str] = []
+
+    class Recording(Producer):
+        def send_offsets_to_transaction(self, positions: Any, *rest: Any) -> None:
+            ledgers.extend(position.metadata for position in positions)
+            super().send_offsets_to_transaction(positions, *rest)
+
+    monkeypatch.setattr(channels, "Producer", Recording)
+    events = await _insert(place, _tell_stories(place.shard, queries=1))
+    # The last position that one ledger holds with the first, then the next one, then one that is far away.
+    for position in (SPAN, SPAN + 1, 100 * SPAN):
+        await _go_on_at(place.pool, position)
+        events += await _insert(place, _tell_stories(place.shard, queries=1)[:1])
+    await _publish_all(place, transactions=True)
+    await _assert_published_once(place, events)
+    assert len(ledgers) == 3
+    assert max(map(len, ledgers)) < _METADATA_BYTES
+
+
+# Crashes. What a process leaves behind is simulated by a producer that ends the relay at one of its calls.
+
+
+def _crashing(point: str, *, at: int) -> type[Producer]:
+    """A producer whose relay dies at a point of its batch, the `at`th time that it comes there."""
+    passed = 0
+
+    def die(here: str) -> bool:
+        nonlocal passed
+        passed += here == point
+        return here == point and passed == at
+
+    class Crashing(Producer):
+        def begin_transaction(self) -> None:
+            if die("before the transaction"):
+                raise _Crash
+            super().begin_transaction()
+
+        def produce(self, *args: Any, **named: Any) -> None:
+            if die("amid producing"):
+                # What was produced has arrived.
+                super().flush(PATIENCE_SECONDS)
+                raise _Crash
+            super().produce(*args, **named)
+
+        def send_offsets_to_transaction(self, *args: Any) -> None:
+            if die("before the ledger"):
+                super().flush(PATIENCE_SECONDS)
+                raise _Crash
+            super().send_offsets_to_transaction(*args)
+
+        def commit_transaction(self, *args: Any) -> None:
+            if die("before the commit"):
+                super().flush(PATIENCE_SECONDS)
+                raise _Crash
+            super().commit_transaction(*args)
+            if die("before the delete"):
+                raise _Crash
+
+        def flush(self, *args: Any) -> int:
+            left = super().flush(*args)
+            if die("acknowledged"):
+                raise _Crash
+            return left
+
+    return Crashing
+
+
+@needs_kafka
+@pytest.mark.parametrize(
+    ("point", "at"),
+    [
+        ("before the transaction", 1),
+        ("amid producing", 1),
+        ("amid producing", 20),
+        ("before the ledger", 1),
+        ("before the commit", 1),
+        ("before the delete", 1),
+        # In the second batch, when there is a ledger of the first.
+        ("amid producing", _BATCH + 20),
+        ("before the commit", 2),
+        ("before the delete", 2),
+    ],
+)
+async def test_after_a_crash_every_event_is_there_once(
+    place: Place, monkeypatch: pytest.MonkeyPatch, point: str, at: int
+) -> None:
+    queries = 200 if at in (2, _BATCH + 20) else 20
+    events = await _insert(place, _tell_stories(place.shard, queries))
+    await _crash(place, monkeypatch, _crashing(point, at=at), transactions=True)
+    # Rows of a crashed batch are still there, whether it was committed or not.
+    assert await _count_waiting(place.pool) == len(events) % _BATCH
+    late = await _insert(place, _tell_stories(place.shard, queries=2))
+    await _publish_all(place, transactions=True)
+    await _assert_published_once(place, [*events, *late])
+
+
+@needs_kafka
+async def test_crash_after_crash_every_event_is_there_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = []
+    for point in ("before the delete", "before the commit", "amid producing", "before the delete"):
+        events += await _insert(place, _tell_stories(place.shard, queries=3))
+        await _crash(place, monkeypatch, _crashing(point, at=1), transactions=True)
+    await _publish_all(place, transactions=True)
+    await _assert_published_once(place, events)
+
+
+@pytest.mark.parametrize(("point", "at"), [("amid producing", 1), ("amid producing", 20), ("acknowledged", 1)])
+async def test_what_was_acknowledged_and_not_deleted_is_read_back_and_not_published_again(
+    place: Place, monkeypatch: pytest.MonkeyPatch, point: str, at: int
+) -> None:
+    # An earlier batch, so that there is a position to read back from.
+    events = await _insert(place, _tell_stories(place.shard, queries=2))
+    await _publish_all(place, transactions=False)
+    events += await _insert(place, _tell_stories(place.shard, queries=20))
+    await _crash(place, monkeypatch, _crashing(point, at=at), transactions=False)
+    assert await _count_waiting(place.pool) == 60
+    events += await _insert(place, _tell_stories(place.shard, queries=2))
+    await _publish_all(place, transactions=False)
+    await _assert_published_once(place, events)
+
+
+async def test_a_first_batch_that_was_never_deleted_is_read_back(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = await _insert(place, _tell_stories(place.shard, queries=5))
+    await _crash(place, monkeypatch, _crashing("acknowledged", at=1), transactions=False)
+    await _publish_all(place, transactions=False)
+    await _assert_published_once(place, events)
+
+
+# Where Kafka and Postgres disagree.
+
+
+@needs_kafka
+async def test_a_ledger_of_another_outbox_stops_the_relay(place: Place, postgres_url: str) -> None:
+    await _insert(place, _tell_stories(place.shard, queries=1))
+    await _publish_all(place, transactions=True)
+    upgrade_data(postgres_url)
+    async with opened_pool(postgres_url) as pool:
+        remade = Place(postgres_url, pool, place.kafka, place.shard)
+        events = await _insert(remade, _tell_stories(place.shard, queries=1))
+        await _assert_stops(remade)
+        assert await _read_published(remade, events) == []
+        assert await _count_waiting(pool) == len(events)
+
+
+@needs_kafka
+async def test_a_lost_ledger_stops_the_relay(place: Place) -> None:
+    await _insert(place, _tell_stories(place.shard, queries=1))
+    await _publish_all(place, transactions=True)
+    events = await _insert(place, _tell_stories(place.shard, queries=1))
+    admin = AdminClient(prepare_topics(place.kafka))
+    [answer] = admin.delete_consumer_groups([f"queryd-relay-{place.shard}"]).values()
+    await asyncio.to_thread(answer.result, PATIENCE_SECONDS)
+    await _assert_stops(place)
+    assert await _read_published(place, events) == []
+    assert await _count_waiting(place.pool) == len(events)
+
+
+# Two relays.
+
+
+@_BOTH_WAYS
+async def test_of_two_relays_one_works_and_the_standby_takes_over(place: Place, transactions: bool) -> None:
+    rules = place.rules(transactions=transactions)
+    events = await _insert(place, _tell_stories(place.shard, queries=3))
+    async with _running(rules, place.pool) as active:
+        await _until_empty(place.pool, active)
+        async with _running(rules, place.pool) as standby:
+            await _wait(standby.ready)
+            events += await _insert(place, _tell_stories(place.shard, queries=3))
+            await _until_empty(place.pool, active, standby)
+            assert await _count_lock_holders(place.pool, place.shard) == 1
+            await _stop(active, place.pool)
+            events += await _insert(place, _tell_stories(place.shard, queries=3))
+            await _until_empty(place.pool, standby)
+    await _assert_published_once(place, events)
+
+
+@needs_kafka
+@pytest.mark.parametrize("point", ["amid producing", "before the commit", "before the delete"])
+async def test_a_relay_that_was_stopped_and_wakes_up_late_publishes_nothing(
+    place: Place, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    asleep, wake = threading.Event(), threading.Event()
+
+    def doze(here: str) -> None:
+        if here == point and not asleep.is_set():
+            asleep.set()
+            assert wake.wait(PATIENCE_SECONDS)
+
+    class Dozing(Producer):
+        def produce(self, *args: Any, **named: Any) -> None:
+            super().produce(*args, **named)
+            doze("amid producing")
+
+        def commit_transaction(self, *args: Any) -> None:
+            doze("before the commit")
+            super().commit_transaction(*args)
+            doze("before the delete")
+
+    rules = place.rules(transactions=True)
+    events = await _insert(place, _tell_stories(place.shard, queries=3))
+    monkeypatch.setattr(channels, "Producer", Dozing)
+    async with _running(rules, place.pool) as zombie:
+        try:
+            assert await asyncio.to_thread(asleep.wait, PATIENCE_SECONDS)
+            monkeypatch.undo()
+            # Its session is over, as `idle_session_timeout` has it, and with it the lock.
+            await _end_lock_holder(place.pool, place.shard)
+            async with _running(rules, place.pool) as successor:
+                await _until_empty(place.pool, successor)
+                wake.set()
+                # Fenced, it stands by: told of in its log by way of `ready`.
+                await _wait(zombie.ready)
+                events += await _insert(place, _tell_stories(place.shard, queries=3))
+                await _until_empty(place.pool, zombie, successor)
+        finally:
+            wake.set()
+    await _assert_published_once(place, events)
+
+
+async def _crash(
+    place: Place, monkeypatch: pytest.MonkeyPatch, producer: type[Producer], *, transactions: bool
+) -> None:
+    """Run a relay until its producer ends it."""
+    with monkeypatch.context() as patched:
+        patched.setattr(channels, "Producer", producer)
+        relay = Relay(place.rules(transactions=transactions), lambda: None)
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            with pytest.raises(_Crash):
+                await relay.run()
+
+
+async def _assert_stops(place: Place) -> None:
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        with pytest.raises(OutboxMismatch):
+            await Relay(place.rules(transactions=True), lambda: None).run()
+
+
+@asynccontextmanager
+async def _running(rules: RelayRules, pool: DataPool) -> AsyncIterator[RunningRelay]:
+    ready = asyncio.Event()
+    relay = Relay(rules, ready.set)
+    running = RunningRelay(relay, asyncio.create_task(relay.run()), ready)
+    try:
+        yield running
+        await _stop(running, pool)
+    finally:
+        running.task.cancel()
+        await asyncio.gather(running.task, return_exceptions=True)
+
+
+async def _stop(running: RunningRelay, pool: DataPool) -> None:
+    running.relay.stop()
+    async with pool.connection() as connection:
+        # It looks once a second, and at once when there is news.
+        await notify_relay(connection)
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        await running.task
+
+
+async def _publish_all(place: Place, transactions: bool) -> None:
+    """A relay from its start until the outbox is empty."""
+    async with _running(place.rules(transactions=transactions), place.pool) as running:
+        await _until_empty(place.pool, running)
+        # An outbox that was empty before the relay came has told nothing of it yet.
+        await _wait(running.ready)
+
+
+async def _until_empty(pool: DataPool, *running: RunningRelay) -> None:
+    await until(lambda: _is(pool, 0), *(relay.task for relay in running))
+
+
+async def _is(pool: DataPool, waiting: int) -> bool:
+    return await _count_waiting(pool) == waiting
+
+
+async def _wait(event: asyncio.Event) -> None:
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        await event.wait()
+
+
+def _tell_stories(shard: int, queries: int) -> list[NewEvent]:
+    """Three events for each of so many new queries of a shard, interleaved."""
+    facts = [_make_facts(shard) for _ in range(queries)]
+    steps = [(None, Status.QUEUED), (Status.QUEUED, Status.RUNNING), (Status.RUNNING, Status.SUCCEEDED)]
+    now = DatabaseClock().now()
+    return [
+        tell(fact, sequence=sequence, previous=previous, status=status, attempt=int(sequence > 1), now=now)
+        for sequence, (previous, status) in enumerate(steps, start=1)
+        for fact in facts
+    ]
+
+
+def _make_facts(shard: int) -> QueryFacts:
+    query_id = new_id()
+    while shard_of(query_id) != shard:
+        query_id = new_id()
+    return QueryFacts(QueryId(query_id), OrgId(new_id()), Mode.INTERACTIVE, "0" * 64, continue_trace(None))
+
+
+async def _insert(place: Place, events: list[NewEvent]) -> list[NewEvent]:
+    """Commit events to the outbox, in their order."""
+    async with place.pool.connection() as connection, connection.cursor() as cursor:
+        await cursor.executemany(
+            "INSERT INTO outbox (shard, event_id, query_id, type, payload, headers) VALUES (%s, %s, %s, %s, %s, %s)",
+            [(e.shard, e.event_id, e.query_id, e.type, e.payload, e.headers) for e in events],
+        )
+        await notify_relay(connection)
+    return events
+
+
+async def _go_on_at(pool: DataPool, position: int) -> None:
+    """The next row gets this position."""
+    async with pool.connection() as connection:
+        await connection.execute("SELECT setval(pg_get_serial_sequence('outbox', 'position'), %s, false)", [position])
+
+
+async def _count_waiting(pool: DataPool) -> int:
+    async with pool.connection() as connection:
+        row = await (await connection.execute("SELECT count(*) FROM outbox")).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+_LOCK_HOLDERS = """
+FROM pg_locks WHERE locktype = 'advisory' AND granted AND objid = %s
+AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+"""
+
+
+async def _count_lock_holders(pool: DataPool, shard: int) -> int:
+    async with pool.connection() as connection:
+        row = await (await connection.execute(f"SELECT count(*) {_LOCK_HOLDERS}".encode(), [shard])).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+async def _end_lock_holder(pool: DataPool, shard: int) -> None:
+    async with pool.connection() as connection:
+        ended = await connection.execute(f"SELECT pg_terminate_backend(pid) {_LOCK_HOLDERS}".encode(), [shard])
+        assert await ended.fetchall() == [(True,)]
+
+
+async def _read_published(place: Place, events: Sequence[NewEvent]) -> list[Message]:
+    """The records of these events' queries, in order within each query."""
+    keys = {event.query_id.encode() for event in events}
+    return [message for message in await read_topic(place.kafka, Topic.STATUS) if message.key() in keys]
+
+
+async def _assert_published_once(place: Place, events: Sequence[NewEvent], left: int = 0) -> None:
+    assert await _count_waiting(place.pool) == left
+    published: dict[str, list[str]] = {}
+    for message in await _read_published(place, events):
+        headers = headers_of(message)
+        subject, identity = headers["ce_subject"], headers["ce_id"]
+        assert subject is not None
+        assert identity is not None
+        published.setdefault(subject.decode(), []).append(identity.decode())
+    expected: dict[str, list[str]] = {}
+    for event in events:
+        expected.setdefault(event.query_id, []).append(event.event_id)
+    assert published == expected

@@ -1,0 +1,167 @@
+"""Settings: where they come from, what a wrong one says, and what they never show."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from queryd.events import Mode
+from service.settings import WrongSetting, load_settings
+from service.wiring import reader_credentials
+
+CANARY = "canary4711"
+VALID = {
+    "QUERYD_KAFKA_BOOTSTRAP": "localhost:9092",
+    "QUERYD_DATA_URL": f"postgresql://queryd:{CANARY}@localhost/data",
+    "QUERYD_STATE_URL": f"postgres://queryd:{CANARY}@localhost/state",
+    "QUERYD_RESULTS_URL": "s3://results",
+}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A current directory of the test's own, and an environment without our variables, given back as it was."""
+    before = dict(os.environ)
+    for name in before:
+        if name.startswith(("QUERYD_", "AWS_")):
+            del os.environ[name]
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def _write_env_file(folder: Path, lines: dict[str, str]) -> None:
+    (folder / ".queryd").mkdir()
+    text = "".join(f"{name}={value}\n" for name, value in lines.items())
+    (folder / ".queryd" / "env").write_text(text, encoding="utf-8")
+
+
+def test_the_env_file_of_the_current_directory_is_read(folder: Path) -> None:
+    _write_env_file(folder, VALID | {"AWS_REGION": "eu-central-1"})
+    settings = load_settings()
+    assert settings.kafka_bootstrap == "localhost:9092"
+    assert settings.data_url.get_secret_value() == VALID["QUERYD_DATA_URL"]
+    assert settings.bucket == "results"
+    assert settings.aws() == {"AWS_REGION": "eu-central-1"}
+
+
+def test_the_environment_goes_before_the_env_file(folder: Path) -> None:
+    _write_env_file(folder, VALID)
+    os.environ["QUERYD_KAFKA_BOOTSTRAP"] = "elsewhere:9092"
+    os.environ["QUERYD_LEASE_SECONDS"] = "30"
+    settings = load_settings()
+    assert settings.kafka == {"bootstrap.servers": "elsewhere:9092"}
+    assert settings.lease_seconds == 30.0
+
+
+def test_a_value_with_an_equals_sign_is_read_whole(folder: Path) -> None:
+    url = VALID["QUERYD_DATA_URL"] + "?options=-c%20x=y"
+    _write_env_file(folder, VALID | {"QUERYD_DATA_URL": url})
+    assert load_settings().data_url.get_secret_value() == url
+
+
+def test_without_an_env_file_the_environment_is_enough() -> None:
+    os.environ.update(VALID)
+    settings = load_settings()
+    assert settings.slots().keys() == set(Mode)
+    assert settings.relay_transactions
+    assert (settings.lease_seconds, settings.drain_seconds, settings.child_memory) == (15.0, 12.0, 1024**3)
+    assert (settings.queue_timeout_interactive, settings.queue_timeout_batch) == (600.0, 86_400.0)
+
+
+@pytest.mark.parametrize("name", VALID)
+def test_a_missing_setting_is_named_with_what_to_do(name: str) -> None:
+    os.environ.update(VALID)
+    del os.environ[name]
+    with pytest.raises(
+        WrongSetting, match=f"^{name}: is not set. Run `queryd up` in this directory, or export {name}$"
+    ):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("QUERYD_KAFKA_BOOTSTRAP", ""),
+        ("QUERYD_KAFKA_OPTIONS", f"{{{CANARY}"),
+        ("QUERYD_KAFKA_OPTIONS", f'["{CANARY}"]'),
+        ("QUERYD_KAFKA_OPTIONS", f'{{"sasl.password": ["{CANARY}"]}}'),
+        ("QUERYD_DATA_URL", f"mysql://{CANARY}"),
+        ("QUERYD_STATE_URL", CANARY),
+        ("QUERYD_DATASETS_PG_URL", CANARY),
+        ("QUERYD_RESULTS_URL", f"s3://bucket/{CANARY}"),
+        ("QUERYD_RESULTS_URL", "file:///results"),
+        ("QUERYD_SLOTS_INTERACTIVE", "0"),
+        ("QUERYD_SLOTS_BATCH", CANARY),
+        ("QUERYD_CHILD_MEMORY", "1024"),
+        ("QUERYD_LEASE_SECONDS", "0"),
+        ("QUERYD_LEASE_SECONDS", "nan"),
+        ("QUERYD_DRAIN_SECONDS", "-1"),
+        ("QUERYD_RELAY_TRANSACTIONS", CANARY),
+        ("QUERYD_SQL_HASH_KEY", CANARY),
+        ("QUERYD_LOG_LEVEL", "LOUD"),
+        ("QUERYD_PARTITIONS", "0"),
+    ],
+)
+def test_a_wrong_setting_is_named_in_one_line_and_never_quoted(name: str, value: str) -> None:
+    os.environ.update(VALID | {name: value})
+    with pytest.raises(WrongSetting) as caught:
+        load_settings()
+    sentence = str(caught.value)
+    assert sentence.startswith(f"{name}: ")
+    assert "\n" not in sentence
+    assert CANARY not in sentence
+
+
+def test_no_secret_is_in_a_repr() -> None:
+    os.environ.update(
+        VALID
+        | {
+            "QUERYD_DATASETS_PG_URL": f"postgresql://reader:{CANARY}@localhost/data",
+            "QUERYD_DATASETS_ACCESS_KEY_ID": "reader",
+            "QUERYD_DATASETS_SECRET_ACCESS_KEY": CANARY,
+            "QUERYD_DATASETS_SESSION_TOKEN": CANARY,
+            "QUERYD_SQL_HASH_KEY": CANARY * 2,
+            "AWS_SECRET_ACCESS_KEY": CANARY,
+        }
+    )
+    settings = load_settings()
+    assert CANARY not in repr(settings)
+    assert CANARY not in str(settings)
+    assert reader_credentials(settings) == ("reader", CANARY, CANARY)
+
+
+def test_the_results_bucket_may_end_in_a_slash() -> None:
+    os.environ.update(VALID | {"QUERYD_RESULTS_URL": "s3://my-bucket.eu/"})
+    assert load_settings().bucket == "my-bucket.eu"
+
+
+def test_further_options_of_kafka_reach_every_client_and_never_replace_the_brokers() -> None:
+    options = '{"security.protocol": "SSL", "bootstrap.servers": "elsewhere:1", "socket.keepalive.enable": true}'
+    os.environ.update(VALID | {"QUERYD_KAFKA_OPTIONS": options, "QUERYD_KAFKA_SESSION_TIMEOUT": "6"})
+    settings = load_settings()
+    assert settings.kafka["security.protocol"] == "SSL"
+    assert settings.kafka["bootstrap.servers"] == "localhost:9092"
+    assert settings.group("executor") == {"group.id": "queryd-executor", "session.timeout.ms": 6_000}
+
+
+def test_without_reading_credentials_the_services_own_are_used() -> None:
+    os.environ.update(VALID | {"AWS_ACCESS_KEY_ID": "own", "AWS_SECRET_ACCESS_KEY": "secret"})
+    assert reader_credentials(load_settings()) == ("own", "secret", None)
+
+
+def test_the_command_says_one_line_and_exits_2(folder: Path) -> None:
+    os.environ.update(VALID)
+    del os.environ["QUERYD_STATE_URL"]
+    done = subprocess.run(
+        [sys.executable, "-m", "queryd", "doctor"], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        "queryd: QUERYD_STATE_URL: is not set. Run `queryd up` in this directory, or export QUERYD_STATE_URL\n"
+    )
