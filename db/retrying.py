@@ -9,25 +9,30 @@ import structlog
 from db.connection import DatabaseUnavailable
 from telemetry.events import LogEvent
 
-_log = structlog.get_logger("queryd.db")
+_log = structlog.get_logger("queryd.retrying")
 _Answer = TypeVar("_Answer")
 
 
-async def until_available(work: Callable[[], Awaitable[_Answer]], dependency: str) -> _Answer:
-    """Repeat `work` while it raises `DatabaseUnavailable`, waiting 0.1 s to 5 s in between; for ever, if need be."""
-    told = False
+async def until_available(
+    work: Callable[[], Awaitable[_Answer]],
+    dependency: str,
+    *,
+    unavailable: type[Exception] = DatabaseUnavailable,
+    give_up_after: float | None = None,
+) -> _Answer:
+    """Repeat `work` while it raises `unavailable`, waiting 0.1 s to 5 s in between.
+
+    For ever, if need be; or for `give_up_after` seconds, then `unavailable` is raised.
+    """
+    try:
+        return await work()
+    except unavailable as error:
+        _log.warning(LogEvent.DEPENDENCY_UNAVAILABLE, dependency=dependency, reason=str(error))
     async for attempt in stamina.retry_context(
-        on=DatabaseUnavailable, attempts=None, timeout=None, wait_initial=0.1, wait_max=5.0, wait_jitter=0.5
+        on=unavailable, attempts=None, timeout=give_up_after, wait_initial=0.1, wait_max=5.0, wait_jitter=0.5
     ):
         with attempt:
-            try:
-                answer = await work()
-            except DatabaseUnavailable as error:
-                if not told:
-                    _log.warning(LogEvent.DEPENDENCY_UNAVAILABLE, dependency=dependency, reason=str(error))
-                    told = True
-                raise
-            if told:
-                _log.info(LogEvent.DEPENDENCY_AVAILABLE, dependency=dependency)
+            answer = await work()
+            _log.info(LogEvent.DEPENDENCY_AVAILABLE, dependency=dependency)
             return answer
-    raise AssertionError("unreachable: the attempts have no end")
+    raise AssertionError("unreachable: the last attempt raises")

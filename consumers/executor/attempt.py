@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import stamina
 import structlog
 
 from access.grants import authorize
@@ -40,7 +40,7 @@ from engines.protocol import (
 from queryd.events import ErrorCode, Mode, ResultFile, Status
 from results.formats import content_type
 from results.location import file_name, prefix
-from results.uploader import StoredObject, StoreRefused, StoreUnavailable, Uploader
+from results.uploader import StoreRefused, StoreUnavailable, Uploader
 from telemetry.events import LogEvent
 
 _log = structlog.get_logger("queryd.attempt")
@@ -213,12 +213,9 @@ class Attempts:
     async def _execute_when_available(self, execution: Execution, running: Running) -> Output:
         # The dataset's store is away: that is nobody's error, so it is tried again until the query's own time is over.
         left = running.started + running.run_seconds - time.monotonic()
-        async for attempt in stamina.retry_context(
-            on=EngineUnavailable, attempts=None, timeout=left, wait_initial=0.2, wait_max=5.0, wait_jitter=0.5
-        ):
-            with attempt:
-                return await self._engine.execute(execution)
-        raise EngineUnavailable
+        return await until_available(
+            partial(self._engine.execute, execution), "a dataset", unavailable=EngineUnavailable, give_up_after=left
+        )
 
     # Store.
 
@@ -229,23 +226,9 @@ class Attempts:
         where = prefix(facts.org_id, facts.query_id, running.attempt, running.lease.token)
         key = where + file_name(output_format)
 
-        async def store() -> StoredObject:
-            told = False
-            async for attempt in stamina.retry_context(
-                on=StoreUnavailable, attempts=None, timeout=None, wait_initial=0.2, wait_max=5.0, wait_jitter=0.5
-            ):
-                with attempt:
-                    try:
-                        return await self._uploader.store(outcome.path, key, content_type(output_format))
-                    except StoreUnavailable as error:
-                        if not told:
-                            _log.warning(LogEvent.DEPENDENCY_UNAVAILABLE, dependency="s3", reason=str(error))
-                            told = True
-                        raise
-            raise AssertionError("unreachable: the attempts have no end")
-
+        store = partial(self._uploader.store, outcome.path, key, content_type(output_format))
         try:
-            stored = await _unless_stopped(running.lease, store())
+            stored = await _unless_stopped(running.lease, until_available(store, "s3", unavailable=StoreUnavailable))
         except StoreRefused as refused:
             _log.error(LogEvent.RESULT_REFUSED, reason=str(refused), **_names(running))
             return Failure(ErrorCode.INTERNAL, "the result store refused the result")
@@ -349,7 +332,8 @@ async def _unless_stopped(lease: Lease, work: Awaitable[_Done]) -> _Done:
 
 @asynccontextmanager
 async def _scratch(folder: Path) -> AsyncIterator[None]:
-    await asyncio.to_thread(folder.mkdir, mode=0o700)
+    # Making a folder takes microseconds; removing a large file may take long, and is another thread's.
+    folder.mkdir(mode=0o700)  # noqa: ASYNC240
     try:
         yield
     finally:
