@@ -66,18 +66,16 @@ def make_pool(url: str, application: str, size: int) -> Pool:
 
 @asynccontextmanager
 async def transaction(pool: Pool) -> AsyncIterator[Connection]:
-    """One transaction on one connection of the pool; raises `DatabaseUnavailable`.
-
-    Statements whose answers nobody reads in between share a round trip.
-    """
+    """One transaction on one connection of the pool; raises `DatabaseUnavailable`."""
     with unavailable_told_apart():
-        async with pool.connection() as connection, connection.pipeline(), connection.transaction():
+        async with pool.connection() as connection:
             yield connection
 
 
 @asynccontextmanager
 async def statement(pool: Pool) -> AsyncIterator[Connection]:
-    """A connection for one statement that is its own transaction; raises `DatabaseUnavailable`."""
+    """A connection on which each statement is its own transaction, without the round trips of BEGIN and COMMIT; raises
+    `DatabaseUnavailable`."""
     with unavailable_told_apart():
         async with pool.connection() as connection:
             await connection.set_autocommit(True)

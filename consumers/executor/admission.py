@@ -11,7 +11,7 @@ from consumers.executor.story import QueryFacts, tell
 from db.clock import DatabaseClock
 from db.connection import DataPool, transaction
 from db.data.admission import NewQuery, SavedLookup, insert_queries, resolve_saved
-from db.data.outbox import NewEvent, notify_relay
+from db.data.outbox import NewEvent
 from db.data.runs import RunState, read_deleted, read_states
 from producers.dead_letters import DeadCode
 from queryd.codec import InvalidEvent, Undecodable, decode_fields, to_request
@@ -133,8 +133,8 @@ async def admit(pool: DataPool, clock: DatabaseClock, rules: Rules, batch: Seque
             [event for birth in first.values() for event in birth.events],
         )
         states = await read_states(connection, first)
-        deleted = await read_deleted(connection, first.keys() - states.keys())
-        await notify_relay(connection)
+        missing = first.keys() - states.keys()
+        deleted = await read_deleted(connection, missing) if missing else set()
     if states:
         clock.tell(max(state.read_at for state in states.values()))
     return [_decide(birth, states.get(birth.query.query_id), birth.query.query_id in deleted) for birth in births]

@@ -9,7 +9,7 @@ from enum import Enum, auto
 
 import structlog
 
-from db.connection import DataPool, transaction
+from db.connection import DataPool, statement
 from db.data.attempts import Renewal, renew
 from db.retrying import until_available
 from telemetry.events import LogEvent
@@ -82,7 +82,7 @@ class Leases:
     async def _renew(self) -> None:
         asked = list(self._held.values())
         renewals = [Renewal(lease.query_id, lease.token, self._lease_seconds) for lease in asked]
-        async with transaction(self._pool) as connection:
+        async with statement(self._pool) as connection:
             kept = await renew(connection, renewals)
         for lease in asked:
             # An attempt that ended while the answer was on its way has nothing to lose any more.

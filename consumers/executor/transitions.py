@@ -14,9 +14,8 @@ import psycopg
 import structlog
 
 from db.clock import DatabaseClock
-from db.connection import Connection, DataPool, transaction
+from db.connection import Connection, DataPool, statement
 from db.data.attempts import Claim, Ending, HandBack, claim, end, hand_back
-from db.data.outbox import notify_relay
 from db.data.runs import RunState, read_states
 from db.retrying import until_available
 from telemetry.events import LogEvent
@@ -135,7 +134,7 @@ class Transitions:
 
     async def read(self, query_ids: Sequence[str]) -> dict[str, RunState]:
         """What stands now; raises `DatabaseUnavailable`."""
-        async with transaction(self._pool) as connection:
+        async with statement(self._pool) as connection:
             return await self._read(connection, query_ids)
 
     async def _claim(self, claims: Sequence[Claim]) -> list[RunState | None]:
@@ -150,10 +149,10 @@ class Transitions:
     async def _move(
         self, change: Callable[[Connection], Awaitable[None]], query_ids: Sequence[str]
     ) -> list[RunState | None]:
-        async with transaction(self._pool) as connection:
+        # The change is one statement, and so whole by itself; what then stands is read after its commit.
+        async with statement(self._pool) as connection:
             await change(connection)
             states = await self._read(connection, query_ids)
-            await notify_relay(connection)
         return [states.get(query_id) for query_id in query_ids]
 
     async def _read(self, connection: Connection, query_ids: Sequence[str]) -> dict[str, RunState]:

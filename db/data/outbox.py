@@ -12,7 +12,7 @@ from psycopg.types.json import Jsonb
 from db.connection import Connection
 
 SHARDS = 64
-# The relay listens on this channel; a notification says only "look", so it carries nothing.
+# A trigger on the table notifies this channel at every insert; a notification says only "look" and carries nothing.
 CHANNEL = "queryd_outbox"
 
 
@@ -49,7 +49,6 @@ def shard_of(query_id: str) -> int:
     return zlib.crc32(uuid.UUID(query_id).bytes) % SHARDS
 
 
-NOTIFY = f"NOTIFY {CHANNEL}"
 LISTEN = f"LISTEN {CHANNEL}"
 
 READ_WAITING = """
@@ -79,11 +78,6 @@ DO UPDATE SET next_offset = greatest(relay_positions.next_offset, excluded.next_
 
 # Two keys: ours, and the first of the shards. Session-level: the lock goes when its connection goes.
 TRY_LOCK = "SELECT pg_try_advisory_lock(711, %(shard)s)"
-
-
-async def notify_relay(connection: Connection) -> None:
-    """Wake the relay when the transaction commits."""
-    await connection.execute(NOTIFY)
 
 
 async def read_waiting(connection: Connection, shards: Iterable[int], limit: int) -> list[WaitingEvent]:

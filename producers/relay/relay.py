@@ -181,7 +181,7 @@ class Relay:
                 await delete_published(connection, known)
 
     async def _delete(self, connection: Connection, events: Sequence[WaitingEvent], ends: dict[int, int]) -> None:
-        async with connection.pipeline(), connection.transaction():
+        async with connection.transaction():
             if not self._rules.transactions:
                 await write_relay_positions(
                     connection, self._status_topic.cluster_id, self._status_topic.topic_id, ends

@@ -128,6 +128,16 @@ CREATE TABLE outbox_state (
 
 INSERT INTO outbox_state DEFAULT VALUES;
 
+-- Whoever writes events wakes the relay at the commit; notifications of one transaction are one.
+CREATE FUNCTION notify_outbox() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    NOTIFY queryd_outbox;
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER outbox_written AFTER INSERT ON outbox FOR EACH STATEMENT EXECUTE FUNCTION notify_outbox();
+
 -- Where each partition of the status topic ended when a relay without transactions last deleted what it had published.
 CREATE TABLE relay_positions (
     cluster_id TEXT NOT NULL,
