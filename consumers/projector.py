@@ -24,11 +24,15 @@ from db.state.query_status import (
 )
 from queryd.codec import InvalidEvent, Undecodable, decode_status
 from queryd.events import Invalid, QueryStatusChanged, Topic, parse_uuid
-from queryd.subscription import Partition, Record, Subscription
+from queryd.subscription import Partition, Record, Subscription, SubscriptionLost
 from queryd.topics import TopicIdentity, wait_for_topic
 from telemetry.events import LogEvent
 
 _log = structlog.get_logger("queryd.projector")
+
+
+# A consumer that fails at once would otherwise be made anew as fast as the machine can.
+_RESUBSCRIBE_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +69,17 @@ class Projector:
             known = await until_available(lambda: self._read_offsets(topic), "postgres state")
             return {(Topic.STATUS.value, partition): offset for partition, offset in known.items()}
 
-        subscription = Subscription(
-            self._kafka | self._group, [Topic.STATUS.value], start_offsets=start_offsets, commit=False
-        )
+        while not self._stopping.is_set():
+            subscription = Subscription(
+                self._kafka | self._group, [Topic.STATUS.value], start_offsets=start_offsets, commit=False
+            )
+            try:
+                await self._follow(subscription, topic)
+            except SubscriptionLost as error:
+                _log.warning(LogEvent.SUBSCRIPTION_LOST, reason=str(error))
+                await asyncio.sleep(_RESUBSCRIBE_SECONDS)
+
+    async def _follow(self, subscription: Subscription, topic: TopicIdentity) -> None:
         await subscription.open()
         assigned = asyncio.create_task(self._announce(subscription))
         try:

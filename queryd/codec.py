@@ -20,6 +20,7 @@ from queryd.events import (
     Mode,
     OrgId,
     OutputFormat,
+    Parameter,
     QueryCancelRequested,
     QueryId,
     QueryRequested,
@@ -35,6 +36,7 @@ MAX_SQL_BYTES = 262_144
 # An event above this could jam the relay behind a broker's default message.max.bytes of 1 MiB.
 MAX_EVENT_BYTES = 524_288
 
+_LEAST_LONG = -(2**63)
 _MARKER = b"\xc3\x01"
 _HEADER_BYTES = 10
 
@@ -60,11 +62,18 @@ class InvalidEvent(Invalid):
 
 
 def encode(event: Event) -> bytes:
-    """One event in the newest version of its schema; raises `EventTooLarge` above 512 KiB."""
+    """One event in the newest version of its schema.
+
+    Raises `EventTooLarge` above 512 KiB, and `Invalid` for values that the schema has no room for.
+    """
     schema = contract().newest[type(event).__name__]
     body = io.BytesIO()
     body.write(_MARKER + schema.fingerprint)
-    schemaless_writer(body, schema.parsed, _to_fields(event))
+    try:
+        schemaless_writer(body, schema.parsed, _to_fields(event))
+    except (ValueError, TypeError, OverflowError) as error:
+        # fastavro's own sentence quotes the value.
+        raise Invalid(f"a field of the {schema.name} does not fit its schema ({type(error).__name__})") from None
     encoded = body.getvalue()
     if len(encoded) > MAX_EVENT_BYTES:
         raise EventTooLarge(f"the event takes {len(encoded)} bytes, more than {MAX_EVENT_BYTES}")
@@ -201,8 +210,15 @@ def _to_fields(event: Event) -> Fields:
     if isinstance(event, QueryStatusChanged):
         fields["event_id"] = event.event_id
     if isinstance(event, QueryRequested):
-        fields["parameters"] = event.parameters
+        fields["parameters"] = {name: _check_width(value) for name, value in event.parameters.items()}
     return fields
+
+
+def _check_width(value: Parameter) -> Parameter:
+    # Avro's union would take a wider integer for a double, and round it.
+    if isinstance(value, int) and not _LEAST_LONG <= value <= -_LEAST_LONG - 1:
+        raise OverflowError
+    return value
 
 
 def _to_wire(value: Any) -> Any:

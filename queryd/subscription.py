@@ -7,6 +7,7 @@ partitions still owned, and never beyond the first unfinished record.
 """
 
 import asyncio
+import itertools
 import logging
 import threading
 import time
@@ -42,6 +43,10 @@ _COMMIT_SECONDS = 0.5
 _DRAIN_SECONDS = 3.0
 # How long to wait for the group's offsets or a synchronous commit before the broker counts as gone.
 _BROKER_SECONDS = 10.0
+
+# Assignments are numbered across all subscriptions of a process, so that work of one that was lost can't be taken for
+# work of its successor.
+_EPOCHS = itertools.count(1)
 
 Partition = tuple[str, int]
 _Answer = TypeVar("_Answer")
@@ -121,7 +126,6 @@ class Subscription:
         self._commits = commit
         self._paused: set[str] = set()
         self._assigned: dict[Partition, _Assigned] = {}
-        self._epoch = 0
         self._next_commit = 0.0
         self._failure: Exception | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -214,6 +218,9 @@ class Subscription:
         return records
 
     def _receive(self, message: Message) -> Record | None:
+        if self._failure is not None:
+            # A failed assignment leaves the binding's own defaults in force: what then arrives is not to be judged.
+            return None
         error = message.error()
         if error is not None:
             _judge(error)
@@ -300,9 +307,9 @@ class Subscription:
             self._outages.answered()
             start = self._find_start(consumer, partitions)
             with self._lock:
-                self._epoch += 1
+                epoch = next(_EPOCHS)
                 for partition in partitions:
-                    self._assigned[partition.topic, partition.partition] = _Assigned(self._epoch)
+                    self._assigned[partition.topic, partition.partition] = _Assigned(epoch)
             consumer.incremental_assign(start)
             if paused := [partition for partition in start if partition.topic in self._paused]:
                 consumer.pause(paused)
@@ -335,17 +342,11 @@ class Subscription:
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         with self._guarded("revoke"):
             revoked = {(partition.topic, partition.partition) for partition in partitions}
-            if self._revoked is not None and not self._await_drain(self._revoked(revoked)):
-                _log.warning("draining revoked partitions took too long, going on without")
-            with self._lock:
-                positions = self._take_positions(revoked & self._assigned.keys())
             try:
-                if positions and self._commits:
-                    consumer.commit(offsets=positions, asynchronous=False)
-            except KafkaException as error:
-                _log.warning("the commit at a revoke failed, records will be read again: %s", _reason(error))
+                if self._revoked is not None and not self._await_drain(self._revoked(revoked)):
+                    _log.warning("draining revoked partitions took too long, going on without")
             finally:
-                self._forget(revoked)
+                self._commit_revoked(consumer, revoked)
             _log.info("revoked %s", sorted(revoked))
 
     def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
@@ -356,6 +357,17 @@ class Subscription:
             if self._revoked is not None:
                 self._await_drain(self._revoked(lost))
             _log.warning("lost %s", sorted(lost))
+
+    def _commit_revoked(self, consumer: Consumer, revoked: set[Partition]) -> None:
+        with self._lock:
+            positions = self._take_positions(revoked & self._assigned.keys())
+        try:
+            if positions and self._commits:
+                consumer.commit(offsets=positions, asynchronous=False)
+        except KafkaException as error:
+            _log.warning("the commit at a revoke failed, records will be read again: %s", _reason(error))
+        finally:
+            self._forget(revoked)
 
     def _forget(self, partitions: set[Partition]) -> None:
         with self._lock:

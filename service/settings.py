@@ -6,9 +6,9 @@ Where a variable is unset, `.queryd/env` in the current directory is read, which
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from queryd.events import Mode
@@ -48,11 +48,11 @@ def _default_slots() -> int:
 class Settings(BaseSettings):
     """Every setting of every service. Times in seconds, sizes in bytes."""
 
-    model_config = SettingsConfigDict(env_prefix="QUERYD_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="QUERYD_", extra="ignore", frozen=True, allow_inf_nan=False)
 
     kafka_bootstrap: str = Field(min_length=1)
     # Further librdkafka properties as a JSON object: SASL, TLS.
-    kafka_options: dict[str, str | int | bool] = Field(default_factory=dict)
+    kafka_options: dict[str, str | int | bool] = Field(default_factory=dict, repr=False)
     # Half of it passes before a dead member's partitions move; librdkafka's default is 45 s.
     kafka_session_timeout: float = Field(default=15.0, ge=1, le=300)
 
@@ -91,6 +91,12 @@ class Settings(BaseSettings):
     partitions: int = Field(default=6, ge=1, le=1000)
     replication: int = Field(default=1, ge=1, le=9)
 
+    @model_validator(mode="after")
+    def _check_credentials(self) -> Self:
+        if (self.datasets_access_key_id is None) != (self.datasets_secret_access_key is None):
+            raise ValueError("QUERYD_DATASETS_ACCESS_KEY_ID and QUERYD_DATASETS_SECRET_ACCESS_KEY go together")
+        return self
+
     @property
     def bucket(self) -> str:
         """The results bucket's name."""
@@ -107,7 +113,11 @@ class Settings(BaseSettings):
 
     def group(self, name: str) -> dict[str, Any]:
         """librdkafka's configuration of a consumer group of ours."""
-        return {"group.id": f"queryd-{name}", "session.timeout.ms": int(self.kafka_session_timeout * 1000)}
+        group: dict[str, Any] = {"group.id": f"queryd-{name}"}
+        if self.kafka_options.get("group.protocol") != "consumer":
+            # Under KIP-848 the broker decides it, and librdkafka refuses the property.
+            group["session.timeout.ms"] = int(self.kafka_session_timeout * 1000)
+        return group
 
     def aws(self) -> dict[str, str]:
         """The `AWS_*` variables, which alone the uploader's process gets."""
@@ -135,6 +145,8 @@ def load_settings() -> Settings:
         raise WrongSetting("QUERYD_KAFKA_OPTIONS: must be a JSON object of librdkafka properties") from error
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        if not problem["loc"]:
+            raise WrongSetting(problem["msg"].removeprefix("Value error, ")) from None
         name = "QUERYD_" + str(problem["loc"][0]).upper()
         raise WrongSetting(f"{name}: {_explain(name, problem['type'], problem['msg'])}") from None
 

@@ -11,8 +11,8 @@ from db.data.outbox import NewEvent
 from db.data.runs import RunState
 from queryd.events import Column, ErrorCode, ResultFile, Status
 
-# An event carries this many columns at most, and no longer descriptions; the file has everything. Together they stay
-# well below the 512 KiB of an event.
+# An event carries this many columns at most, and no longer descriptions (in bytes of UTF-8); the file has everything.
+# Together they stay well below the 512 KiB of an event.
 _MAX_COLUMNS = 200
 _MAX_NAME = 128
 _MAX_TYPE = 1_000
@@ -146,6 +146,6 @@ def _ending(
 
 
 def _fit(column: Column, number: int) -> Column:
-    name = column.name if len(column.name) <= _MAX_NAME else f"column_{number}"
-    kind = column.type if len(column.type) <= _MAX_TYPE else column.type.partition("(")[0]
-    return Column(name, kind)
+    name = column.name if len(column.name.encode()) <= _MAX_NAME else f"column_{number}"
+    kind = column.type.encode()
+    return Column(name, column.type if len(kind) <= _MAX_TYPE else kind[:_MAX_TYPE].decode(errors="ignore") + "…")

@@ -28,7 +28,7 @@ from engines.protocol import Engine
 from producers.dead_letters import DeadCode, DeadLetter, DeadLetters
 from queryd.events import Mode
 from queryd.publisher import Publisher
-from queryd.subscription import Partition, Record, Subscription
+from queryd.subscription import Partition, Record, Subscription, SubscriptionLost
 from results.uploader import Uploader
 from telemetry.events import LogEvent
 
@@ -38,6 +38,8 @@ _log = structlog.get_logger("queryd.executor")
 _ADMISSION = 500
 # A handed-back query's next attempt starts within 2 s, so the watch looks twice a second; one statement for all.
 _WATCH_SECONDS = 0.5
+# A consumer that fails at once would otherwise be made anew as fast as the machine can.
+_RESUBSCRIBE_SECONDS = 1.0
 # Results waiting for the store or the finish, per lane: bounds what lies in scratch while S3 or Postgres is slow.
 _UNFINISHED_RESULTS = 32
 # Handing back is one transaction; longer than this the database is away, and the leases run out by themselves.
@@ -109,9 +111,11 @@ class Executor:
         self._running: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
         self._failure: BaseException | None = None
-        self.subscription = Subscription(
-            subscription_config, self._lane_of_topic.keys(), revoked=self._forget_partitions
-        )
+        self._subscription_config = subscription_config
+        self.subscription = self._make_subscription()
+
+    def _make_subscription(self) -> Subscription:
+        return Subscription(self._subscription_config, self._lane_of_topic.keys(), revoked=self._forget_partitions)
 
     def stop(self) -> None:
         """Ask `run` to drain and return."""
@@ -150,9 +154,22 @@ class Executor:
     async def _take_in(self) -> None:
         """The poll goes on whatever admission waits for; what lies between them is bounded by the window."""
         while True:
-            self._arrived.extend(await self.subscription.poll())
+            try:
+                self._arrived.extend(await self.subscription.poll())
+            except SubscriptionLost as error:
+                _log.warning(LogEvent.SUBSCRIPTION_LOST, reason=str(error))
+                await self._subscribe_anew()
             if self._arrived:
                 self._has_arrived.set()
+
+    async def _subscribe_anew(self) -> None:
+        """Nothing that a consumer that failed still says can be relied on: another takes its place."""
+        lost = self.subscription
+        await self._forget_partitions(set(lost.assignment))
+        await _guarded("leave the group", lost.close())
+        await asyncio.sleep(_RESUBSCRIBE_SECONDS)
+        self.subscription = self._make_subscription()
+        await self.subscription.open()
 
     async def _admit_for_ever(self) -> None:
         while True:

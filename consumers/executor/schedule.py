@@ -62,6 +62,7 @@ class FairQueue:
                     self._waiting[org] = kept
                 else:
                     del self._waiting[org]
+                    self._last_due.pop(org, None)
             self._due = [entry for entry in self._due if entry[2] in self._waiting]
             heapq.heapify(self._due)
         return dropped

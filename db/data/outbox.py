@@ -50,6 +50,8 @@ def shard_of(query_id: str) -> int:
 
 
 LISTEN = f"LISTEN {CHANNEL}"
+# A relay that was stopped loses its connection after this, and with it the lock and the right to delete.
+LIMIT_IDLENESS = "SET idle_session_timeout = '10s'"
 
 READ_WAITING = """
 SELECT position, event_id::text AS event_id, query_id::text AS query_id, payload, headers
@@ -116,6 +118,16 @@ async def write_relay_positions(connection: Connection, cluster_id: str, topic_i
             "next_offsets": list(ends.values()),
         },
     )
+
+
+async def limit_idleness(connection: Connection) -> None:
+    """Let the server end this session when nothing is heard of it for 10 s."""
+    await connection.execute(LIMIT_IDLENESS)
+
+
+async def listen(connection: Connection) -> None:
+    """Be notified of every write to the outbox."""
+    await connection.execute(LISTEN)
 
 
 async def try_lock(connection: Connection, shard: int) -> bool:

@@ -40,7 +40,7 @@ def read_ledger(metadata: str) -> Ledger:
     try:
         written = json.loads(metadata)
         generation, base, bitmap = str(written["g"]), int(written["b"]), base64.b64decode(written["m"], validate=True)
-    except (ValueError, KeyError, TypeError, binascii.Error) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, binascii.Error) as error:
         raise LedgerUnreadable("the relay's committed offset holds no metadata of a relay") from error
     positions = tuple(
         base + index * 8 + bit for index, octet in enumerate(bitmap) for bit in range(8) if octet & 1 << bit

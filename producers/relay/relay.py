@@ -18,10 +18,11 @@ import structlog
 
 from db.connection import Connection, DatabaseUnavailable, conninfo, unavailable_told_apart
 from db.data.outbox import (
-    LISTEN,
     SHARDS,
     WaitingEvent,
     delete_published,
+    limit_idleness,
+    listen,
     read_generation,
     read_relay_positions,
     read_waiting,
@@ -43,8 +44,6 @@ from telemetry.events import LogEvent
 _log = structlog.get_logger("queryd.relay")
 
 _BATCH = 500
-# A stopped relay loses its connection after this, and another may take over.
-_IDLE_SESSION = "10s"
 # How long to wait for a notification before looking anyway: keeps the session alive, and a lost notification cheap.
 _LOOK_SECONDS = 1.0
 # Under load, batches start this far apart: an event more in a batch costs far less than a batch more. Idle, an event
@@ -112,10 +111,10 @@ class Relay:
             async with await psycopg.AsyncConnection.connect(
                 conninfo(self._rules.data_url, "relay"), autocommit=True, prepare_threshold=0
             ) as connection:
-                await connection.execute(f"SET idle_session_timeout = '{_IDLE_SESSION}'")
+                await limit_idleness(connection)
                 if not await self._wait_for_lock(connection):
                     return
-                await connection.execute(LISTEN)
+                await listen(connection)
                 await self._publish_for_ever(connection)
 
     async def _wait_for_lock(self, connection: Connection) -> bool:

@@ -1,35 +1,77 @@
-"""Dead letters: what came in, untouched, and why nobody could use it."""
+"""Dead letters: what came in, untouched, why nobody could use it, and never twice."""
 
+import itertools
 import time
 from collections.abc import AsyncIterator
-from dataclasses import replace
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from confluent_kafka import Message
 
-from producers.dead_letters import DeadCode, DeadLetters
+from db.connection import DataPool
+from db.migrations.upgrade import upgrade_data
+from producers.dead_letters import DeadCode, DeadLetter, DeadLetters
 from queryd.events import Topic
 from queryd.publisher import NotDelivered, Publisher
 from queryd.subscription import Record
-from tests.integration.queries import new_id
+from queryd.topics import read_topic_identity
+from tests.integration.queries import new_id, opened_pool
 from tests.integration.records import prepare_topics, read_topic
 from tests.servers.kafka import Kafka
 
 # Beyond the 1 MiB that a broker takes unless told otherwise.
 _TOO_LARGE = 2 * 1024 * 1024
 
+# The tests share the topic: no two records come from the same place.
+_offsets = itertools.count(123_456_789_012)
+
+
+class _Crash(Exception):
+    """The process ends here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A data database of the test's own, and the broker."""
+
+    pool: DataPool
+    kafka: Kafka
+
 
 @pytest.fixture
-async def publisher(kafka: Kafka) -> AsyncIterator[Publisher]:
-    made = Publisher(prepare_topics(kafka))
-    made.open()
-    yield made
-    await made.close()
+async def place(kafka: Kafka, data_url: str) -> AsyncIterator[Place]:
+    upgrade_data(data_url)
+    async with opened_pool(data_url) as pool:
+        yield Place(pool, kafka)
 
 
-async def test_a_dead_letter_is_the_record_as_received_and_says_why(kafka: Kafka, publisher: Publisher) -> None:
+@asynccontextmanager
+async def opened_dead_letters(place: Place, **options: Any) -> AsyncIterator[DeadLetters]:
+    """What one process writes dead letters with."""
+    config = prepare_topics(place.kafka) | options
+    lanes = (Topic.REQUESTS_INTERACTIVE, Topic.REQUESTS_BATCH)
+    topics = {lane.value: read_topic_identity(config, lane) for lane in lanes}
+    publisher = Publisher(config)
+    publisher.open()
+    try:
+        yield DeadLetters(place.pool, publisher, config, topics)
+    finally:
+        await publisher.close()
+
+
+@pytest.fixture
+async def dead_letters(place: Place) -> AsyncIterator[DeadLetters]:
+    async with opened_dead_letters(place) as made:
+        yield made
+
+
+# What a dead letter is.
+
+
+async def test_a_dead_letter_is_the_record_as_received_and_says_why(place: Place, dead_letters: DeadLetters) -> None:
     received: tuple[tuple[str, bytes | None], ...] = (
         ("ce_id", b"an id"),
         # A name may come twice, a value may be missing or no text; the order is the producer's.
@@ -38,85 +80,128 @@ async def test_a_dead_letter_is_the_record_as_received_and_says_why(kafka: Kafka
         ("bytes", b"\xff\x00"),
         ("nothing", None),
     )
-    record = _make_record(value=b"\x00\xff no event", headers=received)
+    letter = _make_letter(value=b"\x00\xff no event", headers=received, reason="the marker is missing")
     before = datetime.now(UTC)
-    await DeadLetters(publisher).send(record, DeadCode.UNDECODABLE, "the marker is missing")
-    [message] = await _read_dead(kafka, record)
-    assert message.key() == record.key
-    assert message.value() == record.value
-    headers: Any = message.headers()
+    await dead_letters.send([letter])
+    [message] = await _read_dead(place.kafka, letter)
+    assert message.key() == letter.record.key
+    assert message.value() == letter.record.value
+    headers = _headers(message)
     assert tuple(headers[: len(received)]) == received
     added = dict(headers[len(received) :])
-    moment = datetime.fromisoformat(added.pop("queryd_dead_time").decode())
-    assert before.replace(microsecond=0) <= moment <= datetime.now(UTC)
+    moment = added.pop("queryd_dead_time")
+    assert moment is not None
+    # In milliseconds.
+    assert before.replace(microsecond=0) <= datetime.fromisoformat(moment.decode()) <= datetime.now(UTC)
     assert added == {
         "queryd_dead_code": b"UNDECODABLE",
         "queryd_dead_reason": b"the marker is missing",
         "queryd_dead_topic": b"query.requests.batch",
         "queryd_dead_partition": b"4",
-        "queryd_dead_offset": b"123456789012",
+        "queryd_dead_offset": str(letter.record.offset).encode(),
         "queryd_dead_redrives": b"0",
     }
 
 
-@pytest.mark.parametrize("code", DeadCode)
-async def test_every_code_is_told_by_its_own_name(kafka: Kafka, publisher: Publisher, code: DeadCode) -> None:
-    record = _make_record()
-    await DeadLetters(publisher).send(record, code, "a reason")
-    [message] = await _read_dead(kafka, record)
-    assert ("queryd_dead_code", code.value.encode()) in _headers(message)
+async def test_every_letter_of_a_batch_is_written_under_its_own_code(place: Place, dead_letters: DeadLetters) -> None:
+    letters = [_make_letter(code=code) for code in DeadCode]
+    await dead_letters.send(letters)
+    for letter in letters:
+        [message] = await _read_dead(place.kafka, letter)
+        assert ("queryd_dead_code", letter.code.value.encode()) in _headers(message)
 
 
 @pytest.mark.parametrize(
     ("key", "value"), [(None, b"value"), (b"", b""), (b"\xff\xfe", b"value"), (b"key", None)], ids=repr
 )
 async def test_keys_and_values_of_any_kind_stay_what_they_were(
-    kafka: Kafka, publisher: Publisher, key: bytes | None, value: bytes | None
+    place: Place, dead_letters: DeadLetters, key: bytes | None, value: bytes | None
 ) -> None:
-    # Found by a header, as the key may be anything.
-    own = new_id().encode()
-    record = replace(_make_record(value=value, headers=(("own", own),)), key=key)
-    await DeadLetters(publisher).send(record, DeadCode.UNDECODABLE, "a reason")
-    [message] = [found for found in await read_topic(kafka, Topic.DEAD_LETTERS) if ("own", own) in _headers(found)]
+    letter = _make_letter(value=value)
+    letter = replace(letter, record=replace(letter.record, key=key))
+    await dead_letters.send([letter])
+    [message] = await _read_dead(place.kafka, letter)
     assert (message.key(), message.value()) == (key, value)
 
 
-async def test_how_often_a_record_was_driven_again_is_kept(kafka: Kafka, publisher: Publisher) -> None:
-    record = _make_record(headers=(("queryd_dead_redrives", b"2"),))
-    await DeadLetters(publisher).send(record, DeadCode.UNDECODABLE, "a reason")
-    [message] = await _read_dead(kafka, record)
+async def test_how_often_a_record_was_driven_again_is_kept(place: Place, dead_letters: DeadLetters) -> None:
+    letter = _make_letter(headers=(("queryd_dead_redrives", b"2"),))
+    await dead_letters.send([letter])
+    [message] = await _read_dead(place.kafka, letter)
     assert [value for name, value in _headers(message) if name == "queryd_dead_redrives"] == [b"2"]
 
 
-async def test_a_dead_letter_that_the_client_cannot_send_is_not_delivered(publisher: Publisher) -> None:
+# Once, whatever happens.
+
+
+async def test_a_record_that_is_read_again_is_no_second_letter(place: Place, dead_letters: DeadLetters) -> None:
+    letter, other = _make_letter(), _make_letter()
+    await dead_letters.send([letter])
+    await dead_letters.send([letter, other])
+    # After a restart.
+    async with opened_dead_letters(place) as restarted:
+        await restarted.send([other, letter])
+    for sent in (letter, other):
+        assert len(await _read_dead(place.kafka, sent)) == 1
+
+
+@pytest.mark.parametrize("moment", ["before the broker has it", "when the broker has it"])
+async def test_a_record_that_is_read_again_after_a_crash_is_one_letter(
+    place: Place, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    letters = [_make_letter() for _ in range(3)]
+    publish = Publisher.publish
+
+    async def die(*args: Any) -> Any:
+        if moment == "when the broker has it":
+            await publish(*args)
+        raise _Crash
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Publisher, "publish", die)
+        async with opened_dead_letters(place) as crashed:
+            with pytest.raises(_Crash):
+                await crashed.send(letters)
+    fresh = _make_letter()
+    async with opened_dead_letters(place) as restarted:
+        await restarted.send([*letters, fresh])
+        await restarted.send([*letters, fresh])
+    for letter in (*letters, fresh):
+        assert len(await _read_dead(place.kafka, letter)) == 1
+
+
+# What can't be written.
+
+
+async def test_a_letter_that_the_client_cannot_send_is_not_delivered(dead_letters: DeadLetters) -> None:
     with pytest.raises(NotDelivered):
-        await DeadLetters(publisher).send(_make_record(value=bytes(_TOO_LARGE)), DeadCode.UNDECODABLE, "a reason")
+        await dead_letters.send([_make_letter(value=bytes(_TOO_LARGE))])
 
 
 @pytest.mark.needs_kafka
-async def test_a_dead_letter_that_the_broker_refuses_is_not_delivered(kafka: Kafka) -> None:
-    record = _make_record(value=bytes(_TOO_LARGE))
+async def test_a_letter_that_the_broker_refuses_is_not_delivered_and_not_taken_for_written(place: Place) -> None:
+    refused, small = _make_letter(value=bytes(_TOO_LARGE)), _make_letter()
     # The client would send it.
-    publisher = Publisher(prepare_topics(kafka) | {"message.max.bytes": 2 * _TOO_LARGE})
-    publisher.open()
-    try:
-        with pytest.raises(NotDelivered):
-            await DeadLetters(publisher).send(record, DeadCode.UNDECODABLE, "a reason")
-        # The refusal is that record's alone.
-        small = _make_record()
-        await DeadLetters(publisher).send(small, DeadCode.UNDECODABLE, "a reason")
-    finally:
-        await publisher.close()
-    assert await _read_dead(kafka, record) == []
-    assert len(await _read_dead(kafka, small)) == 1
+    async with opened_dead_letters(place, **{"message.max.bytes": 2 * _TOO_LARGE}) as dead_letters:
+        for _ in range(2):
+            with pytest.raises(NotDelivered):
+                await dead_letters.send([refused])
+        await dead_letters.send([small])
+    assert await _read_dead(place.kafka, refused) == []
+    assert len(await _read_dead(place.kafka, small)) == 1
 
 
-def _make_record(value: bytes | None = b"value", headers: tuple[tuple[str, bytes | None], ...] = ()) -> Record:
-    """A record as received, with a key of its own."""
-    return Record(
+def _make_letter(
+    code: DeadCode = DeadCode.UNDECODABLE,
+    value: bytes | None = b"value",
+    headers: tuple[tuple[str, bytes | None], ...] = (),
+    reason: str = "a reason",
+) -> DeadLetter:
+    """A letter of a record with an offset and a key of its own."""
+    record = Record(
         topic=Topic.REQUESTS_BATCH.value,
         partition=4,
-        offset=123_456_789_012,
+        offset=next(_offsets),
         key=new_id().encode(),
         value=value,
         headers=headers,
@@ -125,6 +210,7 @@ def _make_record(value: bytes | None = b"value", headers: tuple[tuple[str, bytes
         polled_at=time.monotonic(),
         epoch=1,
     )
+    return DeadLetter(record, code, reason)
 
 
 def _headers(message: Message) -> list[tuple[str, bytes | None]]:
@@ -132,6 +218,7 @@ def _headers(message: Message) -> list[tuple[str, bytes | None]]:
     return list(headers)
 
 
-async def _read_dead(kafka: Kafka, record: Record) -> list[Message]:
-    """The dead letters with a record's key."""
-    return [message for message in await read_topic(kafka, Topic.DEAD_LETTERS) if message.key() == record.key]
+async def _read_dead(kafka: Kafka, letter: DeadLetter) -> list[Message]:
+    """The dead letters of a record."""
+    offset = ("queryd_dead_offset", str(letter.record.offset).encode())
+    return [message for message in await read_topic(kafka, Topic.DEAD_LETTERS) if offset in _headers(message)]

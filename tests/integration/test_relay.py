@@ -14,7 +14,7 @@ from confluent_kafka.admin import AdminClient
 from consumers.executor.story import QueryFacts, tell
 from db.clock import DatabaseClock
 from db.connection import DataPool
-from db.data.outbox import NewEvent, notify_relay, shard_of
+from db.data.outbox import CHANNEL, NewEvent, shard_of
 from db.migrations.upgrade import upgrade_data
 from producers.relay import channels
 from producers.relay.ledger import SPAN
@@ -397,7 +397,7 @@ async def _stop(running: RunningRelay, pool: DataPool) -> None:
     running.relay.stop()
     async with pool.connection() as connection:
         # It looks once a second, and at once when there is news.
-        await notify_relay(connection)
+        await connection.execute(f"NOTIFY {CHANNEL}".encode())
     async with asyncio.timeout(PATIENCE_SECONDS):
         await running.task
 
@@ -449,7 +449,6 @@ async def _insert(place: Place, events: list[NewEvent]) -> list[NewEvent]:
             "INSERT INTO outbox (shard, event_id, query_id, type, payload, headers) VALUES (%s, %s, %s, %s, %s, %s)",
             [(e.shard, e.event_id, e.query_id, e.type, e.payload, e.headers) for e in events],
         )
-        await notify_relay(connection)
     return events
 
 

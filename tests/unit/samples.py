@@ -15,8 +15,8 @@ from queryd.codec import encode
 from queryd.events import Mode, OrgId, QueryId, QueryRequested, QueryStatusChanged, Status
 from queryd.subscription import Record
 
-# Few examples, as all unit tests together take seconds; no deadline, as the machine may be busy; no database, as a
-# checkout stays clean.
+# Few examples, as all unit tests together take seconds; no deadline, as the machine may be busy; no database, so that
+# no run depends on the one before.
 QUICK = settings(max_examples=40, deadline=None, database=None)
 
 QUERY_ID = QueryId("0c7f3a52-6c1e-4f0a-9d3b-2f5e8a1b4c6d")

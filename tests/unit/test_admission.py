@@ -3,7 +3,7 @@
 import hashlib
 import hmac
 import io
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -16,13 +16,22 @@ from consumers.executor.admission import Admitted, Done, Legible, Refused, Rules
 from consumers.executor.identity import fingerprint_request, hash_sql
 from db.clock import DatabaseClock
 from db.connection import DataPool
-from db.data.admission import INSERT_QUERIES, RESOLVE_SAVED
-from db.data.outbox import NOTIFY
-from db.data.runs import READ_DELETED, READ_STATES, RunState
+from db.data.admission import NewQuery, SavedLookup
+from db.data.outbox import NewEvent
+from db.data.runs import RunState
 from producers.dead_letters import DeadCode
 from queryd.codec import decode_fields, decode_status, encode
 from queryd.contract import contract
-from queryd.events import ErrorCode, Mode, OutputFormat, Parameter, QueryCancelRequested, Status, from_millis
+from queryd.events import (
+    ErrorCode,
+    Mode,
+    OutputFormat,
+    Parameter,
+    QueryCancelRequested,
+    QueryStatusChanged,
+    Status,
+    from_millis,
+)
 from queryd.subscription import Record
 from tests.unit.samples import NOW, ORG_ID, QUERY_ID, SAVED_ID, TRACEPARENT, make_record, make_request, make_state
 
@@ -209,52 +218,52 @@ def test_sql_is_hashed_as_its_utf8_bytes() -> None:
 # What becomes of it.
 
 
-class _Answer:
-    def __init__(self, rows: Sequence[Any] = ()) -> None:
-        self._rows = rows
-
-    async def fetchall(self) -> Sequence[Any]:
-        return self._rows
-
-
 class Database:
-    """Postgres data as admission sees it: who admits an id first owns it, and what stands is read back."""
+    """Postgres data as admission sees it: who admits an id first owns it, and what stands is read back.
+
+    Its methods stand in for the functions of `db` of the same names.
+    """
 
     def __init__(self) -> None:
         self.states: dict[str, RunState] = {}
         self.deleted: set[str] = set()
         self.saved: dict[str, str] = {}
-        self.inserted: list[dict[str, Any]] = []
-        self.lookups: list[dict[str, Any]] = []
-        self.told = 0
+        self.lookups: list[SavedLookup] = []
+        # What the last batch wanted to insert.
+        self.queries: list[NewQuery] = []
+        self.events: list[QueryStatusChanged] = []
 
     @asynccontextmanager
-    async def cursor(self, row_factory: object) -> AsyncIterator["_Cursor"]:
-        yield _Cursor(self)
+    async def transaction(self, pool: object) -> AsyncIterator[object]:
+        yield pool
 
-    async def execute(self, statement: str, values: Mapping[str, Any] | None = None) -> _Answer:
-        if statement == NOTIFY:
-            self.told += 1
-            return _Answer()
-        assert values is not None
-        if statement == RESOLVE_SAVED:
-            self.lookups += values["lookups"].obj
-            wanted = {lookup["query_id"]: lookup["saved_query_id"] for lookup in values["lookups"].obj}
-            return _Answer([(query, self.saved[saved]) for query, saved in wanted.items() if saved in self.saved])
-        if statement == READ_DELETED:
-            return _Answer([(query_id,) for query_id in values["query_ids"] if query_id in self.deleted])
-        assert statement == INSERT_QUERIES
-        for row in zip(*(values[name] for name in _COLUMNS), strict=True):
-            self._insert(dict(zip(_COLUMNS, row, strict=True)))
-        self.inserted.append(dict(values))
-        return _Answer()
+    async def resolve_saved(self, _connection: object, lookups: Sequence[SavedLookup]) -> dict[str, str]:
+        self.lookups += lookups
+        return {
+            lookup.query_id: self.saved[lookup.saved_query_id]
+            for lookup in lookups
+            if lookup.saved_query_id in self.saved
+        }
 
-    def _insert(self, row: dict[str, Any]) -> None:
-        if row["query_id"] not in self.states and row["query_id"] not in self.deleted:
-            self.states[row["query_id"]] = make_state(**row)
+    async def insert_queries(
+        self, _connection: object, queries: Sequence[NewQuery], events: Sequence[NewEvent]
+    ) -> None:
+        self.queries = list(queries)
+        self.events = [decode_status(event.payload) for event in events]
+        for query in queries:
+            if query.query_id not in self.states.keys() | self.deleted:
+                kept = {name: getattr(query, name) for name in _KEPT}
+                self.states[query.query_id] = make_state(**kept)
+
+    async def read_states(self, _connection: object, query_ids: Iterable[str]) -> dict[str, RunState]:
+        return {query_id: self.states[query_id] for query_id in query_ids if query_id in self.states}
+
+    async def read_deleted(self, _connection: object, query_ids: Iterable[str]) -> set[str]:
+        return self.deleted & set(query_ids)
 
 
-_COLUMNS = (
+# What a query's row and run have of its admission.
+_KEPT = (
     "query_id",
     "org_id",
     "status",
@@ -268,28 +277,12 @@ _COLUMNS = (
 )
 
 
-class _Cursor:
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self._rows: list[RunState] = []
-
-    async def execute(self, statement: str, values: Mapping[str, Any]) -> None:
-        assert statement == READ_STATES
-        known = self._database.states
-        self._rows = [known[query_id] for query_id in values["query_ids"] if query_id in known]
-
-    async def fetchall(self) -> list[RunState]:
-        return self._rows
-
-
 @pytest.fixture
 def database(monkeypatch: pytest.MonkeyPatch) -> Database:
-    @asynccontextmanager
-    async def transaction(pool: object) -> AsyncIterator[object]:
-        yield pool
-
-    monkeypatch.setattr(admission, "transaction", transaction)
-    return Database()
+    made = Database()
+    for name in ("transaction", "resolve_saved", "insert_queries", "read_states", "read_deleted"):
+        monkeypatch.setattr(admission, name, getattr(made, name))
+    return made
 
 
 async def _admit(database: Database, *items: Legible, rules: Rules = RULES) -> list[Verdict]:
@@ -307,25 +300,20 @@ def _legible(offset: int = 41, **changes: Any) -> Legible:
     return _read(make_record(encode(make_request(**changes)), offset=offset))
 
 
-def _events(database: Database) -> list[Any]:
-    return [decode_status(payload) for payload in database.inserted[-1]["event_payload"]]
-
-
 async def test_a_new_request_is_admitted_as_queued_with_its_first_event(database: Database) -> None:
     item = _legible()
     verdict = await _admit_one(database, item)
     assert isinstance(verdict, Admitted)
     assert (verdict.request, verdict.sql, verdict.record) == (item.request, "SELECT 7 AS seven", item.record)
     assert verdict.state.status == "Queued"
-    (event,) = _events(database)
+    (event,) = database.events
     assert (event.sequence, event.status, event.previous_status, event.attempt) == (1, Status.QUEUED, None, 0)
     assert (event.sql_hash, event.occurred_at) == (hash_sql("SELECT 7 AS seven", None), NOW)
-    assert database.told == 1
 
 
 async def test_the_sql_itself_reaches_neither_row_nor_event(database: Database) -> None:
     verdict = await _admit_one(database, _legible(sql=f"SELECT '{CANARY}'", parameters={"p": CANARY}))
-    assert CANARY not in repr(database.inserted)
+    assert CANARY not in repr(database.queries) + repr(database.events)
     assert CANARY not in repr(verdict)
 
 
@@ -338,8 +326,8 @@ async def test_of_two_records_in_one_batch_the_first_is_the_querys_own(database:
     first, second = await _admit(database, _legible(offset=41), _legible(offset=42))
     assert isinstance(first, Admitted)
     assert second == Done()
-    assert len(database.inserted[-1]["query_id"]) == 1
-    assert len(_events(database)) == 1
+    assert len(database.queries) == 1
+    assert len(database.events) == 1
 
 
 async def test_a_rows_own_record_redelivered_is_admitted_as_it_now_stands(database: Database) -> None:
@@ -388,13 +376,14 @@ async def test_an_invalid_request_is_a_dead_letter_and_a_failed_row_with_two_eve
     reason = "output_format must be one of parquet, csv, json"
     assert verdict == Refused(DeadCode.INVALID_REQUEST, reason)
     assert database.states[QUERY_ID].status == "Failed"
-    queued, failed = _events(database)
+    queued, failed = database.events
     assert [queued.sequence, failed.sequence] == [1, 2]
     assert [queued.status, failed.status] == [Status.QUEUED, Status.FAILED]
     assert (failed.previous_status, failed.attempt) == (Status.QUEUED, 0)
     assert (failed.error_code, failed.error_message) == (ErrorCode.INVALID_REQUEST, reason)
-    assert database.inserted[-1]["error_code"] == ["INVALID_REQUEST"]
-    assert CANARY not in repr(database.inserted)
+    (row,) = database.queries
+    assert (row.status, row.error_code, row.error_message, row.sequence) == ("Failed", "INVALID_REQUEST", reason, 2)
+    assert CANARY not in repr(database.queries) + repr(database.events)
 
 
 async def test_every_malformed_record_is_a_dead_letter_of_its_own(database: Database) -> None:
@@ -417,23 +406,14 @@ async def test_a_visible_saved_query_runs_its_text(database: Database) -> None:
     assert verdict.sql == "SELECT $a"
     assert verdict.state.sql_hash == hash_sql("SELECT $a", None)
     assert verdict.facts.saved_query_id == SAVED_ID
-    assert database.lookups == [
-        {
-            "query_id": QUERY_ID,
-            "saved_query_id": SAVED_ID,
-            "org_id": ORG_ID,
-            "user_id": OTHER_ID,
-            "roles": ["analyst"],
-        }
-    ]
+    assert database.lookups == [SavedLookup(QUERY_ID, SAVED_ID, ORG_ID, OTHER_ID, ("analyst",))]
 
 
 async def test_a_saved_query_that_is_not_visible_is_the_same_as_none(database: Database) -> None:
     assert await _admit_one(database, _saved()) == Done()
     assert database.states[QUERY_ID].status == "Failed"
-    assert database.inserted[-1]["saved_query_id"] == [None]
-    assert database.inserted[-1]["sql_hash"] == [hash_sql("", None)]
-    queued, failed = _events(database)
+    assert [(row.saved_query_id, row.sql_hash) for row in database.queries] == [(None, hash_sql("", None))]
+    queued, failed = database.events
     assert (queued.saved_query_id, failed.saved_query_id) == (None, None)
     assert (failed.error_code, failed.error_message) == (
         ErrorCode.SAVED_QUERY_NOT_FOUND,
@@ -474,16 +454,14 @@ async def test_only_the_brokers_stamp_says_when_a_request_came(
 ) -> None:
     record = make_record(encode(make_request()), appended_by_broker=by_broker, timestamp_ms=millis)
     await _admit_one(database, _read(record))
-    assert database.inserted[-1]["appended_at"] == [seen]
+    assert [row.appended_at for row in database.queries] == [seen]
     assert from_millis(1_774_747_800_123) == NOW
 
 
 async def test_each_lane_has_its_own_queue_time(database: Database) -> None:
     batch = _read(make_record(encode(make_request(mode=Mode.BATCH, query_id=OTHER_ID))), Mode.BATCH)
     await _admit(database, _legible(), batch)
-    inserted = database.inserted[-1]
-    waits = dict(zip(inserted["query_id"], inserted["queue_seconds"], strict=True))
-    assert waits == {QUERY_ID: 600.0, OTHER_ID: 86_400.0}
+    assert {row.query_id: row.queue_seconds for row in database.queries} == {QUERY_ID: 600.0, OTHER_ID: 86_400.0}
 
 
 async def test_a_batch_answers_each_record_in_its_place(database: Database) -> None:

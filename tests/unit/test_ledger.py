@@ -54,6 +54,10 @@ def test_a_batch_ends_where_the_bitmap_would(first: int, steps: list[int]) -> No
     assert len(write_ledger(Ledger(GENERATION, tuple(positions[:count]))).encode()) < MAX_BYTES
 
 
+def test_the_last_position_within_a_span_is_in_the_batch_and_the_next_is_not() -> None:
+    assert within_span([7, 7 + SPAN - 1, 7 + SPAN]) == 2
+
+
 @pytest.mark.parametrize(
     "metadata",
     [

@@ -1,11 +1,12 @@
 """The poll-to-commit loop, on the mock cluster that librdkafka carries: a broker inside this very process."""
 
 import asyncio
+import dataclasses
 import logging
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
@@ -23,8 +24,6 @@ from queryd.subscription import (
 QUICK_GROUP = {"group.protocol": "consumer"}
 # More than any step takes on a busy machine; only a failing test waits for it.
 _PATIENCE_SECONDS = 15.0
-# How many polls that bring nothing prove that a partition is paused.
-_IDLE_POLLS = 2
 
 
 class Cluster:
@@ -96,10 +95,6 @@ async def _poll_until(subscription: Subscription, enough: Callable[[list[Record]
 
 async def _read(subscription: Subscription, count: int) -> list[Record]:
     return await _poll_until(subscription, lambda records: len(records) >= count)
-
-
-async def _read_nothing(subscription: Subscription) -> bool:
-    return all([await subscription.poll() == [] for _ in range(_IDLE_POLLS)])
 
 
 def _numbers(count: int) -> list[str]:
@@ -187,19 +182,46 @@ async def test_without_commits_the_group_remembers_nothing(cluster: Cluster, top
     assert cluster.committed(group, topic) < 0
 
 
-async def test_a_full_window_pauses_and_half_of_it_resumes(cluster: Cluster, topic: str, group: str) -> None:
+class Recorder(Consumer):
+    """A consumer that says when it was paused and resumed."""
+
+    calls: ClassVar[list[str]] = []
+
+    def pause(self, partitions: list[TopicPartition]) -> None:
+        self.calls.append("pause")
+        super().pause(partitions)
+
+    def resume(self, partitions: list[TopicPartition]) -> None:
+        self.calls.append("resume")
+        super().resume(partitions)
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The pauses and resumes of this test's subscriptions, as they happen."""
+    monkeypatch.setattr(Recorder, "calls", [])
+    monkeypatch.setattr("queryd.subscription.Consumer", Recorder)
+    return Recorder.calls
+
+
+async def test_a_full_window_pauses_and_half_of_it_resumes(
+    cluster: Cluster, topic: str, group: str, pauses: list[str]
+) -> None:
     # One poll takes up to 500 records, so the window overflows by less than that.
     cluster.write(topic, _numbers(1_200))
     async with _opened(cluster, topic, group, window=Window(records=20)) as subscription:
         records = await _read(subscription, 20)
         assert len(records) < 20 + 500
-        assert await _read_nothing(subscription)
+        assert await subscription.poll() == []
+        assert pauses == ["pause"]
         # One above the half: still paused, as each pause and resume throws the fetch buffer away.
         for record in records[11:]:
             subscription.finish(record)
-        assert await _read_nothing(subscription)
+        assert await subscription.poll() == []
+        assert pauses == ["pause"]
         subscription.finish(records[0])
         more = await _poll_until(subscription, bool)
+        assert pauses == ["pause", "resume"]
         assert more[0].offset == records[-1].offset + 1
         for record in [*records, *more]:
             subscription.finish(record)
@@ -213,17 +235,27 @@ async def test_a_full_window_pauses_and_half_of_it_resumes(cluster: Cluster, top
         assert _values([*records, *more, *rest]) == _numbers(1_200)
 
 
-async def test_a_window_is_counted_in_bytes_too(cluster: Cluster, topic: str, group: str) -> None:
+async def test_a_window_is_counted_in_bytes_too(cluster: Cluster, topic: str, group: str, pauses: list[str]) -> None:
     cluster.write(topic, ["x" * 1_000] * 10)
     async with _opened(cluster, topic, group, window=Window(bytes=5_000)) as subscription:
         records = await _read(subscription, 10)
-        cluster.write(topic, ["late"])
-        assert await _read_nothing(subscription)
-        for record in records[:7]:
+        await subscription.poll()
+        assert pauses == ["pause"]
+        for record in records[:8]:
+            assert pauses == ["pause"]
             subscription.finish(record)
-        assert await _read_nothing(subscription)
-        subscription.finish(records[7])
-        assert _values(await _read(subscription, 1)) == ["late"]
+            await subscription.poll()
+        assert pauses == ["pause", "resume"]
+
+
+async def test_a_completion_of_an_earlier_assignment_does_not_count(cluster: Cluster, topic: str, group: str) -> None:
+    cluster.write(topic, _numbers(3))
+    async with _opened(cluster, topic, group) as subscription:
+        for record in await _read(subscription, 3):
+            stale = dataclasses.replace(record, epoch=record.epoch - 1)
+            assert not subscription.owns(stale)
+            subscription.finish(stale)
+    assert cluster.committed(group, topic) < 0
 
 
 async def test_start_offsets_decide_and_the_rest_starts_at_the_earliest(
@@ -346,7 +378,7 @@ async def test_a_caller_cannot_configure_automatic_commits(cluster: Cluster, top
     automatic = {"enable.auto.commit": True, "enable.auto.offset.store": True, "auto.commit.interval.ms": 1}
     async with _opened(cluster, topic, group, protocol=QUICK_GROUP | automatic) as subscription:
         await _read(subscription, 5)
-        await _read_nothing(subscription)
+        await subscription.poll()
     assert cluster.committed(group, topic) < 0
 
 
