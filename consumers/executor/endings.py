@@ -11,8 +11,8 @@ from db.data.outbox import NewEvent
 from db.data.runs import RunState
 from queryd.events import Column, ErrorCode, ResultFile, Status
 
-# An event carries this many columns at most, and no longer descriptions (in bytes of UTF-8); the file has everything.
-# Together they stay well below the 512 KiB of an event.
+# An event carries this many columns at most, with names of so many characters and types of so many bytes; the file has
+# everything. Together they stay well below the 512 KiB of an event.
 _MAX_COLUMNS = 200
 _MAX_NAME = 128
 _MAX_TYPE = 1_000
@@ -146,6 +146,12 @@ def _ending(
 
 
 def _fit(column: Column, number: int) -> Column:
-    name = column.name if len(column.name.encode()) <= _MAX_NAME else f"column_{number}"
-    kind = column.type.encode()
-    return Column(name, column.type if len(kind) <= _MAX_TYPE else kind[:_MAX_TYPE].decode(errors="ignore") + "…")
+    return Column(column.name if len(column.name) <= _MAX_NAME else f"column_{number}", _fit_type(column.type))
+
+
+def _fit_type(described: str) -> str:
+    # An ENUM spells its values out, which are data: a type with a text in it says only what kind of type it is.
+    if "'" in described or len(described.encode()) > _MAX_TYPE:
+        described = described.partition("(")[0]
+    cut = described.encode()[:_MAX_TYPE].decode(errors="ignore")
+    return cut if cut == described else cut + "…"

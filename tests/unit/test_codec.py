@@ -33,6 +33,7 @@ from queryd.events import (
     Column,
     Delivery,
     ErrorCode,
+    Invalid,
     Mode,
     OrgId,
     OutputFormat,
@@ -383,3 +384,16 @@ def test_nothing_that_a_person_asked_for_is_in_a_repr() -> None:
     request = make_request(sql=CANARY, parameters={"name": CANARY})
     assert CANARY not in repr(request)
     assert CANARY not in repr(make_status(inline_result=CANARY.encode()))
+
+
+@pytest.mark.parametrize("value", [2**63, -(2**63) - 1])
+def test_an_integer_beyond_64_bits_is_refused_and_not_rounded(value: int) -> None:
+    with pytest.raises(Invalid):
+        encode(make_request(parameters={"n": value}))
+
+
+def test_a_value_that_does_not_fit_is_refused_without_being_quoted() -> None:
+    unfit: Any = ["canary4711"]
+    with pytest.raises(Invalid) as refused:
+        encode(make_request(parameters={"n": unfit}))
+    assert "canary4711" not in str(refused.value)

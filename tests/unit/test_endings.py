@@ -109,6 +109,8 @@ def test_an_event_names_two_hundred_columns_and_no_more() -> None:
         (Column("n" * 129, "DECIMAL(18,3)"), Column("column_1", "DECIMAL(18,3)")),
         (Column("e", "ENUM('" + "x" * 1_000 + "')"), Column("e", "ENUM")),
         (Column("s", "STRUCT(" + "a INTEGER, " * 200 + "b INTEGER)[]"), Column("s", "STRUCT")),
+        (Column("e", "ENUM('canary')"), Column("e", "ENUM")),
+        (Column("l", "INTEGER" + "[]" * 3_000), Column("l", ("INTEGER" + "[]" * 3_000)[:1_000] + "…")),
         (Column("", ""), Column("", "")),
     ],
 )

@@ -76,6 +76,8 @@ def test_the_last_position_within_a_span_is_in_the_batch_and_the_next_is_not() -
         json.dumps({"g": GENERATION, "b": 1, "m": "AQ"}),
         json.dumps({"g": GENERATION, "b": 1, "m": "é"}),
         '{"g": "x", "b": NaN, "m": "AQ=="}',
+        '{"g": "x", "b": 1e999, "m": "AQ=="}',
+        "[" * 100_000,
     ],
 )
 def test_metadata_of_somebody_else_is_unreadable_and_not_quoted(metadata: str) -> None:

@@ -165,3 +165,31 @@ def test_the_command_says_one_line_and_exits_2(folder: Path) -> None:
     assert done.stderr == (
         "queryd: QUERYD_STATE_URL: is not set. Run `queryd up` in this directory, or export QUERYD_STATE_URL\n"
     )
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_password_among_kafkas_options_is_in_no_repr(monkeypatch: pytest.MonkeyPatch) -> None:
+    _export(monkeypatch, {"QUERYD_KAFKA_OPTIONS": '{"sasl.password": "canary4711"}'})
+    assert "canary4711" not in repr(load_settings())
+
+
+@pytest.mark.usefixtures("folder")
+def test_under_kip_848_no_session_timeout_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    _export(monkeypatch, {"QUERYD_KAFKA_OPTIONS": '{"group.protocol": "consumer"}'})
+    assert "session.timeout.ms" not in load_settings().group("executor")
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("QUERYD_TIMEOUT_BATCH", "inf"), ("QUERYD_DRAIN_SECONDS", "nan"), ("QUERYD_DATASETS_ACCESS_KEY_ID", "alone")],
+)
+def test_a_value_without_sense_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    _export(monkeypatch, {name: value})
+    with pytest.raises(WrongSetting, match=name):
+        load_settings()
+
+
+def _export(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    for name, value in (VALID | variables).items():
+        monkeypatch.setenv(name, value)

@@ -385,3 +385,30 @@ async def test_a_caller_cannot_configure_automatic_commits(cluster: Cluster, top
 async def test_a_configuration_that_librdkafka_refuses_is_an_error_at_once(topic: str, group: str) -> None:
     with pytest.raises(KafkaException, match=r"no\.such\.property"):
         Subscription({"bootstrap.servers": "localhost:1", "group.id": group, "no.such.property": 1}, [topic])
+
+
+async def test_a_failing_first_assignment_is_a_loss_and_no_operators_decision(
+    cluster: Cluster, topic: str, group: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster.write(topic, _numbers(3))
+    async with _opened(cluster, topic, group, start_offsets=_refuse, commit=False) as subscription:
+        with pytest.raises(SubscriptionLost):
+            await _read(subscription, 1)
+    caplog.clear()
+
+
+async def test_a_failing_revoke_still_commits_and_ends_ownership(
+    cluster: Cluster, topic: str, group: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster.write(topic, _numbers(3))
+
+    async def revoked(_partitions: set[Partition]) -> None:
+        subscription.finish(records[0])
+        raise LookupError
+
+    async with _opened(cluster, topic, group, revoked=revoked) as subscription:
+        records = await _read(subscription, 3)
+    caplog.clear()
+    assert not subscription.assignment
+    assert not subscription.owns(records[0])
+    assert cluster.committed(group, topic) == 1
