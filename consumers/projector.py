@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import structlog
+from confluent_kafka import OFFSET_BEGINNING
 
 from db.connection import StatePool, transaction
 from db.retrying import until_available
@@ -65,9 +66,11 @@ class Projector:
         if topic is None:
             return
 
-        async def start_offsets(_partitions: list[Partition]) -> dict[Partition, int]:
+        async def start_offsets(partitions: list[Partition]) -> dict[Partition, int]:
             known = await until_available(lambda: self._read_offsets(topic), "postgres state")
-            return {(Topic.STATUS.value, partition): offset for partition, offset in known.items()}
+            # What was never read from this topic of this cluster is read from its beginning, whatever the group's
+            # offset says: that one is not written with our rows.
+            return {partition: known.get(partition[1], OFFSET_BEGINNING) for partition in partitions}
 
         while not self._stopping.is_set():
             subscription = Subscription(

@@ -21,7 +21,17 @@ class TopicSpec:
     config: dict[str, str] = field(default_factory=dict)
 
 
-_REQUESTS = {"cleanup.policy": "delete", "retention.ms": str(7 * _DAY), "message.timestamp.type": "LogAppendTime"}
+# The largest batch that a topic takes, as the broker counts it (compressed). A request of the largest SQL has 257 KiB;
+# the dead letters' topic takes whatever a request topic took, with our headers added.
+_REQUEST_BYTES = 1_048_576
+_DEAD_LETTER_BYTES = 16 * _REQUEST_BYTES
+
+_REQUESTS = {
+    "cleanup.policy": "delete",
+    "retention.ms": str(7 * _DAY),
+    "message.timestamp.type": "LogAppendTime",
+    "max.message.bytes": str(_REQUEST_BYTES),
+}
 
 TOPICS = (
     TopicSpec(Topic.REQUESTS_INTERACTIVE, _REQUESTS),
@@ -40,7 +50,14 @@ TOPICS = (
             "delete.retention.ms": str(7 * _DAY),
         },
     ),
-    TopicSpec(Topic.DEAD_LETTERS, {"cleanup.policy": "delete", "retention.ms": str(30 * _DAY)}),
+    TopicSpec(
+        Topic.DEAD_LETTERS,
+        {
+            "cleanup.policy": "delete",
+            "retention.ms": str(30 * _DAY),
+            "max.message.bytes": str(_DEAD_LETTER_BYTES),
+        },
+    ),
 )
 
 
@@ -75,7 +92,7 @@ def _put_right(admin: AdminClient, kept: list[TopicSpec], done: dict[str, str]) 
     resources = [
         ConfigResource(
             ResourceType.TOPIC,
-            spec.name,
+            spec.name.value,
             incremental_configs=[
                 ConfigEntry(name, value, incremental_operation=AlterConfigOpType.SET)
                 for name, value in spec.config.items()

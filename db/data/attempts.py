@@ -1,5 +1,5 @@
 """Attempts: claim, renew, finish, hand back. Every write carries the attempt's token; where it matches no row, nothing
-happens.
+happens. A batch may hold two wishes for one query (a slot's and the reaper's, say): one of them is granted.
 
 A batch's ids are sorted and locked in order, so that two workers' batches can't deadlock; a claim skips what another
 worker has locked. The change and its event are one statement: an event's position is drawn after its query's row lock.
@@ -39,12 +39,13 @@ class Claim:
 
 CLAIM = """
 WITH input AS (
-    SELECT * FROM unnest(
+    SELECT DISTINCT ON (query_id) * FROM unnest(
         %(query_id)s::uuid[], %(sequence)s::int[], %(token)s::uuid[], %(worker)s::text[], %(engine)s::text[],
         %(still_renewal)s::bigint[], %(lease_seconds)s::float8[], %(run_seconds)s::float8[], %(shard)s::smallint[],
         %(event_id)s::uuid[], %(payload)s::bytea[], %(headers)s::jsonb[]
     ) AS i(query_id, sequence, token, worker, engine, still_renewal, lease_seconds, run_seconds, shard, event_id,
            payload, headers)
+    ORDER BY query_id, sequence DESC
 ), locked AS (
     SELECT r.query_id
     FROM query_runs r JOIN input i USING (query_id)
@@ -118,39 +119,42 @@ WITH input AS (
         %(output_location)s::text[], %(row_count)s::bigint[], %(result_bytes)s::bigint[], %(duration_ms)s::int[],
         %(error_code)s::text[], %(error_message)s::text[], %(files)s::jsonb[], %(retention_seconds)s::float8[],
         %(shard)s::smallint[], %(event_id)s::uuid[], %(payload)s::bytea[], %(headers)s::jsonb[]
-    ) AS i(query_id, sequence, token, still_renewal, status, output_location, row_count, result_bytes, duration_ms,
-           error_code, error_message, files, retention_seconds, shard, event_id, payload, headers)
+    ) WITH ORDINALITY
+      AS i(query_id, sequence, token, still_renewal, status, output_location, row_count, result_bytes, duration_ms,
+           error_code, error_message, files, retention_seconds, shard, event_id, payload, headers, wish)
 ), locked AS (
     SELECT r.query_id
-    FROM query_runs r JOIN input i USING (query_id)
-    WHERE r.sequence = i.sequence AND r.deadline IS NOT NULL
+    FROM query_runs r
+    WHERE r.query_id IN (SELECT i.query_id FROM input i) AND r.deadline IS NOT NULL
     ORDER BY r.query_id
     FOR UPDATE OF r
 ), allowed AS (
-    SELECT i.query_id
+    SELECT DISTINCT ON (i.query_id) i.*
     FROM locked JOIN input i USING (query_id) JOIN query_runs r USING (query_id)
     LEFT JOIN query_leases l USING (query_id)
-    WHERE CASE WHEN i.token IS NOT NULL THEN r.token = i.token
+    WHERE r.sequence = i.sequence
+      AND CASE WHEN i.token IS NOT NULL THEN r.token = i.token
                ELSE l.query_id IS NULL OR l.expires_at <= now() OR l.renewal = i.still_renewal END
+    ORDER BY i.query_id, i.token IS NULL, i.wish
 ), moved AS (
     UPDATE query_runs r
     SET sequence = r.sequence + 1, deadline = NULL, files = i.files, last_event = i.payload,
         expires_at = now() + make_interval(secs => i.retention_seconds)
-    FROM input i JOIN allowed USING (query_id)
+    FROM allowed i
     WHERE r.query_id = i.query_id AND r.sequence = i.sequence
     RETURNING r.query_id
 ), results AS (
     UPDATE query_results q
     SET status = i.status, output_location = i.output_location, row_count = i.row_count, bytes = i.result_bytes,
         duration_ms = i.duration_ms, error_code = i.error_code, error_message = i.error_message, updated_at = now()
-    FROM input i JOIN moved USING (query_id)
+    FROM allowed i JOIN moved USING (query_id)
     WHERE q.id = i.query_id
 ), released AS (
     DELETE FROM query_leases l USING moved WHERE l.query_id = moved.query_id
 )
 INSERT INTO outbox (shard, event_id, query_id, type, payload, headers)
 SELECT i.shard, i.event_id, i.query_id, 'QueryStatusChanged', i.payload, i.headers
-FROM input i JOIN moved USING (query_id)
+FROM allowed i JOIN moved USING (query_id)
 ORDER BY i.query_id
 """
 

@@ -63,8 +63,10 @@ LIMIT %(limit)s
 
 DELETE_PUBLISHED = "DELETE FROM outbox WHERE position = ANY(%(positions)s)"
 
-READ_GENERATION = "SELECT generation::text, published FROM outbox_state"
-MARK_PUBLISHED = "UPDATE outbox_state SET published = true WHERE NOT published"
+READ_GENERATION = "SELECT generation::text, %(relay)s::text = ANY(publishers) FROM outbox_state"
+MARK_PUBLISHED = """
+UPDATE outbox_state SET publishers = publishers || %(relay)s::text WHERE NOT %(relay)s::text = ANY(publishers)
+"""
 
 READ_RELAY_POSITIONS = """
 SELECT partition, next_offset FROM relay_positions WHERE cluster_id = %(cluster_id)s AND topic_id = %(topic_id)s
@@ -89,15 +91,15 @@ async def read_waiting(connection: Connection, shards: Iterable[int], limit: int
         return await cursor.fetchall()
 
 
-async def delete_published(connection: Connection, positions: Iterable[int]) -> None:
-    """Kafka has them. Rows that have gone already are no error."""
-    await connection.execute(MARK_PUBLISHED)
+async def delete_published(connection: Connection, relay: str, positions: Iterable[int]) -> None:
+    """Kafka has them, by the relay of that name. Rows that have gone already are no error."""
+    await connection.execute(MARK_PUBLISHED, {"relay": relay})
     await connection.execute(DELETE_PUBLISHED, {"positions": list(positions)})
 
 
-async def read_generation(connection: Connection) -> tuple[str, bool]:
-    """The outbox's generation, and whether anything was ever published from it."""
-    row: Any = await (await connection.execute(READ_GENERATION)).fetchone()
+async def read_generation(connection: Connection, relay: str) -> tuple[str, bool]:
+    """The outbox's generation, and whether the relay of that name has ever published from it."""
+    row: Any = await (await connection.execute(READ_GENERATION, {"relay": relay})).fetchone()
     return row[0], row[1]
 
 

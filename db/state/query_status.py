@@ -53,14 +53,14 @@ DELETE = "DELETE FROM query_status WHERE query_id = ANY(%(query_ids)s::uuid[])"
 # Queued → Running → Completed | Failed | Canceled, never out of a terminal state, and never back to Queued.
 MOVE_TASKS = """
 WITH input AS (
-    SELECT DISTINCT ON (task_id) task_id, org_id,
+    SELECT DISTINCT ON (task_id, org_id) task_id, org_id,
            CASE WHEN status = 'Succeeded' THEN 'Completed'
                 WHEN status = 'Failed' AND error_code = 'QUERY_CANCELLED' THEN 'Canceled'
                 ELSE status END AS status
     FROM unnest(%(task_id)s::uuid[], %(org_id)s::uuid[], %(status)s::text[], %(error_code)s::text[],
                 %(occurred_at)s::timestamptz[]) AS i(task_id, org_id, status, error_code, occurred_at)
     WHERE task_id IS NOT NULL AND status <> 'Queued'
-    ORDER BY task_id, occurred_at DESC
+    ORDER BY task_id, org_id, occurred_at DESC
 ), locked AS (
     SELECT t.id FROM tasks t JOIN input i ON i.task_id = t.id AND i.org_id = t.org_id
     WHERE t.status IN ('Queued', 'Running') AND t.status <> i.status

@@ -66,6 +66,11 @@ class RelayRules:
     transactions: bool
     shards: tuple[int, ...] = tuple(range(SHARDS))
 
+    @property
+    def name(self) -> str:
+        """The relay's group and transactional id, the same for a relay and its standby."""
+        return f"queryd-relay-{self.shards[0]}"
+
 
 class Relay:
     """One relay process. `run` returns once it has been asked to stop."""
@@ -129,7 +134,7 @@ class Relay:
         return True
 
     async def _publish_for_ever(self, connection: Connection) -> None:
-        generation, published = await read_generation(connection)
+        generation, published = await read_generation(connection, self._rules.name)
         channel = await self._make_channel(connection)
         try:
             recovered = await asyncio.to_thread(channel.open)
@@ -140,11 +145,12 @@ class Relay:
                 await asyncio.sleep(last_start + _APART_SECONDS - time.monotonic())
                 last_start = time.monotonic()
                 events = await read_waiting(connection, self._rules.shards, _BATCH)
+                waiting = len(events)
                 if events:
                     events = events[: within_span([event.position for event in events])]
                     ends = await asyncio.to_thread(channel.publish, events, generation)
                     await self._delete(connection, events, ends)
-                if len(events) < _BATCH:
+                if waiting < _BATCH and waiting == len(events):
                     await self._wait_for_news(connection)
         finally:
             await asyncio.to_thread(channel.close)
@@ -152,7 +158,7 @@ class Relay:
     async def _make_channel(self, connection: Connection) -> Channel:
         self._status_topic = await asyncio.to_thread(read_topic_identity, self._rules.kafka, Topic.STATUS)
         if self._rules.transactions:
-            return TransactionalChannel(self._rules.kafka, f"queryd-relay-{self._rules.shards[0]}")
+            return TransactionalChannel(self._rules.kafka, self._rules.name)
         return ReadBackChannel(
             self._rules.kafka,
             await read_relay_positions(connection, self._status_topic.cluster_id, self._status_topic.topic_id),
@@ -166,7 +172,7 @@ class Relay:
                     "Kafka's record of what was published belongs to another outbox: the database was restored or "
                     "remade. Decide which events subscribers have seen, then reset the relay's group offset"
                 )
-            await delete_published(connection, recovered.ledger.positions)
+            await delete_published(connection, self._rules.name, recovered.ledger.positions)
         elif self._rules.transactions and published:
             raise OutboxMismatch(
                 "Kafka has no record of what was published, and Postgres says that something was: the group's offset "
@@ -177,7 +183,7 @@ class Relay:
             known = [event.position for event in waiting if event.event_id in recovered.event_ids]
             if known:
                 _log.info(LogEvent.EVENTS_PUBLISHED_BEFORE, events=len(known))
-                await delete_published(connection, known)
+                await delete_published(connection, self._rules.name, known)
 
     async def _delete(self, connection: Connection, events: Sequence[WaitingEvent], ends: dict[int, int]) -> None:
         async with connection.transaction():
@@ -185,7 +191,7 @@ class Relay:
                 await write_relay_positions(
                     connection, self._status_topic.cluster_id, self._status_topic.topic_id, ends
                 )
-            await delete_published(connection, [event.position for event in events])
+            await delete_published(connection, self._rules.name, [event.position for event in events])
 
     async def _wait_for_news(self, connection: Connection) -> None:
         async for _ in connection.notifies(timeout=_LOOK_SECONDS, stop_after=1):

@@ -12,6 +12,7 @@ import psycopg
 import pytest
 
 from consumers.executor.admission import Admitted, Done, Refused, Verdict, admit
+from consumers.executor.endings import fail, overdue_failure
 from consumers.executor.reaper import Reaper
 from consumers.executor.story import QueryFacts
 from consumers.executor.transitions import Batcher, RowRefused
@@ -22,7 +23,7 @@ from db.data.runs import RunState
 from db.data.saved_queries import insert_saved
 from db.migrations.upgrade import upgrade_data
 from producers.dead_letters import DeadCode
-from queryd.events import Mode, QueryRequested, event_id
+from queryd.events import Mode, QueryRequested, Status, event_id
 from service.embedded.postgres import Postgres
 from tests.integration.queries import (
     RULES,
@@ -891,3 +892,43 @@ def _id_of(verdicts: list[Verdict]) -> str:
     [verdict] = verdicts
     assert isinstance(verdict, Admitted)
     return verdict.facts.query_id
+
+
+async def test_two_ends_of_one_query_in_one_batch_write_one_event(worker: Worker) -> None:
+    query = await worker.admit_new()
+    running = await worker.start(query.facts)
+    await expire_lease(worker.pool, query.facts.query_id)
+    await asyncio.gather(
+        worker.finish(query.facts, running), worker.transitions.end(make_failure(query.facts, running))
+    )
+    assert len(await read_story(worker.pool, query.facts.query_id)) == 3
+    row = await read_row(worker.pool, query.facts.query_id)
+    assert row is not None and row.status == "Succeeded"
+
+
+async def test_an_end_without_token_does_not_ride_on_the_holders_in_one_batch(worker: Worker) -> None:
+    query = await worker.admit_new()
+    running = await worker.start(query.facts)
+    await asyncio.gather(
+        worker.transitions.end(make_failure(query.facts, running)), worker.finish(query.facts, running)
+    )
+    assert len(await read_story(worker.pool, query.facts.query_id)) == 3
+    row = await read_row(worker.pool, query.facts.query_id)
+    assert row is not None and row.status == "Succeeded"
+
+
+async def test_a_slot_and_the_reaper_end_one_overdue_query_once(worker: Worker) -> None:
+    query = await worker.admit_new()
+    await pass_deadline(worker.pool, query.facts.query_id)
+    state = await worker.read(query.facts.query_id)
+    ending = fail(query.facts, state, overdue_failure(Status.QUEUED), now=state.read_at)
+    await asyncio.gather(worker.transitions.end(ending), worker.transitions.end(ending))
+    assert await read_story(worker.pool, query.facts.query_id) == [(1, "Queued", 0), (2, "Failed", 0)]
+
+
+async def test_of_two_claims_of_one_query_in_one_batch_one_is_granted(worker: Worker) -> None:
+    query = await worker.admit_new()
+    tokens = [new_id(), new_id()]
+    answers = await asyncio.gather(*(worker.claim(query.facts, query.state, token) for token in tokens))
+    assert len({answer.token for answer in answers if answer is not None} & set(tokens)) == 1
+    assert len(await read_story(worker.pool, query.facts.query_id)) == 2

@@ -1,6 +1,7 @@
 """Dead letters: what came in, untouched, why nobody could use it, and never twice."""
 
 import itertools
+import random
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -9,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from confluent_kafka import Message
+from confluent_kafka import KafkaError, Message, Producer
 
 from db.connection import DataPool
 from db.migrations.upgrade import upgrade_data
@@ -23,7 +24,7 @@ from tests.integration.records import prepare_topics, read_topic
 from tests.servers.kafka import Kafka
 
 # Beyond the 1 MiB that a broker takes unless told otherwise.
-_TOO_LARGE = 2 * 1024 * 1024
+_TOO_LARGE = 20 * 1024 * 1024
 
 # The tests share the topic: no two records come from the same place.
 _offsets = itertools.count(123_456_789_012)
@@ -49,9 +50,9 @@ async def place(kafka: Kafka, data_url: str) -> AsyncIterator[Place]:
 
 
 @asynccontextmanager
-async def opened_dead_letters(place: Place, **options: Any) -> AsyncIterator[DeadLetters]:
+async def opened_dead_letters(place: Place) -> AsyncIterator[DeadLetters]:
     """What one process writes dead letters with."""
-    config = prepare_topics(place.kafka) | options
+    config = prepare_topics(place.kafka)
     lanes = (Topic.REQUESTS_INTERACTIVE, Topic.REQUESTS_BATCH)
     topics = {lane.value: read_topic_identity(config, lane) for lane in lanes}
     publisher = Publisher(config)
@@ -173,16 +174,11 @@ async def test_a_record_that_is_read_again_after_a_crash_is_one_letter(
 # What can't be written.
 
 
-async def test_a_letter_that_the_client_cannot_send_is_not_delivered(dead_letters: DeadLetters) -> None:
-    with pytest.raises(NotDelivered):
-        await dead_letters.send([_make_letter(value=bytes(_TOO_LARGE))])
-
-
 @pytest.mark.needs_kafka
 async def test_a_letter_that_the_broker_refuses_is_not_delivered_and_not_taken_for_written(place: Place) -> None:
-    refused, small = _make_letter(value=bytes(_TOO_LARGE)), _make_letter()
-    # The client would send it.
-    async with opened_dead_letters(place, **{"message.max.bytes": 2 * _TOO_LARGE}) as dead_letters:
+    # Random bytes stay as large as they are, however they are compressed.
+    refused, small = _make_letter(value=random.Random(7).randbytes(_TOO_LARGE)), _make_letter()
+    async with opened_dead_letters(place) as dead_letters:
         for _ in range(2):
             with pytest.raises(NotDelivered):
                 await dead_letters.send([refused])
@@ -222,3 +218,18 @@ async def _read_dead(kafka: Kafka, letter: DeadLetter) -> list[Message]:
     """The dead letters of a record."""
     offset = ("queryd_dead_offset", str(letter.record.offset).encode())
     return [message for message in await read_topic(kafka, Topic.DEAD_LETTERS) if offset in _headers(message)]
+
+
+@pytest.mark.needs_kafka
+async def test_whatever_a_lane_takes_can_become_a_dead_letter(place: Place) -> None:
+    value = bytes(1_500_000)
+    # Compressed, it is far below the broker's limit.
+    producer = Producer(prepare_topics(place.kafka) | {"message.max.bytes": 4_000_000, "compression.type": "gzip"})
+    errors: list[KafkaError | None] = []
+    producer.produce(
+        Topic.REQUESTS_BATCH, key=b"k", value=value, on_delivery=lambda error, _message: errors.append(error)
+    )
+    assert producer.flush(30) == 0
+    assert errors == [None]
+    async with opened_dead_letters(place) as letters:
+        await letters.send([_make_letter(value=value)])

@@ -15,11 +15,11 @@ from psycopg.rows import dict_row
 from structlog.testing import CapturingLogger
 
 from consumers import projector
-from consumers.projector import Projector
+from consumers.projector import Projector, to_row
 from db.connection import StatePool, make_pool
 from db.migrations.upgrade import upgrade_state
 from db.state.platform import create_platform_tables
-from db.state.query_status import write_offsets
+from db.state.query_status import move_tasks, write_offsets
 from queryd.codec import encode
 from queryd.events import ErrorCode, Mode, OrgId, QueryId, QueryStatusChanged, Status, Topic
 from queryd.topics import read_topic_identity
@@ -424,3 +424,26 @@ async def _read_task(pool: StatePool, task_id: str) -> tuple[str, datetime]:
         row = await cursor.fetchone()
     assert row is not None
     return row[0], row[1]
+
+
+async def test_an_unknown_topic_is_read_from_its_earliest_record_whatever_the_group_has_committed(
+    place: Place,
+) -> None:
+    story = _make_story()
+    ends = await _publish(place, *story)
+    _commit(place, {partition: offset + 1 for partition, offset in ends.items()})
+    later = _make_story()
+    async with _projecting(place) as running:
+        await _project(place, running, *later)
+    assert await _read_row(place.pool, later[0].query_id) is not None
+    assert await _read_row(place.pool, story[0].query_id) is not None
+
+
+async def test_another_orgs_event_does_not_hide_a_tasks_own(pool: StatePool) -> None:
+    task_id, org_id = new_id(), new_id()
+    await _insert_task(pool, task_id, org_id)
+    own = _make_story(task_id=task_id, org_id=OrgId(org_id))[-1]
+    foreign = _make_story(task_id=task_id, start=_START + timedelta(hours=1))[1]
+    async with pool.connection() as connection:
+        await move_tasks(connection, [to_row(own), to_row(foreign)])
+    assert (await _read_task(pool, task_id))[0] == "Completed"

@@ -4,7 +4,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -503,3 +503,13 @@ async def _assert_published_once(place: Place, events: Sequence[NewEvent], left:
     for event in events:
         expected.setdefault(event.query_id, []).append(event.event_id)
     assert published == expected
+
+
+@pytest.mark.needs_kafka
+async def test_relays_of_different_shards_share_an_outbox(place: Place) -> None:
+    events = await _insert(place, _tell_stories(place.shard, queries=1))
+    await _publish_all(place, transactions=True)
+    other = replace(place, shard=next(_free_shards))
+    more = await _insert(place, _tell_stories(other.shard, queries=1))
+    await _publish_all(other, transactions=True)
+    await _assert_published_once(place, [*events, *more])

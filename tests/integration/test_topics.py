@@ -3,9 +3,10 @@
 import asyncio
 
 import pytest
-from confluent_kafka.admin import AdminClient, ConfigResource, ResourceType
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
 from queryd.events import Topic
+from service.topics import apply_topics
 from tests.integration.records import PATIENCE_SECONDS, prepare_topics
 from tests.servers.kafka import Kafka
 
@@ -49,3 +50,32 @@ async def _read_settings(admin: AdminClient, topic: Topic) -> dict[str, str]:
     [answer] = admin.describe_configs([ConfigResource(ResourceType.TOPIC, topic.value)]).values()
     entries = await asyncio.to_thread(answer.result, PATIENCE_SECONDS)
     return {name: entry.value for name, entry in entries.items()}
+
+
+@pytest.mark.needs_kafka
+async def test_applying_twice_keeps_topics_and_puts_their_settings_right(kafka: Kafka) -> None:
+    config = prepare_topics(kafka)
+    admin = AdminClient(config)
+    changed = {"cleanup.policy": "delete", "min.compaction.lag.ms": "1", "retention.bytes": "123456789"}
+    await _set(admin, changed)
+    partitions = {topic: len(admin.list_topics(timeout=PATIENCE_SECONDS).topics[topic].partitions) for topic in Topic}
+    try:
+        for _ in range(2):
+            assert apply_topics(config, 7, 1) == dict.fromkeys(Topic, "settings applied")
+        settings = await _read_settings(admin, Topic.STATUS)
+        assert {name: settings[name] for name in _SETTINGS[Topic.STATUS]} == _SETTINGS[Topic.STATUS]
+        # What the contract says nothing of is the operator's.
+        assert settings["retention.bytes"] == "123456789"
+    finally:
+        await _set(admin, _SETTINGS[Topic.STATUS] | {"retention.bytes": "-1"})
+    known = admin.list_topics(timeout=PATIENCE_SECONDS).topics
+    assert {topic: len(known[topic].partitions) for topic in Topic} == partitions
+
+
+async def _set(admin: AdminClient, settings: dict[str, str]) -> None:
+    entries = [
+        ConfigEntry(name, value, incremental_operation=AlterConfigOpType.SET) for name, value in settings.items()
+    ]
+    resource = ConfigResource(ResourceType.TOPIC, Topic.STATUS.value, incremental_configs=entries)
+    [answer] = admin.incremental_alter_configs([resource]).values()
+    await asyncio.to_thread(answer.result, PATIENCE_SECONDS)

@@ -107,7 +107,7 @@ CREATE TABLE deleted_ids (
 # outbox: events committed with the change that they tell of, and not yet published. `position` is drawn after the
 # query's row lock, so one query's events have rising positions. A row leaves once Kafka has it.
 # outbox_state: `generation` names this very table in the relay's committed offsets; a restored or remade database has
-# another one. `published` is true once anything was ever published from here.
+# another one. `publishers` are the relays that have ever published from here.
 _OUTBOX = """
 CREATE TABLE outbox (
     position BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -123,7 +123,7 @@ CREATE TABLE outbox (
 CREATE TABLE outbox_state (
     only_row BOOLEAN PRIMARY KEY DEFAULT true CHECK (only_row),
     generation UUID NOT NULL DEFAULT gen_random_uuid(),
-    published BOOLEAN NOT NULL DEFAULT false
+    publishers TEXT[] NOT NULL DEFAULT '{}'
 );
 
 INSERT INTO outbox_state DEFAULT VALUES;
