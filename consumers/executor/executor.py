@@ -207,7 +207,7 @@ class Executor:
             case Done():
                 self.subscription.finish(record)
             case Admitted() if verdict.state.lease_alive:
-                self._watch.park(verdict)
+                self._park(verdict)
             case Admitted():
                 self._lanes[verdict.facts.mode].queue.put(verdict)
 
@@ -246,7 +246,7 @@ class Executor:
             if await self._attempts.run(query, still_renewal, executed.set):
                 self.subscription.finish(query.record)
             elif not self._stopping.is_set():
-                self._watch.park(query)
+                self._park(query)
         finally:
             lane.unfinished.release()
             executed.set()
@@ -264,6 +264,11 @@ class Executor:
                 self.subscription.finish(query.record)
             for taken in takeable:
                 self._take_over(taken)
+
+    def _park(self, query: Admitted) -> None:
+        """Watch a query until it is finished or may be taken; what is another worker's record now is its to watch."""
+        if self.subscription.owns(query.record):
+            self._watch.park(query)
 
     async def _read_watched(self) -> dict[str, RunState]:
         return await self._transitions.read([query.facts.query_id for query in self._watch.queries])
