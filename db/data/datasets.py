@@ -1,7 +1,7 @@
 """Datasets: what SQL may name, who owns it and who may read it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from psycopg.rows import class_row
 
@@ -9,10 +9,9 @@ from db.connection import Connection
 
 
 @dataclass(frozen=True, slots=True)
-class Dataset:
-    """A dataset as registered. `version` rises with every change, so that warm instances of the old one end."""
+class NewDataset:
+    """A dataset to be registered, or to replace the org's dataset of that name."""
 
-    id: str
     org_id: str
     user_id: str | None
     name: str
@@ -20,6 +19,13 @@ class Dataset:
     location: str
     visibility: str
     pii_columns: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset(NewDataset):
+    """A dataset as registered. `version` rises with every change, so that warm instances of the old one end."""
+
+    id: str
     version: int
 
 
@@ -53,34 +59,10 @@ ORDER BY name, (org_id = %(org_id)s) DESC, org_id
 """
 
 
-@dataclass(frozen=True, slots=True)
-class NewDataset:
-    """A dataset to be registered, or to replace the org's dataset of that name."""
-
-    org_id: str
-    user_id: str | None
-    name: str
-    kind: str
-    location: str
-    visibility: str
-    pii_columns: list[str]
-
-
 async def upsert_dataset(connection: Connection, dataset: NewDataset) -> Dataset:
     """Register or replace."""
     async with connection.cursor(row_factory=class_row(Dataset)) as cursor:
-        await cursor.execute(
-            UPSERT,
-            {
-                "org_id": dataset.org_id,
-                "user_id": dataset.user_id,
-                "name": dataset.name,
-                "kind": dataset.kind,
-                "location": dataset.location,
-                "visibility": dataset.visibility,
-                "pii_columns": dataset.pii_columns,
-            },
-        )
+        await cursor.execute(UPSERT, asdict(dataset))
         stored = await cursor.fetchone()
         assert stored is not None
         return stored

@@ -1,21 +1,22 @@
 """`queryd datasets`."""
 
-import asyncio
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from access.datasets import add_dataset
-from access.visibility import InvalidRegistration
-from db.connection import DatabaseUnavailable, transaction
+from db.connection import DataPool, transaction
 from db.data.datasets import Dataset, NewDataset, list_datasets
-from service.cli.output import complain, print_fields, print_json, print_rows
-from service.cli.query import Json, uuid_argument
-from service.settings import load_settings
-from service.wiring import opened_data_pool
+from service.cli.database import optional_uuid, uuid_argument, with_data
+from service.cli.output import print_fields, print_json, print_rows
+from service.cli.query import Json
 
 app = typer.Typer(help="What SQL may name, and who may read it.", no_args_is_help=True)
+
+
+# What a person looks for; `--json` has everything.
+_SHOWN = ("name", "org_id", "kind", "location", "visibility", "pii_columns")
 
 
 @app.command()
@@ -32,7 +33,7 @@ def add(
     """Register a dataset, or replace the org's dataset of that name."""
     dataset = NewDataset(
         org_id=uuid_argument(org, "--org"),
-        user_id=None if user is None else uuid_argument(user, "--user"),
+        user_id=optional_uuid(user, "--user"),
         name=name,
         kind=kind,
         location=location,
@@ -40,16 +41,7 @@ def add(
         pii_columns=[column.strip() for column in pii_columns.split(",") if column.strip()],
     )
 
-    async def store() -> Dataset:
-        async with opened_data_pool(load_settings()) as pool:
-            return await add_dataset(pool, dataset)
-
-    try:
-        stored = asyncio.run(store())
-    except InvalidRegistration as error:
-        complain(str(error), 2)
-    except DatabaseUnavailable as error:
-        complain(f"Postgres data (QUERYD_DATA_URL) does not answer: {error}")
+    stored = with_data(lambda pool: add_dataset(pool, dataset))
     if as_json:
         print_json(asdict(stored))
     else:
@@ -63,15 +55,14 @@ def list_(
 ) -> None:
     """List datasets."""
 
-    async def read() -> list[Dataset]:
-        async with opened_data_pool(load_settings()) as pool, transaction(pool) as connection:
-            return await list_datasets(connection, None if org is None else uuid_argument(org, "--org"))
+    org_id = optional_uuid(org, "--org")
 
-    try:
-        datasets = [asdict(dataset) for dataset in asyncio.run(read())]
-    except DatabaseUnavailable as error:
-        complain(f"Postgres data (QUERYD_DATA_URL) does not answer: {error}")
+    async def read(pool: DataPool) -> list[Dataset]:
+        async with transaction(pool) as connection:
+            return await list_datasets(connection, org_id)
+
+    datasets = [asdict(dataset) for dataset in with_data(read)]
     if as_json:
         print_json(datasets)
     else:
-        print_rows("datasets", datasets)
+        print_rows("datasets", [{name: dataset[name] for name in _SHOWN} for dataset in datasets])

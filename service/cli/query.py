@@ -1,9 +1,7 @@
 """`queryd submit`, `status` and `fetch`."""
 
-import asyncio
 import json
 import sys
-import uuid
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,14 +9,14 @@ from typing import Annotated, Any
 import typer
 from confluent_kafka import KafkaException
 
-from db.connection import DatabaseUnavailable, transaction
+from db.connection import DataPool, transaction
 from db.data.runs import CanonicalRow, read_canonical, read_files
 from queryd.client import NotSubmitted, QueryClient, QueryHandle
-from queryd.events import Invalid, Mode, OutputFormat, Parameter, QueryStatusChanged, Status, parse_uuid
+from queryd.events import Mode, OutputFormat, Parameter, QueryStatusChanged, Status
 from queryd.results import ResultReader
+from service.cli.database import optional_uuid, uuid_argument, with_data
 from service.cli.output import complain, print_fields, print_json
-from service.settings import Settings, load_settings
-from service.wiring import opened_data_pool
+from service.settings import load_settings
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON line and nothing else.")]
 
@@ -58,13 +56,13 @@ def submit(
             handle = client.submit(
                 text,
                 org_id=uuid_argument(org, "--org"),
-                user_id=None if user is None else uuid_argument(user, "--user"),
+                user_id=optional_uuid(user, "--user"),
                 roles=role or (),
-                query_id=None if query_id is None else uuid_argument(query_id, "--id"),
-                saved_query_id=None if saved is None else uuid_argument(saved, "--saved"),
+                query_id=optional_uuid(query_id, "--id"),
+                saved_query_id=optional_uuid(saved, "--saved"),
                 parameters=dict(_read_parameter(text) for text in param or ()),
                 mode=mode,
-                task_id=None if task is None else uuid_argument(task, "--task"),
+                task_id=optional_uuid(task, "--task"),
                 output_format=format_,
                 timeout_seconds=timeout,
             )
@@ -78,7 +76,7 @@ def submit(
 
 def status(query_id: Annotated[str, typer.Argument(help="The query's id.")], as_json: Json = False) -> None:
     """Show where a query stands."""
-    row, _ = _read(load_settings(), uuid_argument(query_id, "the id"))
+    row, _ = _read(uuid_argument(query_id, "the id"))
     fields = asdict(row)
     if as_json:
         print_json(fields)
@@ -93,7 +91,7 @@ def fetch(
     as_json: Json = False,
 ) -> None:
     """Fetch a result."""
-    row, files = _read(load_settings(), uuid_argument(query_id, "the id"))
+    row, files = _read(uuid_argument(query_id, "the id"))
     if row.status != Status.SUCCEEDED or row.output_location is None:
         complain(f"the query is {row.status}" + (f", {row.error_code}: {row.error_message}" if row.error_code else ""))
     reader = ResultReader()
@@ -143,16 +141,13 @@ def _print_submitted(handle: QueryHandle, event: QueryStatusChanged | None, as_j
     print_fields(fields)
 
 
-def _read(settings: Settings, query_id: str) -> tuple[CanonicalRow, list[dict[str, Any]]]:
-    async def read() -> tuple[CanonicalRow | None, list[dict[str, Any]]]:
-        async with opened_data_pool(settings) as pool, transaction(pool) as connection:
+def _read(query_id: str) -> tuple[CanonicalRow, list[dict[str, Any]]]:
+    async def read(pool: DataPool) -> tuple[CanonicalRow | None, list[dict[str, Any]]]:
+        async with transaction(pool) as connection:
             rows = await read_canonical(connection, [query_id])
             return rows.get(query_id), await read_files(connection, query_id)
 
-    try:
-        row, files = asyncio.run(read())
-    except DatabaseUnavailable as error:
-        complain(f"Postgres data (QUERYD_DATA_URL) does not answer: {error}")
+    row, files = with_data(read)
     if row is None:
         complain(f"there is no query {query_id}")
     return row, files
@@ -168,10 +163,3 @@ def _read_parameter(text: str) -> tuple[str, Parameter]:
         return name, value
     # Only what a parameter may be; a JSON list or object was meant as text.
     return name, parsed if parsed is None or isinstance(parsed, bool | int | float | str) else value
-
-
-def uuid_argument(text: str, name: str) -> str:
-    try:
-        return parse_uuid(text, name)
-    except Invalid as error:
-        complain(f"{error}; it looks like {uuid.uuid4()}", 2)

@@ -1,19 +1,16 @@
 """`queryd saved`."""
 
-import asyncio
 import sys
 from typing import Annotated, Any
 
 import typer
 
 from access.saved_queries import save_query
-from access.visibility import InvalidRegistration
-from db.connection import DatabaseUnavailable, transaction
+from db.connection import DataPool, transaction
 from db.data.saved_queries import SavedQuery, list_saved
-from service.cli.output import complain, print_fields, print_json, print_rows
-from service.cli.query import Json, uuid_argument
-from service.settings import load_settings
-from service.wiring import opened_data_pool
+from service.cli.database import optional_uuid, uuid_argument, with_data
+from service.cli.output import print_fields, print_json, print_rows
+from service.cli.query import Json
 
 app = typer.Typer(help="Queries that their authors saved.", no_args_is_help=True)
 
@@ -30,23 +27,10 @@ def add(
     """Save a query."""
     text = sys.stdin.read() if sql == "-" else sql
 
-    async def store() -> SavedQuery:
-        async with opened_data_pool(load_settings()) as pool:
-            return await save_query(
-                pool,
-                org_id=uuid_argument(org, "--org"),
-                user_id=uuid_argument(user, "--user"),
-                name=name,
-                query=text,
-                visibility=visibility,
-            )
-
-    try:
-        stored = asyncio.run(store())
-    except InvalidRegistration as error:
-        complain(str(error), 2)
-    except DatabaseUnavailable as error:
-        complain(f"Postgres data (QUERYD_DATA_URL) does not answer: {error}")
+    org_id, user_id = uuid_argument(org, "--org"), uuid_argument(user, "--user")
+    stored = with_data(
+        lambda pool: save_query(pool, org_id=org_id, user_id=user_id, name=name, query=text, visibility=visibility)
+    )
     if as_json:
         print_json(_show(stored))
     else:
@@ -60,14 +44,13 @@ def list_(
 ) -> None:
     """List saved queries, without their text."""
 
-    async def read() -> list[SavedQuery]:
-        async with opened_data_pool(load_settings()) as pool, transaction(pool) as connection:
-            return await list_saved(connection, None if org is None else uuid_argument(org, "--org"))
+    org_id = optional_uuid(org, "--org")
 
-    try:
-        saved = [_show(query) for query in asyncio.run(read())]
-    except DatabaseUnavailable as error:
-        complain(f"Postgres data (QUERYD_DATA_URL) does not answer: {error}")
+    async def read(pool: DataPool) -> list[SavedQuery]:
+        async with transaction(pool) as connection:
+            return await list_saved(connection, org_id)
+
+    saved = [_show(query) for query in with_data(read)]
     if as_json:
         print_json(saved)
     else:
