@@ -27,7 +27,7 @@ class WrongSetting(ValueError):
 
 
 def _check_results_url(url: str) -> str:
-    if not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]+/?", url):
+    if not re.fullmatch(r"s3://[a-z0-9][a-z0-9._-]*/?", url):
         raise ValueError("must be s3://bucket, without a path")
     return url.rstrip("/")
 
