@@ -1,14 +1,11 @@
 # Two commands do all the set-up: `make demo` and `make test`. Each makes its own .venv first.
 
 ARGS ?=
-SECONDS ?= 120
-SEED ?=
 VENV := .venv
 BIN := $(VENV)/bin
 # The first Python that is new enough; name another with `make demo PYTHON=…`.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-ROOMS := queryd telemetry processes db access results engines producers consumers service tests bench
 
 .PHONY: demo up test check format lint types imports bench clean
 
@@ -42,7 +39,8 @@ clean:
 	rm -rf $(VENV) .queryd .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 $(VENV)/bin/python:
-	@test -n "$(PYTHON)" || { echo "queryd needs Python 3.11 or newer: install it, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "queryd needs Python 3.11 or newer$(if $(PYTHON),, and PYTHON=$(PYTHON) is not): install it or name it, make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "could not make $(VENV): on Debian and Ubuntu, apt install python3-venv" >&2; exit 1; }
 
 $(VENV)/demo-installed: $(VENV)/bin/python pyproject.toml constraints.txt

@@ -35,16 +35,19 @@ def main() -> None:
         sys.argv = [module, *sys.argv[3:]]
         runpy.run_module(module, run_name="__main__")
         return
-    importlib.import_module("service.cli").main()
+    try:
+        importlib.import_module("service.cli").main()
+    except KeyboardInterrupt:
+        # Also while the imports are still under way, which take a second.
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output has gone (`queryd … | head`): nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 if __name__ == "__main__":
     if sys.path[:1] == [str(_PACKAGE)]:
         # Run as a file without -P: the package's own folder is no place to import from.
         del sys.path[0]
-    try:
-        main()
-    except BrokenPipeError:
-        # The reader of our output has gone (`queryd … | head`): nobody is left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    main()

@@ -93,8 +93,13 @@ class QueryClient:
 
     @classmethod
     def from_environment(cls) -> Self:
-        """A client of the broker in `QUERYD_KAFKA_BOOTSTRAP`."""
-        return cls({"bootstrap.servers": os.environ["QUERYD_KAFKA_BOOTSTRAP"]})
+        """A client of the broker in `QUERYD_KAFKA_BOOTSTRAP`; raises `LookupError` where it is not set."""
+        bootstrap = os.environ.get("QUERYD_KAFKA_BOOTSTRAP")
+        if not bootstrap:
+            raise LookupError(
+                "QUERYD_KAFKA_BOOTSTRAP is not set: beside `queryd up`, run `set -a; . .queryd/env` first"
+            )
+        return cls({"bootstrap.servers": bootstrap})
 
     def submit(
         self,

@@ -15,7 +15,7 @@ from db.health import DATA_TABLES, STATE_TABLES, require_tables
 from db.retrying import until_available
 from processes.lifeline import hold_lifeline
 from service.readiness import announce_ready
-from service.settings import Settings, WrongSetting, load_settings
+from service.settings import Settings, WrongSetting, check_kafka_options, load_settings
 from service.wiring import make_executor, make_projector, make_relay
 from telemetry.events import LogEvent
 from telemetry.logs import set_up_logs
@@ -108,6 +108,7 @@ def main() -> None:
     """The process of one service, named by its only argument."""
     try:
         settings = load_settings()
+        check_kafka_options(settings)
     except WrongSetting as error:
         print(f"queryd: {error}", file=sys.stderr)
         sys.exit(2)

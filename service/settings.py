@@ -8,10 +8,13 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Self
 
+from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from queryd.events import Mode
+from queryd.outages import QUIET
 
 STATE_DIRECTORY = Path(".queryd")
 ENV_FILE = STATE_DIRECTORY / "env"
@@ -97,6 +100,14 @@ class Settings(BaseSettings):
             raise ValueError("QUERYD_DATASETS_ACCESS_KEY_ID and QUERYD_DATASETS_SECRET_ACCESS_KEY go together")
         return self
 
+    @model_validator(mode="after")
+    def _check_limits(self) -> Self:
+        for lane in Mode:
+            default, longest = getattr(self, f"timeout_{lane}"), getattr(self, f"timeout_{lane}_max")
+            if default > longest:
+                raise ValueError(f"QUERYD_TIMEOUT_{lane.upper()} is above QUERYD_TIMEOUT_{lane.upper()}_MAX")
+        return self
+
     @property
     def bucket(self) -> str:
         """The results bucket's name."""
@@ -151,7 +162,19 @@ def load_settings() -> Settings:
         raise WrongSetting(f"{name}: {_explain(name, problem['type'], problem['msg'])}") from None
 
 
+def check_kafka_options(settings: Settings) -> None:
+    """Let librdkafka judge its own properties; raises `WrongSetting`."""
+    try:
+        AdminClient(settings.kafka | QUIET)
+    except KafkaException as error:
+        raise WrongSetting(f"QUERYD_KAFKA_OPTIONS: {error.args[0].str()}") from None
+
+
 def _explain(name: str, kind: str, message: str) -> str:
     if kind == "missing":
         return f"is not set. Run `queryd up` in this directory, or export {name}"
+    if kind == "string_pattern_mismatch":
+        return "must be DEBUG, INFO, WARNING or ERROR"
+    if kind == "too_short":
+        return "is too short: at least 16 characters"
     return message.removeprefix("Value error, ")

@@ -69,13 +69,14 @@ class Stack:
         _write_atomically(self.directory / "env", "".join(lines))
 
     def stop(self) -> None:
-        """Stop the servers; their data stays."""
+        """Stop the servers; their data stays. Without the lock nothing here is ours."""
+        if self._lock is None:
+            return
         (self.directory / "env").unlink(missing_ok=True)
         if self.servers is not None:
             self.servers.stop()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        os.close(self._lock)
+        self._lock = None
 
     def _prepare(self, servers: EmbeddedStack) -> dict[str, str]:
         postgres, store = servers.postgres, servers.object_store

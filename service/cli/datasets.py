@@ -1,6 +1,7 @@
 """`queryd datasets`."""
 
 from dataclasses import asdict
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -15,6 +16,13 @@ from service.cli.query import Json
 app = typer.Typer(help="What SQL may name, and who may read it.", no_args_is_help=True)
 
 
+class Kind(StrEnum):
+    """Where a dataset's rows lie."""
+
+    PARQUET = "parquet"
+    POSTGRES = "postgres"
+
+
 # What a person looks for; `--json` has everything.
 _SHOWN = ("name", "org_id", "kind", "location", "visibility", "pii_columns")
 
@@ -23,7 +31,7 @@ _SHOWN = ("name", "org_id", "kind", "location", "visibility", "pii_columns")
 def add(
     name: Annotated[str, typer.Argument(help="What SQL calls it: an identifier, or schema.identifier.")],
     org: Annotated[str, typer.Option(help="The org that owns it.")],
-    kind: Annotated[str, typer.Option(help="parquet or postgres.")],
+    kind: Annotated[Kind, typer.Option(help="Where its rows lie.")],
     location: Annotated[str, typer.Option(help="s3://bucket/key, with globs; or schema.table.")],
     visibility: Annotated[str, typer.Option(help="private, org, role:<slug> or public.")] = "private",
     user: Annotated[str | None, typer.Option(help="Its creator; wanted for private.")] = None,
@@ -35,7 +43,7 @@ def add(
         org_id=uuid_argument(org, "--org"),
         user_id=optional_uuid(user, "--user"),
         name=name,
-        kind=kind,
+        kind=kind.value,
         location=location,
         visibility=visibility,
         pii_columns=[column.strip() for column in pii_columns.split(",") if column.strip()],

@@ -3,36 +3,60 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any, NoReturn
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 
 def print_json(value: Any) -> None:
     """One line of JSON on stdout."""
-    print(json.dumps(value, default=str, ensure_ascii=False), flush=True)
+    print(json.dumps(value, default=_to_json, ensure_ascii=False), flush=True)
+
+
+def _to_json(value: Any) -> str:
+    return value.isoformat() if isinstance(value, datetime) else str(value)
 
 
 def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """A table on stdout, its columns named as the first row's keys."""
-    console = Console()
     if not rows:
-        console.print(f"no {title}")
+        print(f"no {title}")
         return
-    table = Table(title=title, title_justify="left")
+    cells = [[_show(value) for value in row.values()] for row in rows]
+    if not sys.stdout.isatty():
+        # Through a pipe: one line a row, for grep and cut.
+        for line in ([name.replace("_", " ") for name in rows[0]], *cells):
+            print("\t".join(line))
+        return
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for name in rows[0]:
-        table.add_column(name.replace("_", " "), overflow="fold")
-    for row in rows:
-        table.add_row(*("" if value is None else str(value) for value in row.values()))
-    console.print(table)
+        # An id that is broken over lines can't be copied.
+        table.add_column(name.replace("_", " "), overflow="fold", no_wrap=name.endswith("id"))
+    for row in cells:
+        table.add_row(*row)
+    Console().print(table)
 
 
 def print_fields(fields: Mapping[str, Any]) -> None:
     """One thing, a line a field."""
     for name, value in fields.items():
         if value is not None:
-            print(f"{name.replace('_', ' ')}: {value}")
+            print(f"{name.replace('_', ' ')}: {_show(value)}")
+
+
+def _show(value: Any) -> str:
+    match value:
+        case None:
+            return ""
+        case list():
+            return ",".join(str(part) for part in value)
+        case datetime():
+            return value.isoformat(timespec="milliseconds")
+        case _:
+            return str(value)
 
 
 def complain(sentence: str, code: int = 1) -> NoReturn:

@@ -1,5 +1,6 @@
 """`queryd submit`, `status` and `fetch`."""
 
+import hashlib
 import json
 import sys
 from dataclasses import asdict
@@ -12,7 +13,7 @@ from confluent_kafka import KafkaException
 from db.connection import DataPool, transaction
 from db.data.runs import CanonicalRow, read_canonical, read_files
 from queryd.client import NotSubmitted, QueryClient, QueryHandle
-from queryd.events import Mode, OutputFormat, Parameter, QueryStatusChanged, Status
+from queryd.events import Invalid, Mode, OutputFormat, Parameter, QueryStatusChanged, Status
 from queryd.results import ResultReader
 from service.cli.database import optional_uuid, uuid_argument, with_data
 from service.cli.output import complain, print_fields, print_json
@@ -42,15 +43,17 @@ def submit(
     saved: Annotated[str | None, typer.Option(help="A saved query's id, instead of SQL.")] = None,
     task: Annotated[str | None, typer.Option(help="The task it runs for.")] = None,
     query_id: Annotated[str | None, typer.Option("--id", help="The request's own id; made up where not given.")] = None,
-    timeout: Annotated[int | None, typer.Option(help="Time limit in seconds.")] = None,
+    timeout: Annotated[int | None, typer.Option(help="Time limit in seconds.", min=1, max=2**31 - 1)] = None,
     wait: Annotated[bool, typer.Option(help="Wait until the query is finished.")] = False,
     as_json: Json = False,
 ) -> None:
     """Publish a request. Exit code 1 when it was waited for and failed."""
     settings = load_settings()
     if (sql is None) == (saved is None):
-        complain("give the SQL, or --saved with a saved query's id", 2)
+        complain("give the SQL, or --saved with a saved query's id; one of them and not both", 2)
     text = sys.stdin.read() if sql == "-" else sql
+    if text is not None and not text.strip():
+        complain("the SQL is empty", 2)
     try:
         with QueryClient(settings.kafka) as client:
             handle = client.submit(
@@ -60,7 +63,7 @@ def submit(
                 roles=role or (),
                 query_id=optional_uuid(query_id, "--id"),
                 saved_query_id=optional_uuid(saved, "--saved"),
-                parameters=dict(_read_parameter(text) for text in param or ()),
+                parameters=dict(_read_parameter(each) for each in param or ()),
                 mode=mode,
                 task_id=optional_uuid(task, "--task"),
                 output_format=format_,
@@ -69,6 +72,10 @@ def submit(
             event = _wait(handle) if wait else None
     except (NotSubmitted, KafkaException) as error:
         complain(f"the request could not be published: {error}")
+    except Invalid as error:
+        complain(str(error), 2)
+    if event is not None and settings.sql_hash_key is None and text is not None and event.sql_hash != _hash(text):
+        complain(f"{handle.query_id} was used before, for another query: this request is in query.requests.dead")
     _print_submitted(handle, event, as_json)
     if event is not None and event.status is Status.FAILED:
         raise SystemExit(1)
@@ -95,6 +102,8 @@ def fetch(
     if row.status != Status.SUCCEEDED or row.output_location is None:
         complain(f"the query is {row.status}" + (f", {row.error_code}: {row.error_message}" if row.error_code else ""))
     reader = ResultReader()
+    if output is not None and (link or as_json):
+        complain("-o writes the result; --link and --json print where it is: one of them at a time", 2)
     if link or as_json:
         links = [{**file, "link": reader.link(row.output_location, file["key"])} for file in files]
         if as_json:
@@ -103,11 +112,19 @@ def fetch(
             for each in links:
                 print(each["link"])
         return
+    if output is None and row.output_format == OutputFormat.PARQUET and sys.stdout.isatty():
+        complain("Parquet is not for a terminal: give -o FILE, or send it through a pipe", 2)
     body = b"".join(reader.read_object(row.output_location, file["key"]) for file in files)
-    if output is not None:
-        output.write_bytes(body)
-    else:
-        sys.stdout.buffer.write(body)
+    try:
+        if output is None:
+            sys.stdout.buffer.write(body)
+            sys.stdout.buffer.flush()
+        else:
+            _write_whole(output, body)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        complain(f"can't write {output or 'the output'}: {error.strerror}")
 
 
 def _wait(handle: QueryHandle) -> QueryStatusChanged:
@@ -139,6 +156,8 @@ def _print_submitted(handle: QueryHandle, event: QueryStatusChanged | None, as_j
         return
     fields["files"] = ", ".join(file.key for file in event.files) or None
     print_fields(fields)
+    if event.status is Status.SUCCEEDED:
+        print(f"fetch it: queryd fetch {handle.query_id}")
 
 
 def _read(query_id: str) -> tuple[CanonicalRow, list[dict[str, Any]]]:
@@ -153,6 +172,21 @@ def _read(query_id: str) -> tuple[CanonicalRow, list[dict[str, Any]]]:
     return row, files
 
 
+def _hash(sql: str) -> str:
+    return hashlib.sha256(sql.encode()).hexdigest()
+
+
+def _write_whole(path: Path, body: bytes) -> None:
+    """The whole file or none: a reader never sees half a result here either."""
+    draft = path.with_name(f"{path.name}.draft")
+    draft.write_bytes(body)
+    try:
+        draft.replace(path)
+    except OSError:
+        draft.unlink()
+        raise
+
+
 def _read_parameter(text: str) -> tuple[str, Parameter]:
     name, separator, value = text.partition("=")
     if not separator or not name:
@@ -161,5 +195,7 @@ def _read_parameter(text: str) -> tuple[str, Parameter]:
         parsed = json.loads(value)
     except ValueError:
         return name, value
+    if isinstance(parsed, int) and not -(2**63) <= parsed < 2**63:
+        complain(f"--param {name}: an integer must fit in 64 bits; quote it to send text", 2)
     # Only what a parameter may be; a JSON list or object was meant as text.
     return name, parsed if parsed is None or isinstance(parsed, bool | int | float | str) else value

@@ -13,7 +13,7 @@ from queryd.__main__ import room_command
 from service.cli.output import complain, print_json
 from service.cli.query import Json
 from service.run import Service, run_service
-from service.settings import STATE_DIRECTORY, load_settings
+from service.settings import STATE_DIRECTORY, check_kafka_options, load_settings
 from telemetry.logs import set_up_logs
 
 
@@ -64,6 +64,7 @@ def demo(as_json: Json = False) -> None:
 def run(service: Annotated[Runnable, typer.Argument(help="Which service; `all` is one process each.")]) -> None:
     """Run a service against what the settings name, until SIGTERM."""
     settings = load_settings()
+    check_kafka_options(settings)
     if service is Runnable.ALL:
         sys.exit(_run_all())
     sys.exit(run_service(Service(service.value), settings))

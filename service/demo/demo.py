@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -56,14 +57,17 @@ async def run_demo(directory: Path, *, quiet: bool) -> dict[str, Any]:
     stack = Stack(directory)
     started = time.monotonic()
     try:
-        with console.status("starting Postgres, S3 and Kafka …"):
-            await asyncio.to_thread(stack.start)
+        console.print("starting Postgres, S3 and Kafka …")
+        await asyncio.to_thread(stack.start)
         with (directory / "logs" / "services.log").open("wb") as log:
             async with Supervisor(directory, log=log).running():
                 settings = load_settings()
-                with console.status("loading the flights of 2013 …"):
-                    rows, saved_query_id = await _load(settings, stack)
-                console.print(f"loaded {', '.join(f'{count:,} {name}' for name, count in rows.items())}")
+                console.print("loading the flights of 2013 …")
+                rows, saved_query_id = await _load(settings, stack)
+                console.print(
+                    f"loaded {', '.join(f'{count:,} {name}' for name, count in rows.items())}", soft_wrap=True
+                )
+                console.print(f"asking {len(QUESTIONS)} questions over both lanes …")
                 asked, events = await _ask(settings, saved_query_id, console)
                 _check(asked, events)
     finally:
@@ -74,7 +78,8 @@ async def run_demo(directory: Path, *, quiet: bool) -> dict[str, Any]:
         Console().print(
             f"{FLIGHTS:,} flights, {DEPARTED:,} departed: as they must be. "
             f"{answer['Succeeded']} succeeded, {answer['Failed']} failed as they should, "
-            f"{time.monotonic() - started:.0f} s in all."
+            f"{time.monotonic() - started:.0f} s in all.",
+            soft_wrap=True,
         )
     return answer
 
@@ -186,18 +191,18 @@ def _summarize(asked: Sequence[Asked], events: Sequence[QueryStatusChanged]) -> 
 
 
 def _table(asked: Sequence[Asked], events: Sequence[QueryStatusChanged | None]) -> Table:
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD)
     for name in ("query", "lane", "status"):
         table.add_column(name)
     for name in ("rows", "bytes", "ms"):
         table.add_column(name, justify="right")
-    table.add_column("where", overflow="fold")
+    table.add_column("where", no_wrap=True)
     for each, event in zip(asked, events, strict=True):
         question = each.question
         if event is None:
             table.add_row(question.title, question.mode.value, "requested", "", "", "", "")
             continue
-        where = event.output_location or (event.error_code.value if event.error_code is not None else "")
+        where = _shorten(event.output_location) or (event.error_code.value if event.error_code is not None else "")
         table.add_row(
             question.title,
             event.mode.value,
@@ -211,9 +216,18 @@ def _table(asked: Sequence[Asked], events: Sequence[QueryStatusChanged | None]) 
 
 
 def _print_table(asked: Sequence[Asked], events: Sequence[QueryStatusChanged]) -> None:
-    # Where nobody sets a width (a pipe, CI), the places still fit on one line each.
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 240
+    # Where nobody sets a width (a pipe, CI), each query still has one line.
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
     Console(width=width).print(_table(asked, events))
+
+
+def _shorten(location: str | None) -> str | None:
+    """The place without its org and with the first digits of its query; `--json` has the whole."""
+    if location is None:
+        return None
+    bucket, _, path = location.removeprefix("s3://").partition("/")
+    _, _, query_id, attempt, _ = path.split("/")
+    return f"s3://{bucket}/…/{query_id[:8]}…/{attempt}/"
 
 
 def _cancel_on_sigterm() -> None:
