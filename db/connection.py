@@ -39,6 +39,15 @@ _CONNINFO: dict[str, Any] = {
 _POOL_SECONDS = 10.0
 
 
+# Not the statement's fault either: a server that has just failed over to a replica, a session that it ended, and a
+# prepared plan that a migration has outdated.
+_PASSING = (
+    psycopg.errors.ReadOnlySqlTransaction,
+    psycopg.errors.IdleInTransactionSessionTimeout,
+    psycopg.errors.FeatureNotSupported,
+)
+
+
 class DatabaseUnavailable(Exception):
     """The database can't be reached, is shutting down, or asked to repeat the transaction: wait and repeat it."""
 
@@ -93,6 +102,6 @@ def unavailable_told_apart() -> Iterator[None]:
         yield
     except PoolTimeout as error:
         raise DatabaseUnavailable("no connection within 10 s") from error
-    except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+    except (psycopg.OperationalError, psycopg.InterfaceError, *_PASSING) as error:
         # Only the class and SQLSTATE: a message may quote values.
         raise DatabaseUnavailable(f"{type(error).__name__} {error.sqlstate or ''}".rstrip()) from error

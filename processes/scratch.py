@@ -4,6 +4,8 @@ import fcntl
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +21,10 @@ class ScratchFolder:
     def make(cls, root: Path, prefix: str) -> "ScratchFolder":
         """Make and lock one in `root`, which is made as well where it is missing."""
         root.mkdir(parents=True, exist_ok=True)
-        path = Path(tempfile.mkdtemp(prefix=prefix, dir=root))
-        lock = os.open(path, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with _alone(root):
+            path = Path(tempfile.mkdtemp(prefix=prefix, dir=root))
+            lock = os.open(path, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         return cls(path, lock)
 
     def remove(self) -> None:
@@ -32,17 +35,31 @@ class ScratchFolder:
 
 def sweep(root: Path, prefix: str) -> None:
     """Remove the folders of processes that died without tidying: nobody holds their locks any more."""
-    for path in root.glob(f"{prefix}*"):
-        try:
-            lock = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            # Another process sweeps as well.
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            continue
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-        finally:
-            os.close(lock)
+    if not root.exists():
+        return
+    with _alone(root):
+        for path in root.glob(f"{prefix}*"):
+            try:
+                lock = os.open(path, os.O_RDONLY)
+            except FileNotFoundError:
+                # Its owner has just removed it.
+                continue
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Between making a folder and locking it, no other process may sweep."""
+    lock = os.open(root, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)

@@ -321,17 +321,13 @@ class Subscription:
         known: dict[Partition, int] = {}
         if self._start_offsets is not None:
             known = self._await(self._start_offsets(wanted), _BROKER_SECONDS)
-        committed = (
-            {
-                (partition.topic, partition.partition): partition.offset
-                for partition in consumer.committed(
-                    [TopicPartition(*partition) for partition in wanted if partition not in known],
-                    timeout=_BROKER_SECONDS,
-                )
-            }
-            if len(known) < len(wanted)
-            else {}
-        )
+        unknown = [TopicPartition(*partition) for partition in wanted if partition not in known]
+        committed: dict[Partition, int] = {}
+        for partition in consumer.committed(unknown, timeout=_BROKER_SECONDS) if unknown else ():
+            if partition.error is not None:
+                # Not an answer: starting at the beginning would move the group's offset back.
+                raise KafkaException(partition.error)
+            committed[partition.topic, partition.partition] = partition.offset
         # A group without an offset begins at the earliest record; an offset that has left the log is another matter
         # and arrives as an error, since `auto.offset.reset` is `error`.
         return [
@@ -441,7 +437,13 @@ def _or_beginning(committed: int | None) -> int:
 
 
 def _headers(message: Message) -> tuple[tuple[str, bytes | None], ...]:
-    headers: Any = message.headers() or ()
+    try:
+        headers: Any = message.headers() or ()
+    except (SystemError, UnicodeError):
+        # A name that is not UTF-8 is beyond the binding. The record's key and value say all that matters.
+        where = (message.topic(), message.partition(), message.offset())
+        _log.warning("the headers of the record at %s can't be read, going on without them", where)
+        return ()
     return tuple((name, _bytes(value)) for name, value in headers)
 
 
@@ -466,4 +468,6 @@ def _consumer_config(config: dict[str, Any]) -> dict[str, Any]:
     }
     if config.get("group.protocol") != "consumer":
         fixed["partition.assignment.strategy"] = "cooperative-sticky"
+        # How soon a member hears that another has left: the next attempt of a handed-back query waits for it.
+        fixed["heartbeat.interval.ms"] = 1_000
     return config | fixed

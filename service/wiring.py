@@ -69,7 +69,7 @@ async def make_executor(settings: Settings, stack: AsyncExitStack) -> Executor:
         transitions=transitions,
         attempts=attempts,
         leases=leases,
-        reaper=Reaper(pool, clock, transitions),
+        reaper=Reaper(pool, clock, transitions, settings.lease_seconds),
         admission_rules=Rules(
             queue_seconds={
                 Mode.INTERACTIVE: settings.queue_timeout_interactive,

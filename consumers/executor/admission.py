@@ -123,8 +123,10 @@ async def admit(pool: DataPool, clock: DatabaseClock, rules: Rules, batch: Seque
     Safe to repeat: a known id changes nothing, and the verdict is read from what then stands.
     """
     async with transaction(pool) as connection:
-        texts = await resolve_saved(connection, [lookup for item in batch if (lookup := _look_up(item)) is not None])
-        births = [_give_birth(item, texts.get(item.query_id), clock.now(), rules) for item in batch]
+        texts = await resolve_saved(
+            connection, [lookup for place, item in enumerate(batch) if (lookup := _look_up(place, item)) is not None]
+        )
+        births = [_give_birth(item, texts.get(place), clock.now(), rules) for place, item in enumerate(batch)]
         # Of two records with one id in one batch the first is the query's own.
         first = {birth.query.query_id: birth for birth in reversed(births)}
         await insert_queries(
@@ -151,11 +153,11 @@ class _Birth:
     sql: str | None = field(repr=False)
 
 
-def _look_up(item: Legible) -> SavedLookup | None:
+def _look_up(place: int, item: Legible) -> SavedLookup | None:
     request = item.request
     if request is None or request.saved_query_id is None:
         return None
-    return SavedLookup(request.query_id, request.saved_query_id, request.org_id, request.user_id, request.roles)
+    return SavedLookup(place, request.saved_query_id, request.org_id, request.user_id, request.roles)
 
 
 def _give_birth(item: Legible, saved_text: str | None, now: datetime, rules: Rules) -> _Birth:

@@ -22,7 +22,7 @@ from consumers.executor.leases import Lease, Leases, Stop
 from consumers.executor.story import QueryFacts, tell
 from consumers.executor.transitions import RowRefused, Transitions
 from db.clock import DatabaseClock
-from db.connection import DataPool
+from db.connection import DatabaseUnavailable, DataPool
 from db.data.attempts import Claim, Ending, HandBack
 from db.data.datasets import Dataset
 from db.data.runs import RunState
@@ -47,6 +47,8 @@ _log = structlog.get_logger("queryd.attempt")
 
 # Three strikes: SQL that kills its process again and again is not worth a fourth.
 MAX_CRASHES = 3
+
+_MOST_ROWS = 2**62
 
 _Done = TypeVar("_Done")
 
@@ -200,7 +202,8 @@ class Attempts:
             output_format=request.output_format,
             scratch=running.scratch,
             timeout_seconds=running.run_seconds,
-            max_rows=request.max_rows,
+            # The engine counts one row further.
+            max_rows=None if request.max_rows is None else min(request.max_rows, _MOST_ROWS),
             max_bytes=None,
         )
         try:
@@ -247,6 +250,7 @@ class Attempts:
 
     async def _finish(self, running: Running, outcome: Success | Failure) -> bool:
         facts, state, token = running.query.facts, _as_running(running), running.lease.token
+        running.lease.ending = True
         now = self._clock.now()
         if isinstance(outcome, Success):
             return await self._end(succeed(facts, state, outcome, now=now, token=token), facts)
@@ -326,7 +330,16 @@ async def _unless_stopped(lease: Lease, work: Awaitable[_Done]) -> _Done:
     finally:
         if not task.done():
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, QueryFailed, EngineCrashed, EngineUnavailable):
+            # Whatever the work still runs into, its attempt has ended for another reason.
+            with contextlib.suppress(
+                asyncio.CancelledError,
+                QueryFailed,
+                EngineCrashed,
+                EngineUnavailable,
+                StoreRefused,
+                StoreUnavailable,
+                DatabaseUnavailable,
+            ):
                 await task
 
 

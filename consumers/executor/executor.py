@@ -9,6 +9,7 @@ import asyncio
 from collections import deque
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import structlog
@@ -22,7 +23,6 @@ from consumers.executor.transitions import Batcher, RowRefused, Transitions
 from consumers.executor.watch import Takeable, Watch
 from db.clock import DatabaseClock
 from db.connection import DataPool
-from db.data.runs import RunState
 from db.retrying import until_available
 from engines.protocol import Engine
 from producers.dead_letters import DeadCode, DeadLetter, DeadLetters
@@ -258,8 +258,9 @@ class Executor:
             await asyncio.sleep(_WATCH_SECONDS)
             if not len(self._watch):
                 continue
-            states = await until_available(self._read_watched, "postgres data")
-            finished, takeable = self._watch.observe(states)
+            asked = [query.facts.query_id for query in self._watch.queries]
+            states = await until_available(partial(self._transitions.read, asked), "postgres data")
+            finished, takeable = self._watch.observe(asked, states)
             for query in finished:
                 self.subscription.finish(query.record)
             for taken in takeable:
@@ -269,9 +270,6 @@ class Executor:
         """Watch a query until it is finished or may be taken; what is another worker's record now is its to watch."""
         if self.subscription.owns(query.record):
             self._watch.park(query)
-
-    async def _read_watched(self) -> dict[str, RunState]:
-        return await self._transitions.read([query.facts.query_id for query in self._watch.queries])
 
     def _take_over(self, taken: Takeable) -> None:
         if taken.still_renewal is not None:
@@ -298,13 +296,17 @@ class Executor:
             pass
 
     async def _shut_down(self, loops: Sequence["asyncio.Task[Any]"]) -> None:
-        """Stop intake, finish or hand back, commit, flush, close: each step guarded on its own."""
+        """Stop intake, commit and leave, finish or hand back, flush, close: each step guarded on its own.
+
+        The group is left before the drain: the next owner then watches what still runs here, takes over at once what is
+        handed back, and need not wait for what was only queued. What finishes during the drain it finds finished.
+        """
         _log.info(LogEvent.SERVICE_STOPPING, running=len(self._running))
         self._stopping.set()
         keep = [task for task in loops if task.get_name() == "leases" and not task.done()]
         await _end_tasks([task for task in loops if task not in keep])
-        await _guarded("drain", self._drain())
         await _guarded("leave the group", self.subscription.close())
+        await _guarded("drain", self._drain())
         await _guarded("flush", self._publisher.close())
         await _guarded("engine", self._engine.close())
         await _guarded("uploader", self._uploader.close())

@@ -27,10 +27,14 @@ class Stop(Enum):
 
 @dataclass(slots=True, eq=False)
 class Lease:
-    """One attempt's lease. `stopped` resolves when the attempt must end before its time."""
+    """One attempt's lease. `stopped` resolves when the attempt must end before its time.
+
+    `ending` is true once the attempt's own end is on its way: then a renewal may well find no lease any more.
+    """
 
     query_id: str
     token: str
+    ending: bool = False
     stopped: "asyncio.Future[Stop]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     def stop(self, why: Stop) -> None:
@@ -86,7 +90,7 @@ class Leases:
             kept = await renew(connection, renewals)
         for lease in asked:
             # An attempt that ended while the answer was on its way has nothing to lose any more.
-            if lease.token not in self._held:
+            if lease.token not in self._held or lease.ending:
                 continue
             if lease.query_id not in kept:
                 _log.warning(LogEvent.LEASE_LOST, query_id=lease.query_id)

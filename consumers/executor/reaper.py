@@ -20,13 +20,16 @@ _log = structlog.get_logger("queryd.reaper")
 # How often each executor looks: a query past its deadline is ended within this time. One indexed read.
 _SECONDS = 5.0
 _BATCH = 100
+_TAKE_OVER_SECONDS = 5.0
 
 
 class Reaper:
     """Runs in every executor; that several find the same query costs a statement that matches nothing."""
 
-    def __init__(self, pool: DataPool, clock: DatabaseClock, transitions: Transitions) -> None:
+    def __init__(self, pool: DataPool, clock: DatabaseClock, transitions: Transitions, lease_seconds: float) -> None:
         self._pool = pool
+        # Whoever has the query's record takes it over within a lease and a moment.
+        self._grace = lease_seconds + _TAKE_OVER_SECONDS
         self._clock = clock
         self._transitions = transitions
 
@@ -39,7 +42,7 @@ class Reaper:
     async def reap(self) -> int:
         """End what is overdue now; returns how many were found. Raises `DatabaseUnavailable`."""
         async with transaction(self._pool) as connection:
-            overdue = await read_overdue(connection, _BATCH)
+            overdue = await read_overdue(connection, _BATCH, self._grace)
             states = await read_states(connection, overdue)
             rows = await read_canonical(connection, overdue)
         await asyncio.gather(

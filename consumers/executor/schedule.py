@@ -11,6 +11,9 @@ from itertools import count
 
 from consumers.executor.admission import Admitted
 
+# Orgs without waiting queries whose last turn is remembered at most, roughly.
+_REMEMBERED = 1_000
+
 
 class FairQueue:
     """The waiting queries of one lane. An org's own queries keep their order."""
@@ -71,6 +74,9 @@ class FairQueue:
         # An org that was idle starts at the present virtual time: it has saved nothing up.
         due = max(self._virtual_time, self._last_due.get(org, 0.0)) + 1.0 / self._weight_of(org)
         self._last_due[org] = due
+        if len(self._last_due) > 2 * len(self._waiting) + _REMEMBERED:
+            # An org whose last turn is past has no claim on it any more.
+            self._last_due = {each: at for each, at in self._last_due.items() if at > self._virtual_time}
         heapq.heappush(self._due, (due, next(self._order), org))
 
     def _forget_idle(self) -> None:

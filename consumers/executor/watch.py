@@ -5,6 +5,7 @@ whole length on our own monotonic clock: a database clock that jumps back must n
 """
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from consumers.executor.admission import Admitted
@@ -50,14 +51,18 @@ class Watch:
         """What is watched now."""
         return [watched.query for watched in self._watched.values()]
 
-    def observe(self, states: dict[str, RunState]) -> tuple[list[Admitted], list[Takeable]]:
+    def observe(self, asked: Collection[str], states: dict[str, RunState]) -> tuple[list[Admitted], list[Takeable]]:
         """Judge by what stands in the database: queries that are terminal or gone, and queries that may be taken.
 
-        Both leave the watch.
+        Both leave the watch. `asked` are the ids that were read: a query that was parked while the answer was on its
+        way is not in it, and that says nothing about the query.
         """
         finished: list[Admitted] = []
         takeable: list[Takeable] = []
-        for query_id, watched in list(self._watched.items()):
+        for query_id in asked:
+            watched = self._watched.get(query_id)
+            if watched is None:
+                continue
             state = states.get(query_id)
             if state is None or Status(state.status).terminal:
                 finished.append(watched.query)

@@ -88,9 +88,9 @@ ORDER BY e.query_id, e.sequence
 # Which saved queries the callers may run, and their text. One that is not visible is simply not there. The key-share
 # lock keeps a row from being removed before the result that refers to it is committed.
 RESOLVE_SAVED = """
-SELECT i.query_id::text, s.query
+SELECT i.place, s.query
 FROM jsonb_to_recordset(%(lookups)s::jsonb)
-     AS i(query_id uuid, saved_query_id uuid, org_id uuid, user_id uuid, roles text[])
+     AS i(place int, saved_query_id uuid, org_id uuid, user_id uuid, roles text[])
 JOIN saved_queries s ON s.id = i.saved_query_id
 WHERE s.visibility = 'public'
    OR (s.org_id = i.org_id
@@ -103,9 +103,9 @@ FOR KEY SHARE OF s
 
 @dataclass(frozen=True, slots=True)
 class SavedLookup:
-    """Who wants to run which saved query."""
+    """Who wants to run which saved query; `place` is the request's in its batch, for ids may come twice in one."""
 
-    query_id: str
+    place: int
     saved_query_id: str
     org_id: str
     user_id: str | None
@@ -123,13 +123,13 @@ async def insert_queries(connection: Connection, queries: Sequence[NewQuery], ev
     await connection.execute(INSERT_QUERIES, arrays)
 
 
-async def resolve_saved(connection: Connection, lookups: Sequence[SavedLookup]) -> dict[str, str]:
-    """The SQL of the saved queries that are visible to their callers, by the id of the query that wants it."""
+async def resolve_saved(connection: Connection, lookups: Sequence[SavedLookup]) -> dict[int, str]:
+    """The SQL of the saved queries that are visible to their callers, by the request's place in its batch."""
     if not lookups:
         return {}
     wanted = [
         {
-            "query_id": lookup.query_id,
+            "place": lookup.place,
             "saved_query_id": lookup.saved_query_id,
             "org_id": lookup.org_id,
             "user_id": lookup.user_id,

@@ -49,7 +49,8 @@ WITH input AS (
 ), locked AS (
     SELECT r.query_id
     FROM query_runs r JOIN input i USING (query_id)
-    WHERE r.sequence = i.sequence AND r.deadline > now()
+    -- The deadline of a Running query was that of an attempt that nobody holds any more: the next has its own.
+    WHERE r.sequence = i.sequence AND (r.deadline > now() OR r.attempt > 0 AND r.deadline IS NOT NULL)
       AND NOT EXISTS (SELECT FROM query_cancellations c
                       JOIN query_results q ON q.id = c.query_id AND q.org_id = c.org_id
                       WHERE c.query_id = r.query_id)

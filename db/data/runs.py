@@ -15,7 +15,7 @@ class RunState:
     """A query as the database has it, at `read_at` of the database's clock.
 
     `lease_alive` is judged by that clock alone; an observer that has seen `lease_renewal` stand still for a whole lease
-    knows better. `overdue` means that the deadline of its present status has passed.
+    knows better. `overdue` means that it has waited in the queue for too long.
     """
 
     query_id: str
@@ -45,7 +45,7 @@ READ_STATES = """
 SELECT q.id::text AS query_id, q.org_id::text AS org_id, q.status, q.sql_hash,
        r.fingerprint, r.topic, r.partition, r.record_offset, r.traceparent,
        r.sequence, r.attempt, r.crashes, r.token::text AS token, r.queued_at, r.started_at,
-       coalesce(r.deadline <= now(), false) AS overdue,
+       r.attempt = 0 AND coalesce(r.deadline <= now(), false) AS overdue,
        EXISTS (SELECT FROM query_cancellations c WHERE c.query_id = q.id AND c.org_id = q.org_id) AS cancelled,
        l.token::text AS lease_token, l.renewal AS lease_renewal, coalesce(l.expires_at > now(), false) AS lease_alive,
        clock_timestamp() AS read_at
@@ -57,12 +57,14 @@ WHERE r.query_id = ANY(%(query_ids)s::uuid[])
 
 READ_DELETED = "SELECT query_id::text FROM deleted_ids WHERE query_id = ANY(%(query_ids)s::uuid[])"
 
-# Queries that nobody runs and whose time is over; the oldest first, so that a backlog is worked off in order.
+# Queries that nobody runs and whose time is over; the oldest first, so that a backlog is worked off in order. One that
+# was left behind by its worker is the next attempt's for a while: only if none comes, its message is gone.
 READ_OVERDUE = """
 SELECT r.query_id::text
 FROM query_runs r
 LEFT JOIN query_leases l ON l.query_id = r.query_id
-WHERE r.deadline <= now() AND (l.query_id IS NULL OR l.expires_at <= now())
+WHERE r.deadline <= now() - CASE WHEN r.attempt > 0 THEN make_interval(secs => %(grace)s) ELSE '0 s' END
+  AND (l.query_id IS NULL OR l.expires_at <= now())
 ORDER BY r.deadline
 LIMIT %(limit)s
 """
@@ -116,9 +118,9 @@ async def read_deleted(connection: Connection, query_ids: Iterable[str]) -> set[
     return {row[0] for row in await cursor.fetchall()}
 
 
-async def read_overdue(connection: Connection, limit: int) -> list[str]:
-    """Ids of queries past their deadline that no live lease holds."""
-    cursor = await connection.execute(READ_OVERDUE, {"limit": limit})
+async def read_overdue(connection: Connection, limit: int, grace: float) -> list[str]:
+    """Ids of queries past their deadline that no live lease holds; `grace` in seconds is for those once started."""
+    cursor = await connection.execute(READ_OVERDUE, {"limit": limit, "grace": grace})
     return [row[0] for row in await cursor.fetchall()]
 
 

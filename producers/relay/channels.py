@@ -55,6 +55,10 @@ class Channel(Protocol):
         """Publish a batch, acknowledged; the next offset of each partition it went to. Raises `ChannelBroken`."""
         ...
 
+    def keep(self) -> None:
+        """Keep what `open` will need from being forgotten by the broker. Raises `ChannelBroken`."""
+        ...
+
     def close(self) -> None:
         """Let go of the broker."""
         ...
@@ -71,6 +75,7 @@ class TransactionalChannel:
         self._consumer: Consumer | None = None
         # The ledger's place: an offset of the relay's own group. Nothing is ever read by it.
         self._place = TopicPartition(Topic.STATUS, 0)
+        self._last: TopicPartition | None = None
 
     def open(self) -> Recovered:
         """`init_transactions` settles or aborts what a crashed relay left open; then its ledger is stable."""
@@ -96,6 +101,7 @@ class TransactionalChannel:
         self._outages.answered()
         if committed.offset < 0:
             return Recovered()
+        self._last = TopicPartition(Topic.STATUS, 0, committed.offset, committed.metadata)
         return Recovered(ledger=read_ledger(committed.metadata or ""))
 
     def publish(self, events: Sequence[WaitingEvent], generation: str) -> dict[int, int]:
@@ -115,7 +121,22 @@ class TransactionalChannel:
         except (KafkaException, BufferError) as error:
             # Whether the commit went through is not known here; `open` of the next session finds out.
             raise ChannelBroken(_reason(error)) from error
+        self._last = place
         return deliveries.ends
+
+    def keep(self) -> None:
+        """Commit the last ledger again: a broker forgets the offsets of a group that is silent for a week."""
+        if self._last is None:
+            return
+        assert self._producer is not None and self._consumer is not None
+        try:
+            self._producer.begin_transaction()
+            self._producer.send_offsets_to_transaction(
+                [self._last], self._consumer.consumer_group_metadata(), _BROKER_SECONDS
+            )
+            self._producer.commit_transaction(_BROKER_SECONDS)
+        except KafkaException as error:
+            raise ChannelBroken(_reason(error)) from error
 
     def close(self) -> None:
         """An open transaction is aborted by the next session's `init_transactions`, or by its timeout."""
@@ -179,6 +200,9 @@ class ReadBackChannel:
         if left or deliveries.failure is not None:
             raise ChannelBroken(f"{left} events unacknowledged, {deliveries.failure}")
         return deliveries.ends
+
+    def keep(self) -> None:
+        """Nothing of this is kept by the broker."""
 
     def close(self) -> None:
         """Drop the producer; what it had not delivered will be read back as missing and published again."""

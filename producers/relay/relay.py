@@ -49,6 +49,7 @@ _LOOK_SECONDS = 1.0
 # Under load, batches start this far apart: an event more in a batch costs far less than a batch more. Idle, an event
 # goes at once.
 _APART_SECONDS = 0.02
+_KEEP_SECONDS = 24 * 3600.0
 # How often a standby asks for the lock.
 _STANDBY_SECONDS = 1.0
 
@@ -140,10 +141,14 @@ class Relay:
             recovered = await asyncio.to_thread(channel.open)
             await self._settle(connection, recovered, generation, published)
             self._ready()
-            last_start = -_APART_SECONDS
+            last_start, next_keep = -_APART_SECONDS, 0.0
             while not self._stopping.is_set():
                 await asyncio.sleep(last_start + _APART_SECONDS - time.monotonic())
                 last_start = time.monotonic()
+                if last_start >= next_keep:
+                    # At every start and once a day, so that neither silence nor restarts let the ledger expire.
+                    await asyncio.to_thread(channel.keep)
+                    next_keep = last_start + _KEEP_SECONDS
                 events = await read_waiting(connection, self._rules.shards, _BATCH)
                 waiting = len(events)
                 if events:

@@ -19,6 +19,9 @@ from service.cli.database import optional_uuid, uuid_argument, with_data
 from service.cli.output import complain, print_fields, print_json
 from service.settings import load_settings
 
+# How often a waiting submit asks for the row besides listening for events.
+_LOOK_SECONDS = 2.0
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON line and nothing else.")]
 
 
@@ -69,21 +72,20 @@ def submit(
                 output_format=format_,
                 timeout_seconds=timeout,
             )
-            event = _wait(handle) if wait else None
+            sql_hash = None if text is None or settings.sql_hash_key is not None else _hash(text)
+            ended = _wait(handle, sql_hash) if wait else None
     except (NotSubmitted, KafkaException) as error:
         complain(f"the request could not be published: {error}")
     except Invalid as error:
         complain(str(error), 2)
-    if event is not None and settings.sql_hash_key is None and text is not None and event.sql_hash != _hash(text):
-        complain(f"{handle.query_id} was used before, for another query: this request is in query.requests.dead")
-    _print_submitted(handle, event, as_json)
-    if event is not None and event.status is Status.FAILED:
+    _print_submitted(handle.query_id, ended, as_json)
+    if ended is not None and ended["status"] == Status.FAILED:
         raise SystemExit(1)
 
 
 def status(query_id: Annotated[str, typer.Argument(help="The query's id.")], as_json: Json = False) -> None:
     """Show where a query stands."""
-    row, _ = _read(uuid_argument(query_id, "the id"))
+    row, _ = _read_wanted(query_id)
     fields = asdict(row)
     if as_json:
         print_json(fields)
@@ -98,7 +100,7 @@ def fetch(
     as_json: Json = False,
 ) -> None:
     """Fetch a result."""
-    row, files = _read(uuid_argument(query_id, "the id"))
+    row, files = _read_wanted(query_id)
     if row.status != Status.SUCCEEDED or row.output_location is None:
         complain(f"the query is {row.status}" + (f", {row.error_code}: {row.error_message}" if row.error_code else ""))
     reader = ResultReader()
@@ -127,49 +129,65 @@ def fetch(
         complain(f"can't write {output or 'the output'}: {error.strerror}")
 
 
-def _wait(handle: QueryHandle) -> QueryStatusChanged:
+def _wait(handle: QueryHandle, sql_hash: str | None) -> dict[str, Any]:
+    """How the query ended. The row is asked besides the events: those of an id that was used before have gone by."""
     try:
-        return handle.wait()
+        while True:
+            try:
+                return _show_event(handle.wait(_LOOK_SECONDS))
+            except TimeoutError:
+                row, files = _read(handle.query_id)
+            if row is not None and Status(row.status).terminal:
+                if sql_hash is not None and row.sql_hash != sql_hash:
+                    complain(f"{handle.query_id} was used before, for another query: see query.requests.dead")
+                return _show_row(row, files)
     except KeyboardInterrupt:
         complain(f"no longer waiting; the query goes on: queryd status {handle.query_id}", 130)
 
 
-def _print_submitted(handle: QueryHandle, event: QueryStatusChanged | None, as_json: bool) -> None:
-    fields: dict[str, Any] = {"query_id": handle.query_id}
-    if event is not None:
-        fields |= {
-            "status": event.status.value,
-            "attempt": event.attempt,
-            "row_count": event.row_count,
-            "bytes": event.bytes,
-            "duration_ms": event.duration_ms,
-            "output_location": event.output_location,
-            "files": [asdict(file) for file in event.files],
-            "error_code": None if event.error_code is None else event.error_code.value,
-            "error_message": event.error_message,
-        }
+def _show_event(event: QueryStatusChanged) -> dict[str, Any]:
+    return {
+        "status": event.status.value,
+        "attempt": event.attempt,
+        "row_count": event.row_count,
+        "bytes": event.bytes,
+        "duration_ms": event.duration_ms,
+        "output_location": event.output_location,
+        "files": [asdict(file) for file in event.files],
+        "error_code": None if event.error_code is None else event.error_code.value,
+        "error_message": event.error_message,
+    }
+
+
+def _show_row(row: CanonicalRow, files: list[dict[str, Any]]) -> dict[str, Any]:
+    shown = ("status", "row_count", "bytes", "duration_ms", "output_location", "error_code", "error_message")
+    return {name: getattr(row, name) for name in shown} | {"files": files}
+
+
+def _print_submitted(query_id: str, ended: dict[str, Any] | None, as_json: bool) -> None:
+    fields: dict[str, Any] = {"query_id": query_id} | (ended or {})
     if as_json:
         print_json(fields)
         return
-    if event is None:
-        print_fields(fields)
-        return
-    fields["files"] = ", ".join(file.key for file in event.files) or None
-    print_fields(fields)
-    if event.status is Status.SUCCEEDED:
-        print(f"fetch it: queryd fetch {handle.query_id}")
+    print_fields(fields | {"files": ", ".join(file["key"] for file in fields.get("files", ())) or None})
+    if ended is not None and ended["status"] == Status.SUCCEEDED:
+        print(f"fetch it: queryd fetch {query_id}")
 
 
-def _read(query_id: str) -> tuple[CanonicalRow, list[dict[str, Any]]]:
+def _read_wanted(query_id: str) -> tuple[CanonicalRow, list[dict[str, Any]]]:
+    row, files = _read(uuid_argument(query_id, "the id"))
+    if row is None:
+        complain(f"there is no query {query_id}")
+    return row, files
+
+
+def _read(query_id: str) -> tuple[CanonicalRow | None, list[dict[str, Any]]]:
     async def read(pool: DataPool) -> tuple[CanonicalRow | None, list[dict[str, Any]]]:
         async with transaction(pool) as connection:
             rows = await read_canonical(connection, [query_id])
             return rows.get(query_id), await read_files(connection, query_id)
 
-    row, files = with_data(read)
-    if row is None:
-        complain(f"there is no query {query_id}")
-    return row, files
+    return with_data(read)
 
 
 def _hash(sql: str) -> str:

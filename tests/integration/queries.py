@@ -191,7 +191,7 @@ async def expire_lease(pool: DataPool, query_id: str) -> None:
 
 async def pass_deadline(pool: DataPool, query_id: str) -> None:
     """The time that the query may spend in its present status is over."""
-    await _change(pool, "UPDATE query_runs SET deadline = now() - interval '1 ms' WHERE query_id = %s", query_id)
+    await _change(pool, "UPDATE query_runs SET deadline = now() - interval '1 hour' WHERE query_id = %s", query_id)
 
 
 async def ask_to_cancel(pool: DataPool, query_id: str, org_id: str) -> None:

@@ -212,6 +212,17 @@ async def test_another_orgs_cancel_stops_nothing(worker: Worker) -> None:
     assert not (await worker.start(query.facts)).cancelled
 
 
+async def test_a_query_that_its_worker_left_behind_past_its_deadline_has_a_next_attempt(worker: Worker) -> None:
+    query = await worker.admit_new()
+    running = await worker.start(query.facts)
+    await pass_deadline(worker.pool, query.facts.query_id)
+    await expire_lease(worker.pool, query.facts.query_id)
+    token = new_id()
+    taken = await worker.claim(query.facts, running, token)
+    assert taken is not None
+    assert (taken.status, taken.attempt, taken.token, taken.crashes) == ("Running", 2, token, 1)
+
+
 async def test_an_overdue_query_is_not_claimed(worker: Worker) -> None:
     query = await worker.admit_new()
     await pass_deadline(worker.pool, query.facts.query_id)
@@ -493,7 +504,7 @@ async def test_the_reaper_ends_overdue_queries_that_nobody_holds_and_nothing_els
     rows = {name: await read_row(worker.pool, query_id) for name, query_id in ids.items()}
     stories = {name: await read_story(worker.pool, query_id) for name, query_id in ids.items()}
 
-    assert await Reaper(worker.pool, worker.clock, worker.transitions).reap() == 3
+    assert await Reaper(worker.pool, worker.clock, worker.transitions, 15.0).reap() == 3
 
     reaped = {
         "overdue": (2, "QUEUE_TIMEOUT", 0),
@@ -512,14 +523,14 @@ async def test_the_reaper_ends_overdue_queries_that_nobody_holds_and_nothing_els
         event = (await read_events(worker.pool, query_id))[-1].event
         assert (event.error_code, event.error_message) == (code, row.error_message)
         assert (await worker.read(query_id)).lease_token is None
-    assert await Reaper(worker.pool, worker.clock, worker.transitions).reap() == 0
+    assert await Reaper(worker.pool, worker.clock, worker.transitions, 15.0).reap() == 0
 
 
 async def test_reapers_of_two_processes_end_a_query_once(worker: Worker, other: Worker) -> None:
     queries = [await worker.admit_new() for _ in range(10)]
     for query in queries:
         await pass_deadline(worker.pool, query.facts.query_id)
-    await asyncio.gather(*(Reaper(who.pool, who.clock, who.transitions).reap() for who in (worker, other)))
+    await asyncio.gather(*(Reaper(who.pool, who.clock, who.transitions, 15.0).reap() for who in (worker, other)))
     for query in queries:
         assert await read_story(worker.pool, query.facts.query_id) == [_QUEUED, (2, "Failed", 0)]
 
@@ -527,7 +538,7 @@ async def test_reapers_of_two_processes_end_a_query_once(worker: Worker, other: 
 async def test_the_reapers_event_tells_the_same_as_the_admissions(worker: Worker) -> None:
     query = await worker.admit_new(mode=Mode.BATCH, task_id=new_id())
     await pass_deadline(worker.pool, query.facts.query_id)
-    await Reaper(worker.pool, worker.clock, worker.transitions).reap()
+    await Reaper(worker.pool, worker.clock, worker.transitions, 15.0).reap()
     first, last = [stored.event for stored in await read_events(worker.pool, query.facts.query_id)]
     same = ("org_id", "user_id", "task_id", "mode", "sql_hash", "output_format", "saved_query_id")
     assert [getattr(first, name) for name in same] == [getattr(last, name) for name in same]
@@ -932,3 +943,20 @@ async def test_of_two_claims_of_one_query_in_one_batch_one_is_granted(worker: Wo
     answers = await asyncio.gather(*(worker.claim(query.facts, query.state, token) for token in tokens))
     assert len({answer.token for answer in answers if answer is not None} & set(tokens)) == 1
     assert len(await read_story(worker.pool, query.facts.query_id)) == 2
+
+
+async def test_two_requests_of_one_id_in_one_batch_never_see_each_others_saved_query(worker: Worker) -> None:
+    own_org, other_org, author = new_id(), new_id(), new_id()
+    async with worker.pool.connection() as connection:
+        ours, theirs = [
+            await insert_saved(connection, org_id=org_id, user_id=author, name="q", query=text, visibility=visibility)
+            for org_id, text, visibility in ((own_org, "SELECT 1", "org"), (other_org, "SELECT 2", "private"))
+        ]
+    query_id = new_id()
+    first = make_request(query_id=query_id, org_id=own_org, saved_query_id=ours.id, sql=None)
+    second = make_request(query_id=query_id, org_id=other_org, user_id=author, saved_query_id=theirs.id, sql=None)
+    admitted, refused = await worker.admit(make_record(first), make_record(second))
+    assert isinstance(admitted, Admitted)
+    assert admitted.sql == "SELECT 1"
+    assert admitted.facts.sql_hash == hashlib.sha256(b"SELECT 1").hexdigest()
+    assert isinstance(refused, Refused)

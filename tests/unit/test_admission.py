@@ -237,12 +237,10 @@ class Database:
     async def transaction(self, pool: object) -> AsyncIterator[object]:
         yield pool
 
-    async def resolve_saved(self, _connection: object, lookups: Sequence[SavedLookup]) -> dict[str, str]:
+    async def resolve_saved(self, _connection: object, lookups: Sequence[SavedLookup]) -> dict[int, str]:
         self.lookups += lookups
         return {
-            lookup.query_id: self.saved[lookup.saved_query_id]
-            for lookup in lookups
-            if lookup.saved_query_id in self.saved
+            lookup.place: self.saved[lookup.saved_query_id] for lookup in lookups if lookup.saved_query_id in self.saved
         }
 
     async def insert_queries(
@@ -406,7 +404,7 @@ async def test_a_visible_saved_query_runs_its_text(database: Database) -> None:
     assert verdict.sql == "SELECT $a"
     assert verdict.state.sql_hash == hash_sql("SELECT $a", None)
     assert verdict.facts.saved_query_id == SAVED_ID
-    assert database.lookups == [SavedLookup(QUERY_ID, SAVED_ID, ORG_ID, OTHER_ID, ("analyst",))]
+    assert database.lookups == [SavedLookup(0, SAVED_ID, ORG_ID, OTHER_ID, ("analyst",))]
 
 
 async def test_a_saved_query_that_is_not_visible_is_the_same_as_none(database: Database) -> None:

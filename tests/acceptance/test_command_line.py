@@ -1,0 +1,83 @@
+"""The command line as a person has it: what it leaves alone, and one sentence for what went wrong."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.acceptance.stack import Stack, run_stack
+
+ORG = "6a1f7f4e-3f0e-4f5c-9d55-0d6f1f2f9a10"
+USED = "44444444-4444-4444-8444-444444444444"
+_PATIENCE_SECONDS = 60
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    with run_stack() as running:
+        yield running
+
+
+def _queryd(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "queryd", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=_PATIENCE_SECONDS,
+        check=False,
+    )
+
+
+def test_a_second_up_in_one_directory_is_refused_and_leaves_the_first_alone(stack: Stack) -> None:
+    before = (stack.folder / ".queryd/env").read_text()
+    second = _queryd(stack.folder, "up")
+    assert (second.returncode, second.stdout) == (1, "")
+    assert second.stderr.startswith("queryd: another queryd runs in .queryd")
+    assert (stack.folder / ".queryd/env").read_text() == before
+
+
+def test_a_query_is_submitted_waited_for_and_fetched(stack: Stack) -> None:
+    submitted = _queryd(stack.folder, "submit", "SELECT 42 AS answer", "--org", ORG, "--format", "csv", "--wait")
+    assert submitted.returncode == 0, submitted.stderr
+    query_id = submitted.stdout.splitlines()[0].removeprefix("query id: ")
+    assert _queryd(stack.folder, "status", query_id).stdout.splitlines()[3] == "status: Succeeded"
+    assert _queryd(stack.folder, "fetch", query_id).stdout.split() == ["answer", "42"]
+
+
+def test_an_id_that_was_used_for_another_query_is_no_success(stack: Stack) -> None:
+    assert _queryd(stack.folder, "submit", "SELECT 1", "--org", ORG, "--id", USED, "--wait").returncode == 0
+    again = _queryd(stack.folder, "submit", "SELECT 2", "--org", ORG, "--id", USED, "--wait")
+    assert again.returncode == 1
+    assert "was used before" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("submit", "SELECT 1", "--org", "no-uuid"), "--org is not a UUID"),
+        (("submit", "--org", ORG), "give the SQL"),
+        (("submit", " ", "--org", ORG), "the SQL is empty"),
+        (("submit", "SELECT $x", "--org", ORG, "--param", f"x={2**63}"), "--param x"),
+        (("submit", "SELECT $x", "--org", ORG, "--param", "x"), "--param wants name=value"),
+        (("datasets", "add", "x y", "--org", ORG, "--kind", "parquet", "--location", "s3://b/k"), "--user"),
+        (("saved", "add", "x", "--org", ORG, "--user", ORG, "--sql", "SELECT 1", "--visibility", "x"), "visibility"),
+    ],
+)
+def test_what_was_asked_wrongly_is_one_sentence_and_exit_2(
+    stack: Stack, arguments: tuple[str, ...], sentence: str
+) -> None:
+    answer = _queryd(stack.folder, *arguments)
+    assert (answer.returncode, answer.stdout, answer.stderr.count("\n")) == (2, "", 1)
+    assert sentence in answer.stderr
+
+
+def test_an_output_that_cannot_be_written_is_one_sentence(stack: Stack, tmp_path: Path) -> None:
+    query = _queryd(stack.folder, "submit", "SELECT 1 AS x", "--org", ORG, "--format", "csv", "--wait")
+    query_id = query.stdout.splitlines()[0].removeprefix("query id: ")
+    answer = _queryd(stack.folder, "fetch", query_id, "-o", str(tmp_path / "nowhere/result.csv"))
+    assert (answer.returncode, answer.stderr.count("\n")) == (1, 1)
+    assert "can't write" in answer.stderr
+    assert _queryd(stack.folder, "fetch", query_id, "-o", str(tmp_path)).returncode == 1
