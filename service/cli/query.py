@@ -134,15 +134,21 @@ def _wait(handle: QueryHandle, sql_hash: str | None) -> dict[str, Any]:
     try:
         while True:
             try:
-                return _show_event(handle.wait(_LOOK_SECONDS))
+                event = handle.wait(_LOOK_SECONDS)
+                _check_same(handle.query_id, event.sql_hash, sql_hash)
+                return _show_event(event)
             except TimeoutError:
                 row, files = _read(handle.query_id)
             if row is not None and Status(row.status).terminal:
-                if sql_hash is not None and row.sql_hash != sql_hash:
-                    complain(f"{handle.query_id} was used before, for another query: see query.requests.dead")
+                _check_same(handle.query_id, row.sql_hash, sql_hash)
                 return _show_row(row, files)
     except KeyboardInterrupt:
         complain(f"no longer waiting; the query goes on: queryd status {handle.query_id}", 130)
+
+
+def _check_same(query_id: str, ran: str, asked: str | None) -> None:
+    if asked is not None and ran != asked:
+        complain(f"{query_id} was used before, for another query: see query.requests.dead")
 
 
 def _show_event(event: QueryStatusChanged) -> dict[str, Any]:
