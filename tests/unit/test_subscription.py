@@ -18,6 +18,7 @@ from queryd.subscription import (
     Subscription,
     SubscriptionLost,
     Window,
+    _headers,
 )
 
 # Joining takes the mock cluster 3 s in the classic protocol and milliseconds in this one.
@@ -412,3 +413,24 @@ async def test_a_failing_revoke_still_commits_and_ends_ownership(
     assert not subscription.assignment
     assert not subscription.owns(records[0])
     assert cluster.committed(group, topic) == 1
+
+
+def test_headers_that_the_binding_cannot_read_do_not_stop_the_record(caplog: pytest.LogCaptureFixture) -> None:
+    class Unreadable:
+        """What the binding does with a header name that is not UTF-8, such as `bad\\xff` by another client."""
+
+        def headers(self) -> list[tuple[str, bytes]]:
+            raise SystemError
+
+        def topic(self) -> str:
+            return "query.requests.batch"
+
+        def partition(self) -> int:
+            return 3
+
+        def offset(self) -> int:
+            return 7
+
+    unreadable: Any = Unreadable()
+    assert _headers(unreadable) == ()
+    assert "('query.requests.batch', 3, 7)" in caplog.text
