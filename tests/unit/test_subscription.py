@@ -431,6 +431,7 @@ def test_headers_that_the_binding_cannot_read_do_not_stop_the_record(caplog: pyt
         def offset(self) -> int:
             return 7
 
+    caplog.set_level(logging.WARNING, "queryd.subscription")
     unreadable: Any = Unreadable()
     assert _headers(unreadable) == ()
     assert "('query.requests.batch', 3, 7)" in caplog.text
