@@ -40,7 +40,7 @@ clean:
 
 $(VENV)/bin/python:
 	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
-		{ echo "queryd needs Python 3.11 or newer$(if $(PYTHON),, and PYTHON=$(PYTHON) is not): install it or name it, make PYTHON=/path/to/python3.11" >&2; exit 1; }
+		{ echo "queryd needs Python 3.11 or newer$(if $(PYTHON), and PYTHON=$(PYTHON) is not): install it or name it, make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "could not make $(VENV): on Debian and Ubuntu, apt install python3-venv" >&2; exit 1; }
 
 $(VENV)/demo-installed: $(VENV)/bin/python pyproject.toml constraints.txt
