@@ -23,6 +23,7 @@ from db.state.query_status import (
     upsert_statuses,
     write_offsets,
 )
+from processes.failpoints import Failpoint, failpoint
 from queryd.codec import InvalidEvent, Undecodable, decode_status
 from queryd.events import Invalid, QueryStatusChanged, Topic, parse_uuid
 from queryd.subscription import Partition, Record, Subscription, SubscriptionLost
@@ -118,12 +119,14 @@ class Projector:
         rows = [step.row for step in newest.values() if step.row is not None]
         gone = [step.query_id for step in newest.values() if step.row is None]
         ends = {record.partition: record.offset + 1 for record in records}
+        failpoint(Failpoint.PROJECT_BEFORE)
         async with transaction(self._pool) as connection:
             await upsert_statuses(connection, rows)
             await move_tasks(connection, rows)
             if gone:
                 await delete_statuses(connection, gone)
             await write_offsets(connection, topic.cluster_id, topic.topic_id, ends)
+        failpoint(Failpoint.PROJECT_AFTER)
 
 
 def read_step(record: Record) -> Step | None:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Self
 
 from processes import frames
+from processes.failpoints import FAILPOINTS_VARIABLE
 from processes.frames import Message
 
 # What Python and TLS may need from outside to start at all; nothing else of our environment reaches a child.
-_PASSED_ON = ("LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR")
+_PASSED_ON = ("LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR", FAILPOINTS_VARIABLE)
 
 
 class ChildDied(Exception):

@@ -19,6 +19,7 @@ from confluent_kafka import Consumer, TopicPartition
 from db.connection import DataPool, transaction
 from db.data.dead_letters import Origin, intend, mark_sent
 from db.retrying import until_available
+from processes.failpoints import Failpoint, failpoint
 from queryd.events import Topic
 from queryd.outages import QUIET
 from queryd.publisher import Publisher
@@ -69,9 +70,11 @@ class DeadLetters:
             return
         origins = {self._origin(letter.record): letter for letter in letters}
         fresh, unsure = await until_available(partial(self._intend, list(origins)), "postgres data")
+        failpoint(Failpoint.DEAD_LETTER_INTENDED)
         if unsure:
             fresh |= unsure - await asyncio.to_thread(self._read_back, unsure)
         await asyncio.gather(*(self._publish(origins[origin]) for origin in fresh))
+        failpoint(Failpoint.DEAD_LETTER_SENT)
         await until_available(partial(self._mark_sent, [*fresh, *unsure]), "postgres data")
 
     def _origin(self, record: Record) -> Origin:

@@ -12,6 +12,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 from botocore.exceptions import ConnectionError as BotoConnectionError
 
+from processes.failpoints import Failpoint, failpoint
 from processes.frames import Message
 from processes.serving import serve
 
@@ -59,6 +60,7 @@ class _Store:
         """Store one file and say what is there now."""
         if "hello" in message:
             return {"ready": True}
+        failpoint(Failpoint.PUT_BEFORE)
         try:
             return self._store(message["bucket"], Path(message["path"]), message["key"], message["content_type"])
         except (_Refused, FileNotFoundError, ClientError, BotoCoreError) as error:
@@ -79,6 +81,7 @@ class _Store:
             if _status(error) != _PRECONDITION_FAILED:
                 raise
             etag = self._recognize(target, size, digest.hexdigest())
+        failpoint(Failpoint.PUT_AFTER)
         return {"bytes": size, "etag": etag.strip('"'), "sha256": digest.hexdigest()}
 
     def _put(self, target: dict[str, str], described: dict[str, Any], body: bytes, digest: bytes) -> str:
@@ -114,6 +117,7 @@ class _Store:
             file.seek(offset)
             body = file.read(_PART_BYTES)
         answer = self._s3.upload_part(**target, PartNumber=number, Body=body)
+        failpoint(Failpoint.PUT_PART)
         return {"PartNumber": number, "ETag": answer["ETag"]}
 
     def _abort(self, target: dict[str, str]) -> None:

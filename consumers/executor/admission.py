@@ -13,6 +13,7 @@ from db.connection import DataPool, transaction
 from db.data.admission import NewQuery, SavedLookup, insert_queries, resolve_saved
 from db.data.outbox import NewEvent
 from db.data.runs import RunState, read_deleted, read_states
+from processes.failpoints import Failpoint, failpoint
 from producers.dead_letters import DeadCode
 from queryd.codec import InvalidEvent, Undecodable, decode_fields, to_request
 from queryd.events import (
@@ -122,6 +123,7 @@ async def admit(pool: DataPool, clock: DatabaseClock, rules: Rules, batch: Seque
 
     Safe to repeat: a known id changes nothing, and the verdict is read from what then stands.
     """
+    failpoint(Failpoint.ADMIT_BEFORE)
     async with transaction(pool) as connection:
         texts = await resolve_saved(
             connection, [lookup for place, item in enumerate(batch) if (lookup := _look_up(place, item)) is not None]
@@ -137,6 +139,7 @@ async def admit(pool: DataPool, clock: DatabaseClock, rules: Rules, batch: Seque
         states = await read_states(connection, first)
         missing = first.keys() - states.keys()
         deleted = await read_deleted(connection, missing) if missing else set()
+    failpoint(Failpoint.ADMIT_AFTER)
     if states:
         clock.tell(max(state.read_at for state in states.values()))
     return [_decide(birth, states.get(birth.query.query_id), birth.query.query_id in deleted) for birth in births]

@@ -37,6 +37,7 @@ from engines.protocol import (
     Relation,
     RelationKind,
 )
+from processes.failpoints import Failpoint, failpoint
 from queryd.events import ErrorCode, Mode, ResultFile, Status
 from results.formats import content_type
 from results.location import file_name, prefix
@@ -118,11 +119,13 @@ class Attempts:
         running = await self._claim(query, Lease(query.facts.query_id, str(uuid.uuid4())), still_renewal)
         if running is None:
             return False
+        failpoint(Failpoint.CLAIM_AFTER)
         with self._leases.hold(running.lease):
             async with _scratch(running.scratch):
                 try:
                     outcome = await self._execute(running)
                     executed()
+                    failpoint(Failpoint.EXECUTE_AFTER)
                     return await self._finish(running, await self._store(running, outcome))
                 except _Stopped as stopped:
                     return await self._give_up(running, stopped.why)
@@ -235,6 +238,7 @@ class Attempts:
         except StoreRefused as refused:
             _log.error(LogEvent.RESULT_REFUSED, reason=str(refused), **_names(running))
             return Failure(ErrorCode.INTERNAL, "the result store refused the result")
+        failpoint(Failpoint.STORE_AFTER)
         return Success(
             location=f"s3://{rules.bucket}/{where}",
             file=ResultFile(stored.key, stored.bytes, outcome.rows, stored.etag, stored.sha256),
@@ -251,6 +255,7 @@ class Attempts:
     async def _finish(self, running: Running, outcome: Success | Failure) -> bool:
         facts, state, token = running.query.facts, _as_running(running), running.lease.token
         running.lease.ending = True
+        failpoint(Failpoint.FINISH_BEFORE)
         now = self._clock.now()
         if isinstance(outcome, Success):
             return await self._end(succeed(facts, state, outcome, now=now, token=token), facts)
@@ -271,6 +276,7 @@ class Attempts:
         except RowRefused:
             # What is in the row can't be stored, so that repeating won't help: the deadline will end the query.
             return False
+        failpoint(Failpoint.FINISH_AFTER)
         if state is None:
             return True
         if state.sequence == ending.sequence + 1 and ending.token in (None, state.token):
@@ -299,6 +305,7 @@ class Attempts:
                 return False
 
     async def _hand_back(self, running: Running, *, crashed: bool) -> None:
+        failpoint(Failpoint.HAND_BACK_BEFORE)
         await self._transitions.hand_back(HandBack(running.query.facts.query_id, running.lease.token, crashed))
         if not crashed:
             _log.info(LogEvent.QUERY_HANDED_BACK, **_names(running))

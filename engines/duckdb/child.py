@@ -14,6 +14,7 @@ from engines.duckdb.instance import Instance, WarmInstances, empty
 from engines.duckdb.sandbox import address_space_used, allow_cpu, enter_sandbox
 from engines.duckdb.settings import DuckDBSettings
 from engines.protocol import EngineUnavailable, QueryFailed, Relation, RelationKind
+from processes.failpoints import Failpoint, failpoint
 from processes.frames import Message
 from processes.serving import serve
 from queryd.events import ErrorCode, OutputFormat
@@ -165,8 +166,11 @@ class _Child:
             self._runner = _Runner(settings, Path(message["home"]), self._progress)
             return {"ready": True}
         self._progress.begin(message["run"])
+        failpoint(Failpoint.CHILD_BEFORE)
         try:
-            return self._runner.run(message)
+            answer = self._runner.run(message)
+            failpoint(Failpoint.CHILD_AFTER)
+            return answer
         finally:
             self._progress.end()
 

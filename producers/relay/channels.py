@@ -18,6 +18,7 @@ from confluent_kafka import (
 )
 
 from db.data.outbox import WaitingEvent
+from processes.failpoints import Failpoint, failpoint
 from producers.relay.ledger import Ledger, read_ledger, write_ledger
 from queryd.events import Topic
 from queryd.headers import to_kafka
@@ -114,9 +115,11 @@ class TransactionalChannel:
             deliveries = _Deliveries()
             for event in events:
                 _produce(self._producer, event, deliveries)
+            failpoint(Failpoint.RELAY_PRODUCING)
             self._producer.send_offsets_to_transaction(
                 [place], self._consumer.consumer_group_metadata(), _BROKER_SECONDS
             )
+            failpoint(Failpoint.RELAY_BEFORE_COMMIT)
             self._producer.commit_transaction(_BROKER_SECONDS)
         except (KafkaException, BufferError) as error:
             # Whether the commit went through is not known here; `open` of the next session finds out.

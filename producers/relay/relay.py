@@ -29,6 +29,7 @@ from db.data.outbox import (
     try_lock,
     write_relay_positions,
 )
+from processes.failpoints import Failpoint, failpoint
 from producers.relay.channels import (
     Channel,
     ChannelBroken,
@@ -153,8 +154,11 @@ class Relay:
                 waiting = len(events)
                 if events:
                     events = events[: within_span([event.position for event in events])]
+                    failpoint(Failpoint.RELAY_BEFORE)
                     ends = await asyncio.to_thread(channel.publish, events, generation)
+                    failpoint(Failpoint.RELAY_COMMITTED)
                     await self._delete(connection, events, ends)
+                    failpoint(Failpoint.RELAY_DELETED)
                 if waiting < _BATCH and waiting == len(events):
                     await self._wait_for_news(connection)
         finally:
