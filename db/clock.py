@@ -1,10 +1,81 @@
-"""The database's clock as a process sees it between two answers: its last `now()` plus our monotonic clock.
+"""The database's clock as a process sees it between two answers: its last time plus our monotonic clock.
 
-A worker's wall clock decides nothing, so it may jump as it likes.
+A worker's wall clock decides nothing, so it may jump as it likes. The database's own may jump as well: leases, limits
+and waiting are therefore counted on a steady clock, the server's time less the sum of its jumps, which is kept in
+`steady_clock`. Every process measures the steady clock against its own monotonic one before it judges by it; the first
+to see a jump corrects it for all.
 """
 
+import asyncio
+import sys
 import time
 from datetime import UTC, datetime, timedelta
+
+import structlog
+
+from db.connection import Connection
+from telemetry.events import LogEvent
+
+_log = structlog.get_logger("queryd.clock")
+
+# The steady time within a statement of ours.
+STEADY_NOW = "(SELECT now() - skew FROM steady_clock WHERE only_row)"
+
+READ_CLOCK = "SELECT clock_timestamp(), skew FROM steady_clock WHERE only_row"
+# Whoever saw the same jump and was first has changed the skew already.
+CORRECT = """
+UPDATE steady_clock SET skew = skew + make_interval(secs => %(jump)s), updated_at = now() WHERE skew = %(seen)s
+"""
+
+# A jump below this harms nobody: no lease is that short, and limits are counted in seconds.
+_SLACK_SECONDS = 2.0
+# How far two sound clocks may drift apart in a second: twice what NTP's slewing does.
+_DRIFT = 0.001
+
+
+def elapsed() -> float:
+    """Seconds on a clock that no one sets, and that goes on while the machine sleeps where there is such a one."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if sys.platform == "linux" else time.monotonic()
+
+
+class JumpDetector:
+    """Finds out whether a remote clock went on as steadily as ours, from readings that took their time to arrive."""
+
+    def __init__(self) -> None:
+        # Remote time less ours lies between these, as of `_seen_at` on our clock.
+        self._least = self._most = 0.0
+        self._seen_at: float | None = None
+
+    def observe(self, remote: float, sent: float, received: float) -> float | None:
+        """A reading that was taken between `sent` and `received`; the jump in seconds, if there was one.
+
+        After a jump the next reading starts anew.
+        """
+        least, most = remote - received, remote - sent
+        jump = self._compare(least, most, received)
+        if jump is not None:
+            self._seen_at = None
+            return jump
+        if self._seen_at is not None:
+            # What was known before still holds, but for the drift since: a slow answer must not blur it.
+            drift = _DRIFT * (received - self._seen_at)
+            narrower = max(least, self._least - drift), min(most, self._most + drift)
+            if narrower[0] <= narrower[1]:
+                least, most = narrower
+        self._least, self._most, self._seen_at = least, most, received
+        return None
+
+    def now(self) -> float | None:
+        """The remote time, if it was ever read since the last jump."""
+        return None if self._seen_at is None else elapsed() + (self._least + self._most) / 2
+
+    def _compare(self, least: float, most: float, received: float) -> float | None:
+        if self._seen_at is None:
+            return None
+        allowed = _SLACK_SECONDS + _DRIFT * (received - self._seen_at)
+        if least > self._most + allowed or most < self._least - allowed:
+            return (least + most) / 2 - (self._least + self._most) / 2
+        return None
 
 
 class DatabaseClock:
@@ -13,14 +84,46 @@ class DatabaseClock:
     def __init__(self) -> None:
         # Before the first answer the wall clock has to do; every service asks the database before it does anything.
         self._told = datetime.now(UTC)
-        self._told_at = time.monotonic()
+        self._told_at = elapsed()
+        self._steady = JumpDetector()
+        # A reading from before a correction must not be compared with one from after it.
+        self._checking = asyncio.Lock()
 
     def tell(self, now: datetime) -> None:
         """The database has just said what time it is."""
         self._told = now
-        self._told_at = time.monotonic()
+        self._told_at = elapsed()
 
     def now(self) -> datetime:
-        """The database's time, UTC, in milliseconds."""
-        now = self._told + timedelta(seconds=time.monotonic() - self._told_at)
-        return now.astimezone(UTC).replace(microsecond=now.microsecond // 1000 * 1000)
+        """The database's time as it is set, UTC, in milliseconds: for people, in events."""
+        return _to_millis(self._told + timedelta(seconds=elapsed() - self._told_at))
+
+    def steady_now(self) -> datetime:
+        """The database's steady time, UTC, in milliseconds: by it, all times in `query_runs` are counted."""
+        seconds = self._steady.now()
+        return self.now() if seconds is None else _to_millis(datetime.fromtimestamp(seconds, UTC))
+
+    async def check(self, connection: Connection) -> None:
+        """To be awaited before anything is judged by the database's clock: a jump is found and made up for.
+
+        On a connection of the judging statement's own, so that nothing can jump in between but within milliseconds.
+        """
+        async with self._checking:
+            while (found := await self._observe(connection)) is not None:
+                jump, skew = found
+                _log.warning(LogEvent.CLOCK_JUMPED, seconds=round(jump, 1))
+                await connection.execute(CORRECT, {"jump": jump, "seen": skew})
+
+    async def _observe(self, connection: Connection) -> tuple[float, timedelta] | None:
+        sent = elapsed()
+        row = await (await connection.execute(READ_CLOCK)).fetchone()
+        assert row is not None
+        told, skew = row
+        self.tell(told)
+        jump = self._steady.observe((told - skew).timestamp(), sent, elapsed())
+        return None if jump is None else (jump, skew)
+
+
+def _to_millis(moment: datetime) -> datetime:
+    moment = moment.astimezone(UTC)
+    return moment.replace(microsecond=moment.microsecond // 1000 * 1000)

@@ -22,6 +22,7 @@ from queryd.events import (
     OrgId,
     OutputFormat,
     Parameter,
+    QueryCancelRequested,
     QueryId,
     QueryRequested,
     QueryStatusChanged,
@@ -40,7 +41,7 @@ _POLL_SECONDS = 0.2
 
 
 class NotSubmitted(Exception):
-    """The broker did not acknowledge the request: it may have arrived or not. Submit it again under the same id."""
+    """The broker did not acknowledge it: it may have arrived or not. Submit or cancel again, under the same id."""
 
 
 class QueryFailed(Exception):
@@ -138,8 +139,22 @@ class QueryClient:
             max_rows=max_rows,
             requested_at=datetime.now(UTC),
         )
-        self._publish(request)
+        self._publish(request.mode.topic, request)
         return QueryHandle(self, request.query_id)
+
+    def cancel(
+        self, query_id: str, *, org_id: str, user_id: str | None = None, reason: str | None = None
+    ) -> QueryHandle:
+        """Ask for a query of that org to stop, and return once the broker has it; raises `NotSubmitted`.
+
+        Its terminal event confirms it: `Failed` with `QUERY_CANCELLED`, unless the query was finished before. A query
+        of another org goes on as if nobody had asked.
+        """
+        cancel = QueryCancelRequested(
+            QueryId(query_id), OrgId(org_id), user_id=user_id, reason=reason, requested_at=datetime.now(UTC)
+        )
+        self._publish(Topic.CANCELLATIONS, cancel)
+        return QueryHandle(self, cancel.query_id)
 
     def close(self) -> None:
         """Stop listening."""
@@ -155,7 +170,7 @@ class QueryClient:
     ) -> None:
         self.close()
 
-    def _publish(self, request: QueryRequested) -> None:
+    def _publish(self, topic: Topic, request: QueryRequested | QueryCancelRequested) -> None:
         refused: list[KafkaError] = []
 
         def report(error: KafkaError | None, _message: Message) -> None:
@@ -163,7 +178,7 @@ class QueryClient:
                 refused.append(error)
 
         self._producer.produce(
-            request.mode.topic,
+            topic,
             key=request.query_id.encode(),
             value=encode(request),
             headers=to_kafka(request_headers(request)),
@@ -239,12 +254,13 @@ class QueryClient:
         return ResultReader()
 
 
-def request_headers(request: QueryRequested) -> dict[str, str]:
+def request_headers(request: QueryRequested | QueryCancelRequested) -> dict[str, str]:
     """CloudEvents headers of a request, and a trace of its own."""
     name = type(request).__name__
     return build_headers(
         event_type=f"queryd.{name}",
-        event_id=request.query_id,
+        # A request's own id makes it the same request when it comes again; of cancels each is one of its own.
+        event_id=request.query_id if isinstance(request, QueryRequested) else str(uuid.uuid4()),
         subject=request.query_id,
         time=request.requested_at or datetime.now(UTC),
         source="queryd-client",

@@ -13,16 +13,20 @@ class LogEvent(StrEnum):
     SERVICE_STOPPED = "service_stopped"
     SERVICE_FAILED = "service_failed"
     SERVICE_RESTARTED = "service_restarted"
+    TRACES_UNAVAILABLE = "traces_unavailable"
     # Kafka, Postgres or S3 away, and back.
     DEPENDENCY_UNAVAILABLE = "dependency_unavailable"
     DEPENDENCY_AVAILABLE = "dependency_available"
     SUBSCRIPTION_LOST = "subscription_lost"
+    # The database's wall clock was set; what counts time by it is corrected.
+    CLOCK_JUMPED = "clock_jumped"
     # One query's way.
     REQUEST_DEAD_LETTERED = "request_dead_lettered"
     QUERY_STARTED = "query_started"
     QUERY_FINISHED = "query_finished"
     QUERY_HANDED_BACK = "query_handed_back"
     QUERY_REAPED = "query_reaped"
+    CANCEL_REQUESTED = "cancel_requested"
     ENGINE_CHILD_DIED = "engine_child_died"
     RESULT_REFUSED = "result_refused"
     LEASE_LOST = "lease_lost"

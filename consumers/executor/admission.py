@@ -24,7 +24,6 @@ from queryd.events import (
     QueryId,
     QueryRequested,
     Status,
-    from_millis,
     parse_uuid,
 )
 from queryd.headers import continue_trace, find_traceparent
@@ -70,9 +69,13 @@ Verdict = Refused | Done | Admitted
 
 @dataclass(frozen=True, slots=True)
 class Legible:
-    """A record whose ids can be read. `request` is None when it is invalid, and `reason` says why."""
+    """A record whose ids can be read. `request` is None when it is invalid, and `reason` says why.
+
+    `age_at_poll`: seconds that it lay in its topic before it was polled.
+    """
 
     record: Record
+    age_at_poll: float
     query_id: QueryId
     org_id: OrgId
     mode: Mode
@@ -83,8 +86,8 @@ class Legible:
     reason: str | None
 
 
-def read_record(record: Record, mode: Mode, rules: Rules) -> Legible | Refused:
-    """Decode one record of a lane."""
+def read_record(record: Record, mode: Mode, rules: Rules, age_at_poll: float) -> Legible | Refused:
+    """Decode one record of a lane, which lay there for `age_at_poll` seconds."""
     try:
         fields = decode_fields(record.value, QueryRequested.__name__)
         query_id = QueryId(parse_uuid(fields["query_id"], "query_id"))
@@ -98,6 +101,7 @@ def read_record(record: Record, mode: Mode, rules: Rules) -> Legible | Refused:
         reason = str(error)
     return Legible(
         record=record,
+        age_at_poll=age_at_poll,
         query_id=query_id,
         org_id=org_id,
         mode=mode,
@@ -125,6 +129,7 @@ async def admit(pool: DataPool, clock: DatabaseClock, rules: Rules, batch: Seque
     """
     failpoint(Failpoint.ADMIT_BEFORE)
     async with transaction(pool) as connection:
+        await clock.check(connection)
         texts = await resolve_saved(
             connection, [lookup for place, item in enumerate(batch) if (lookup := _look_up(place, item)) is not None]
         )
@@ -216,8 +221,7 @@ def _give_birth(item: Legible, saved_text: str | None, now: datetime, rules: Rul
         record_offset=record.offset,
         traceparent=item.traceparent,
         sequence=len(events),
-        appended_at=_append_time(record),
-        waited_seconds=monotonic() - record.polled_at,
+        waited_seconds=item.age_at_poll + monotonic() - record.polled_at,
         queue_seconds=rules.queue_seconds[item.mode],
         last_event=events[-1].payload,
     )
@@ -230,11 +234,6 @@ def _find_failure(item: Legible, sql: str | None) -> tuple[ErrorCode | None, str
     if sql is None:
         return ErrorCode.SAVED_QUERY_NOT_FOUND, "the saved query does not exist"
     return None, None
-
-
-def _append_time(record: Record) -> datetime | None:
-    # Only the broker's own stamp decides anything; a producer may put what it likes into CreateTime.
-    return from_millis(record.timestamp_ms) if record.appended_by_broker and record.timestamp_ms is not None else None
 
 
 def _decide(birth: _Birth, state: RunState | None, deleted: bool) -> Verdict:
@@ -251,5 +250,8 @@ def _decide(birth: _Birth, state: RunState | None, deleted: bool) -> Verdict:
         return Done()
     # What runs must be what was admitted: a saved query edited since then is another text.
     sql = birth.sql if birth.facts.sql_hash == state.sql_hash else None
-    facts = replace(birth.facts, sql_hash=state.sql_hash, traceparent=state.traceparent)
+    # So must what its story tells of it, whatever a saved query that is looked up again looks like now.
+    facts = replace(
+        birth.facts, sql_hash=state.sql_hash, saved_query_id=state.saved_query_id, traceparent=state.traceparent
+    )
     return Admitted(record=record, request=item.request, facts=facts, state=state, sql=sql)

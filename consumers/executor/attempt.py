@@ -17,7 +17,7 @@ import structlog
 
 from access.grants import authorize
 from consumers.executor.admission import Admitted
-from consumers.executor.endings import Failure, Success, fail, overdue_failure, succeed
+from consumers.executor.endings import CANCELLED, Failure, Success, fail, overdue_failure, succeed
 from consumers.executor.leases import Lease, Leases, Stop
 from consumers.executor.story import QueryFacts, tell
 from consumers.executor.transitions import RowRefused, Transitions
@@ -137,7 +137,7 @@ class Attempts:
     async def end_unclaimed(self, query: Admitted, failure: Failure, still_renewal: int | None) -> bool:
         """End a query that nobody holds."""
         ending = fail(query.facts, query.state, failure, now=self._clock.now(), still_renewal=still_renewal)
-        return await self._end(ending, query.facts)
+        return bool(await self._end(ending, query.facts))
 
     # Claim.
 
@@ -146,7 +146,7 @@ class Attempts:
         wanted = query.request.timeout_seconds or self._rules.default_seconds[mode]
         run_seconds = min(float(wanted), self._rules.longest_seconds[mode])
         now = self._clock.now()
-        queued_ms = _queued_ms(state, now)
+        queued_ms = _queued_ms(state, self._clock.steady_now())
         event = tell(
             query.facts,
             sequence=state.sequence + 1,
@@ -258,7 +258,11 @@ class Attempts:
         failpoint(Failpoint.FINISH_BEFORE)
         now = self._clock.now()
         if isinstance(outcome, Success):
-            return await self._end(succeed(facts, state, outcome, now=now, token=token), facts)
+            over = await self._end(succeed(facts, state, outcome, now=now, token=token), facts)
+            if over is not None:
+                return over
+            # The cancel locked the row first. Its query has no result, and the sweep takes the object away.
+            outcome = CANCELLED
         ending = fail(
             facts,
             state,
@@ -268,9 +272,10 @@ class Attempts:
             duration_ms=_elapsed_ms(running),
             engine=self._engine.name,
         )
-        return await self._end(ending, facts)
+        return bool(await self._end(ending, facts))
 
-    async def _end(self, ending: Ending, facts: QueryFacts) -> bool:
+    async def _end(self, ending: Ending, facts: QueryFacts) -> bool | None:
+        """Whether the query is terminal then; None if it is still ours and cancelled, so that it can't succeed."""
         try:
             state = await self._transitions.end(ending)
         except RowRefused:
@@ -289,6 +294,8 @@ class Attempts:
                 error_code=ending.error_code,
                 duration_ms=ending.duration_ms,
             )
+        if not Status(state.status).terminal and state.cancelled and state.token == ending.token is not None:
+            return None
         return Status(state.status).terminal
 
     # Giving up.
@@ -296,8 +303,7 @@ class Attempts:
     async def _give_up(self, running: Running, why: Stop) -> bool:
         match why:
             case Stop.CANCELLED:
-                failure = Failure(ErrorCode.QUERY_CANCELLED, "the query was cancelled")
-                return await self._finish(running, failure)
+                return await self._finish(running, CANCELLED)
             case Stop.DRAINING:
                 await self._hand_back(running, crashed=False)
                 return False
@@ -315,7 +321,7 @@ def _find_failure(state: RunState, sql: str | None, still_renewal: int | None) -
     """Why a query that nobody holds must end instead of being claimed."""
     left_behind = state.lease_token is not None and (not state.lease_alive or state.lease_renewal == still_renewal)
     if state.cancelled:
-        return Failure(ErrorCode.QUERY_CANCELLED, "the query was cancelled")
+        return CANCELLED
     if sql is None:
         return Failure(ErrorCode.SAVED_QUERY_NOT_FOUND, "the saved query has changed since it was admitted")
     if state.overdue:
@@ -387,5 +393,6 @@ def _elapsed_ms(running: Running) -> int:
 
 
 def _queued_ms(state: RunState, now: datetime) -> int:
-    """From the broker's append to the start of the first attempt, which is now unless there was one before."""
+    """From the broker's append to the start of the first attempt, which is now, by the steady clock, unless there was
+    one before."""
     return max(0, ((state.started_at or now) - state.queued_at) // timedelta(milliseconds=1))

@@ -26,6 +26,9 @@ class Failure:
     message: str
 
 
+CANCELLED = Failure(ErrorCode.QUERY_CANCELLED, "the query was cancelled")
+
+
 @dataclass(frozen=True, slots=True)
 class Success:
     """A whole result in the store. `location` is its prefix as a URL; durations in ms."""

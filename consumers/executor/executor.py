@@ -7,7 +7,7 @@ and each arrow is one function: `_take_in`, `_admit_records`, `FairQueue.put`, t
 
 import asyncio
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +15,9 @@ from typing import Any
 import structlog
 
 from consumers.executor.admission import Admitted, Done, Legible, Refused, Rules, Verdict, admit, read_record
+from consumers.executor.ages import RecordAges
 from consumers.executor.attempt import Attempts
+from consumers.executor.cancel_news import CancelNews
 from consumers.executor.leases import Leases, Stop
 from consumers.executor.reaper import Reaper
 from consumers.executor.schedule import FairQueue
@@ -97,6 +99,8 @@ class Executor:
         self._attempts = attempts
         self._leases = leases
         self._reaper = reaper
+        self._cancel_news = CancelNews(pool, leases, reaper)
+        self._ages = RecordAges(clock)
         self._admission_rules = admission_rules
         self._rules = rules
         self._lanes = {mode: Lane(mode, rules.slots[mode]) for mode in Mode}
@@ -133,6 +137,7 @@ class Executor:
             asyncio.create_task(self._leases.renew_for_ever(), name="leases"),
             asyncio.create_task(self._watch_for_ever(), name="watch"),
             asyncio.create_task(self._reaper.reap_for_ever(), name="reaper"),
+            asyncio.create_task(self._cancel_news.listen_for_ever(), name="cancel news"),
             *(
                 asyncio.create_task(self._serve_slot(lane), name=f"slot {lane.mode.value}")
                 for lane in self._lanes.values()
@@ -184,7 +189,7 @@ class Executor:
         refused: list[tuple[Record, Refused]] = []
         for record in records:
             mode = self._lane_of_topic[record.topic].mode
-            match read_record(record, mode, self._admission_rules):
+            match read_record(record, mode, self._admission_rules, self._ages.age_at_poll(record)):
                 case Refused() as refusal:
                     refused.append((record, refusal))
                 case Legible() as item:
@@ -209,7 +214,7 @@ class Executor:
             case Admitted() if verdict.state.lease_alive:
                 self._park(verdict)
             case Admitted():
-                self._lanes[verdict.facts.mode].queue.put(verdict)
+                self._schedule(verdict)
 
     async def _bury(self, refused: Sequence[tuple[Record, Refused]]) -> None:
         """Dead letters, acknowledged before their records finish; if they can't be written, the executor stops."""
@@ -220,14 +225,24 @@ class Executor:
 
     # Schedule and run.
 
+    def _schedule(self, query: Admitted) -> None:
+        if query.state.cancelled:
+            # It only has to be ended, and need not wait for a slot.
+            self._start(self._attempt(query, _nothing))
+        else:
+            self._lanes[query.facts.mode].queue.put(query)
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._ended)
+
     async def _serve_slot(self, lane: Lane) -> None:
         while True:
             await lane.unfinished.acquire()
             query = await lane.queue.take()
             executed = asyncio.Event()
-            task = asyncio.create_task(self._run(lane, query, executed))
-            self._running.add(task)
-            task.add_done_callback(self._ended)
+            self._start(self._run(lane, query, executed))
             await executed.wait()
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
@@ -240,16 +255,19 @@ class Executor:
 
     async def _run(self, lane: Lane, query: Admitted, executed: asyncio.Event) -> None:
         try:
-            if not self.subscription.owns(query.record):
-                return
-            still_renewal = self._still_renewals.pop(query.facts.query_id, None)
-            if await self._attempts.run(query, still_renewal, executed.set):
-                self.subscription.finish(query.record)
-            elif not self._stopping.is_set():
-                self._park(query)
+            await self._attempt(query, executed.set)
         finally:
             lane.unfinished.release()
             executed.set()
+
+    async def _attempt(self, query: Admitted, executed: Callable[[], None]) -> None:
+        if not self.subscription.owns(query.record):
+            return
+        still_renewal = self._still_renewals.pop(query.facts.query_id, None)
+        if await self._attempts.run(query, still_renewal, executed):
+            self.subscription.finish(query.record)
+        elif not self._stopping.is_set():
+            self._park(query)
 
     # Watch.
 
@@ -274,7 +292,7 @@ class Executor:
     def _take_over(self, taken: Takeable) -> None:
         if taken.still_renewal is not None:
             self._still_renewals[taken.query.facts.query_id] = taken.still_renewal
-        self._lanes[taken.query.facts.mode].queue.put(taken.query)
+        self._schedule(taken.query)
 
     # Rebalance and shutdown.
 
@@ -319,6 +337,10 @@ class Executor:
         if self._running:
             _, left = await asyncio.wait(self._running, timeout=_HAND_BACK_SECONDS)
             await _end_tasks(left)
+
+
+def _nothing() -> None:
+    """Nobody waits for the engine of a query that is not executed."""
 
 
 async def _guarded(step: str, work: Coroutine[Any, Any, None]) -> None:

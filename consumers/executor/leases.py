@@ -9,6 +9,7 @@ from enum import Enum, auto
 
 import structlog
 
+from db.clock import DatabaseClock
 from db.connection import DataPool, statement
 from db.data.attempts import Renewal, renew
 from db.retrying import until_available
@@ -46,8 +47,9 @@ class Lease:
 class Leases:
     """The leases that this process holds."""
 
-    def __init__(self, pool: DataPool, lease_seconds: float, renew_seconds: float) -> None:
+    def __init__(self, pool: DataPool, clock: DatabaseClock, lease_seconds: float, renew_seconds: float) -> None:
         self._pool = pool
+        self._clock = clock
         self._lease_seconds = lease_seconds
         self._renew_seconds = renew_seconds
         self._held: dict[str, Lease] = {}
@@ -69,6 +71,13 @@ class Leases:
         for lease in self._held.values():
             lease.stop(why)
 
+    def stop(self, query_id: str, why: Stop) -> bool:
+        """Ask the attempt at that query to end; False if there is none here."""
+        mine = [lease for lease in self._held.values() if lease.query_id == query_id]
+        for lease in mine:
+            lease.stop(why)
+        return bool(mine)
+
     @property
     def held(self) -> int:
         """How many attempts are under way."""
@@ -87,6 +96,8 @@ class Leases:
         asked = list(self._held.values())
         renewals = [Renewal(lease.query_id, lease.token, self._lease_seconds) for lease in asked]
         async with statement(self._pool) as connection:
+            # A lease that is renewed by a clock that has jumped back would look dead once the jump is made up for.
+            await self._clock.check(connection)
             kept = await renew(connection, renewals)
         for lease in asked:
             # An attempt that ended while the answer was on its way has nothing to lose any more.

@@ -1,11 +1,13 @@
-"""The reaper: ends any query past its deadline that no live lease holds, even if its message is gone."""
+"""The reaper: ends any query that nobody holds and whose time is over, or that was cancelled, even if its message is
+gone."""
 
 import asyncio
 import random
+from collections.abc import Sequence
 
 import structlog
 
-from consumers.executor.endings import fail, overdue_failure
+from consumers.executor.endings import CANCELLED, fail, overdue_failure
 from consumers.executor.story import QueryFacts
 from consumers.executor.transitions import RowRefused, Transitions
 from db.clock import DatabaseClock
@@ -42,20 +44,27 @@ class Reaper:
     async def reap(self) -> int:
         """End what is overdue now; returns how many were found. Raises `DatabaseUnavailable`."""
         async with transaction(self._pool) as connection:
+            await self._clock.check(connection)
             overdue = await read_overdue(connection, _BATCH, self._grace)
-            states = await read_states(connection, overdue)
-            rows = await read_canonical(connection, overdue)
+        await self.end(overdue)
+        return len(overdue)
+
+    async def end(self, query_ids: Sequence[str]) -> None:
+        """End those of the queries that nobody holds; they are overdue or cancelled. Raises `DatabaseUnavailable`."""
+        async with transaction(self._pool) as connection:
+            await self._clock.check(connection)
+            states = await read_states(connection, query_ids)
+            rows = await read_canonical(connection, query_ids)
         await asyncio.gather(
             *(
                 self._end(QueryFacts.from_row(rows[query_id], state.traceparent), state)
                 for query_id, state in states.items()
-                if query_id in rows
+                if query_id in rows and not state.lease_alive and not Status(state.status).terminal
             )
         )
-        return len(overdue)
 
     async def _end(self, facts: QueryFacts, state: RunState) -> None:
-        failure = overdue_failure(Status(state.status))
+        failure = CANCELLED if state.cancelled else overdue_failure(Status(state.status))
         ending = fail(facts, state, failure, now=self._clock.now())
         try:
             ended = await self._transitions.end(ending)

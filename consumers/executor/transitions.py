@@ -133,8 +133,9 @@ class Transitions:
         return await self._hand_backs.submit(given)
 
     async def read(self, query_ids: Sequence[str]) -> dict[str, RunState]:
-        """What stands now; raises `DatabaseUnavailable`."""
+        """What stands now, for judging by the clock too; raises `DatabaseUnavailable`."""
         async with statement(self._pool) as connection:
+            await self._clock.check(connection)
             return await self._read(connection, query_ids)
 
     async def _claim(self, claims: Sequence[Claim]) -> list[RunState | None]:

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 from psycopg.types.json import Jsonb
 
+from db.clock import STEADY_NOW
 from db.connection import Connection
 from db.data.outbox import NewEvent
 from db.rows import to_arrays
@@ -16,8 +16,7 @@ from db.rows import to_arrays
 class NewQuery:
     """A query to be admitted: `Queued`, or at once `Failed` when it can never run.
 
-    `appended_at` is the broker's time of the record, None where the broker does not stamp; then `waited_seconds` since
-    the poll counts. `queue_seconds` is how long it may wait from then on.
+    `waited_seconds` is how long ago the broker took the record; `queue_seconds` how long it may wait from then on.
     """
 
     query_id: str
@@ -37,7 +36,6 @@ class NewQuery:
     record_offset: int
     traceparent: str
     sequence: int
-    appended_at: datetime | None
     waited_seconds: float
     queue_seconds: float
     last_event: bytes
@@ -46,16 +44,18 @@ class NewQuery:
 # A known id changes nothing, whoever sends it again: `new` has only the rows that this statement made.
 INSERT_QUERIES = """
 WITH input AS (
-    SELECT i.*, coalesce(least(i.appended_at, now()), now() - make_interval(secs => i.waited_seconds)) AS queued_at
+    SELECT i.*, __NOW__ - make_interval(secs => i.waited_seconds) AS queued_at,
+           EXISTS (SELECT FROM query_cancellations c
+                   WHERE c.query_id = i.query_id AND c.org_id = i.org_id) AS cancelled
     FROM unnest(
         %(query_id)s::uuid[], %(org_id)s::uuid[], %(user_id)s::uuid[], %(mode)s::text[], %(status)s::text[],
         %(sql_hash)s::text[], %(saved_query_id)s::uuid[], %(task_id)s::uuid[], %(output_format)s::text[],
         %(error_code)s::text[], %(error_message)s::text[], %(fingerprint)s::bytea[], %(topic)s::text[],
         %(partition)s::int[], %(record_offset)s::bigint[], %(traceparent)s::text[], %(sequence)s::int[],
-        %(appended_at)s::timestamptz[], %(waited_seconds)s::float8[], %(queue_seconds)s::float8[],
+        %(waited_seconds)s::float8[], %(queue_seconds)s::float8[],
         %(last_event)s::bytea[]
     ) AS i(query_id, org_id, user_id, mode, status, sql_hash, saved_query_id, task_id, output_format, error_code,
-           error_message, fingerprint, topic, partition, record_offset, traceparent, sequence, appended_at,
+           error_message, fingerprint, topic, partition, record_offset, traceparent, sequence,
            waited_seconds, queue_seconds, last_event)
     WHERE NOT EXISTS (SELECT FROM deleted_ids d WHERE d.query_id = i.query_id)
     ORDER BY i.query_id
@@ -69,10 +69,10 @@ WITH input AS (
     RETURNING id
 ), runs AS (
     INSERT INTO query_runs (query_id, fingerprint, topic, partition, record_offset, traceparent, sequence, queued_at,
-                            deadline, last_event)
+                            deadline, cancelled, last_event)
     SELECT i.query_id, i.fingerprint, i.topic, i.partition, i.record_offset, i.traceparent, i.sequence, i.queued_at,
            CASE WHEN i.status = 'Queued' THEN i.queued_at + make_interval(secs => i.queue_seconds) END,
-           i.last_event
+           i.cancelled, i.last_event
     FROM input i JOIN new ON new.id = i.query_id
 )
 INSERT INTO outbox (shard, event_id, query_id, type, payload, headers)
@@ -83,7 +83,7 @@ FROM unnest(
 ) AS e(shard, event_id, query_id, sequence, type, payload, headers)
 JOIN new ON new.id = e.query_id
 ORDER BY e.query_id, e.sequence
-"""
+""".replace("__NOW__", STEADY_NOW)
 
 # Which saved queries the callers may run, and their text. One that is not visible is simply not there. The key-share
 # lock keeps a row from being removed before the result that refers to it is committed.

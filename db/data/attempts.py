@@ -11,6 +11,7 @@ from typing import Any
 
 from psycopg.types.json import Jsonb
 
+from db.clock import STEADY_NOW
 from db.connection import Connection
 from db.rows import to_arrays
 
@@ -50,7 +51,8 @@ WITH input AS (
     SELECT r.query_id
     FROM query_runs r JOIN input i USING (query_id)
     -- The deadline of a Running query was that of an attempt that nobody holds any more: the next has its own.
-    WHERE r.sequence = i.sequence AND (r.deadline > now() OR r.attempt > 0 AND r.deadline IS NOT NULL)
+    WHERE r.sequence = i.sequence AND (r.deadline > __NOW__ OR r.attempt > 0 AND r.deadline IS NOT NULL)
+      AND NOT r.cancelled
       AND NOT EXISTS (SELECT FROM query_cancellations c
                       JOIN query_results q ON q.id = c.query_id AND q.org_id = c.org_id
                       WHERE c.query_id = r.query_id)
@@ -60,13 +62,13 @@ WITH input AS (
     SELECT i.query_id, l.renewal, l.query_id IS NOT NULL AS left_behind
     FROM locked JOIN input i USING (query_id)
     LEFT JOIN query_leases l USING (query_id)
-    WHERE l.query_id IS NULL OR l.expires_at <= now() OR l.renewal = i.still_renewal
+    WHERE l.query_id IS NULL OR l.expires_at <= __NOW__ OR l.renewal = i.still_renewal
 ), moved AS (
     UPDATE query_runs r
     SET sequence = r.sequence + 1, attempt = r.attempt + 1, token = i.token, engine = i.engine,
         crashes = r.crashes + dead.left_behind::int,
-        started_at = coalesce(r.started_at, now()),
-        deadline = now() + make_interval(secs => i.run_seconds), last_event = i.payload
+        started_at = coalesce(r.started_at, __NOW__),
+        deadline = __NOW__ + make_interval(secs => i.run_seconds), last_event = i.payload
     FROM input i JOIN dead USING (query_id)
     WHERE r.query_id = i.query_id
     RETURNING r.query_id
@@ -74,7 +76,7 @@ WITH input AS (
     UPDATE query_results q SET status = 'Running', updated_at = now() FROM moved WHERE q.id = moved.query_id
 ), leased AS (
     INSERT INTO query_leases AS l (query_id, token, worker, renewal, expires_at)
-    SELECT i.query_id, i.token, i.worker, 0, now() + make_interval(secs => i.lease_seconds)
+    SELECT i.query_id, i.token, i.worker, 0, __NOW__ + make_interval(secs => i.lease_seconds)
     FROM input i JOIN moved USING (query_id)
     ON CONFLICT (query_id) DO UPDATE
     SET token = excluded.token, worker = excluded.worker, renewal = l.renewal + 1, expires_at = excluded.expires_at
@@ -83,7 +85,7 @@ INSERT INTO outbox (shard, event_id, query_id, type, payload, headers)
 SELECT i.shard, i.event_id, i.query_id, 'QueryStatusChanged', i.payload, i.headers
 FROM input i JOIN moved USING (query_id)
 ORDER BY i.query_id
-"""
+""".replace("__NOW__", STEADY_NOW)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,14 +137,15 @@ WITH input AS (
     LEFT JOIN query_leases l USING (query_id)
     WHERE r.sequence = i.sequence
       AND CASE WHEN i.token IS NOT NULL THEN r.token = i.token
-               ELSE l.query_id IS NULL OR l.expires_at <= now() OR l.renewal = i.still_renewal END
+               ELSE l.query_id IS NULL OR l.expires_at <= __NOW__ OR l.renewal = i.still_renewal END
     ORDER BY i.query_id, i.token IS NULL, i.wish
 ), moved AS (
     UPDATE query_runs r
     SET sequence = r.sequence + 1, deadline = NULL, files = i.files, last_event = i.payload,
         expires_at = now() + make_interval(secs => i.retention_seconds)
     FROM allowed i
-    WHERE r.query_id = i.query_id AND r.sequence = i.sequence
+    -- The cancel that locked the row first is seen here, for the row is read again after the wait for its lock.
+    WHERE r.query_id = i.query_id AND r.sequence = i.sequence AND (i.status <> 'Succeeded' OR NOT r.cancelled)
     RETURNING r.query_id
 ), results AS (
     UPDATE query_results q
@@ -157,7 +160,7 @@ INSERT INTO outbox (shard, event_id, query_id, type, payload, headers)
 SELECT i.shard, i.event_id, i.query_id, 'QueryStatusChanged', i.payload, i.headers
 FROM allowed i JOIN moved USING (query_id)
 ORDER BY i.query_id
-"""
+""".replace("__NOW__", STEADY_NOW)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,13 +182,13 @@ WITH input AS (
     ORDER BY l.query_id FOR UPDATE OF l
 )
 UPDATE query_leases l
-SET renewal = l.renewal + 1, expires_at = now() + make_interval(secs => i.lease_seconds)
+SET renewal = l.renewal + 1, expires_at = __NOW__ + make_interval(secs => i.lease_seconds)
 FROM input i JOIN locked USING (query_id)
 WHERE l.query_id = i.query_id
 RETURNING l.query_id::text,
     EXISTS (SELECT FROM query_cancellations c JOIN query_results q ON q.id = c.query_id AND q.org_id = c.org_id
             WHERE c.query_id = l.query_id)
-"""
+""".replace("__NOW__", STEADY_NOW)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from psycopg.rows import class_row
 
+from db.clock import STEADY_NOW
 from db.connection import Connection
 
 
@@ -15,13 +16,15 @@ class RunState:
     """A query as the database has it, at `read_at` of the database's clock.
 
     `lease_alive` is judged by that clock alone; an observer that has seen `lease_renewal` stand still for a whole lease
-    knows better. `overdue` means that it has waited in the queue for too long.
+    knows better. `overdue` means that it has waited in the queue for too long. `queued_at` and `started_at` are on the
+    steady clock, see `db.clock`.
     """
 
     query_id: str
     org_id: str
     status: str
     sql_hash: str
+    saved_query_id: str | None
     fingerprint: bytes
     topic: str
     partition: int
@@ -43,31 +46,37 @@ class RunState:
 
 READ_STATES = """
 SELECT q.id::text AS query_id, q.org_id::text AS org_id, q.status, q.sql_hash,
-       r.fingerprint, r.topic, r.partition, r.record_offset, r.traceparent,
+       q.saved_query_id::text AS saved_query_id, r.fingerprint, r.topic, r.partition, r.record_offset, r.traceparent,
        r.sequence, r.attempt, r.crashes, r.token::text AS token, r.queued_at, r.started_at,
-       r.attempt = 0 AND coalesce(r.deadline <= now(), false) AS overdue,
-       EXISTS (SELECT FROM query_cancellations c WHERE c.query_id = q.id AND c.org_id = q.org_id) AS cancelled,
-       l.token::text AS lease_token, l.renewal AS lease_renewal, coalesce(l.expires_at > now(), false) AS lease_alive,
+       r.attempt = 0 AND coalesce(r.deadline <= __NOW__, false) AS overdue,
+       r.cancelled OR EXISTS (SELECT FROM query_cancellations c
+                              WHERE c.query_id = q.id AND c.org_id = q.org_id) AS cancelled,
+       l.token::text AS lease_token, l.renewal AS lease_renewal, coalesce(l.expires_at > __NOW__, false) AS lease_alive,
        clock_timestamp() AS read_at
 FROM query_runs r
 JOIN query_results q ON q.id = r.query_id
 LEFT JOIN query_leases l ON l.query_id = r.query_id
 WHERE r.query_id = ANY(%(query_ids)s::uuid[])
-"""
+""".replace("__NOW__", STEADY_NOW)
 
 READ_DELETED = "SELECT query_id::text FROM deleted_ids WHERE query_id = ANY(%(query_ids)s::uuid[])"
 
-# Queries that nobody runs and whose time is over; the oldest first, so that a backlog is worked off in order. One that
-# was left behind by its worker is the next attempt's for a while: only if none comes, its message is gone.
+# Queries that nobody runs and whose time is over, or that were cancelled; the oldest first, so that a backlog is worked
+# off in order. One that was left behind by its worker is the next attempt's for a while: only if none comes, its
+# message is gone.
 READ_OVERDUE = """
-SELECT r.query_id::text
-FROM query_runs r
-LEFT JOIN query_leases l ON l.query_id = r.query_id
-WHERE r.deadline <= now() - CASE WHEN r.attempt > 0 THEN make_interval(secs => %(grace)s) ELSE '0 s' END
-  AND (l.query_id IS NULL OR l.expires_at <= now())
-ORDER BY r.deadline
+WITH due AS (
+    SELECT query_id, deadline FROM query_runs
+    WHERE deadline <= __NOW__ AND (attempt = 0 OR deadline <= __NOW__ - make_interval(secs => %(grace)s))
+    UNION
+    SELECT query_id, deadline FROM query_runs WHERE cancelled AND deadline IS NOT NULL
+)
+SELECT due.query_id::text
+FROM due LEFT JOIN query_leases l ON l.query_id = due.query_id
+WHERE l.query_id IS NULL OR l.expires_at <= __NOW__
+ORDER BY due.deadline
 LIMIT %(limit)s
-"""
+""".replace("__NOW__", STEADY_NOW)
 
 # What an event about a query needs beside the step itself, for a worker that has no request in memory.
 READ_CANONICAL = """
@@ -119,7 +128,10 @@ async def read_deleted(connection: Connection, query_ids: Iterable[str]) -> set[
 
 
 async def read_overdue(connection: Connection, limit: int, grace: float) -> list[str]:
-    """Ids of queries past their deadline that no live lease holds; `grace` in seconds is for those once started."""
+    """Ids of queries past their deadline, or cancelled, that no live lease holds.
+
+    `grace` in seconds is for those that were started once and not cancelled.
+    """
     cursor = await connection.execute(READ_OVERDUE, {"limit": limit, "grace": grace})
     return [row[0] for row in await cursor.fetchall()]
 

@@ -1,4 +1,4 @@
-"""`queryd submit`, `status` and `fetch`."""
+"""`queryd submit`, `cancel`, `status` and `fetch`."""
 
 import hashlib
 import json
@@ -28,6 +28,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON line and noth
 def add_commands(app: typer.Typer) -> None:
     """Add the commands of this module."""
     app.command()(submit)
+    app.command()(cancel)
     app.command()(status)
     app.command()(fetch)
 
@@ -80,6 +81,37 @@ def submit(
         complain(str(error), 2)
     _print_submitted(handle.query_id, ended, as_json)
     if ended is not None and ended["status"] == Status.FAILED:
+        raise SystemExit(1)
+
+
+def cancel(
+    query_id: Annotated[str, typer.Argument(help="The query's id.")],
+    *,
+    org: Annotated[str, typer.Option(help="The org that the query belongs to.", envvar="QUERYD_ORG")],
+    user: Annotated[str | None, typer.Option(help="The user who cancels.", envvar="QUERYD_USER")] = None,
+    reason: Annotated[str | None, typer.Option(help="Why, for people to read.")] = None,
+    wait: Annotated[bool, typer.Option(help="Wait until the query has ended.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Ask for a query to stop. A finished one stays as it is; exit code 1 when it was waited for and had succeeded."""
+    settings = load_settings()
+    wanted = uuid_argument(query_id, "the id")
+    try:
+        with QueryClient(settings.kafka) as client:
+            handle = client.cancel(
+                wanted, org_id=uuid_argument(org, "--org"), user_id=optional_uuid(user, "--user"), reason=reason
+            )
+            ended = _wait(handle, None) if wait else None
+    except (NotSubmitted, KafkaException) as error:
+        complain(f"the cancel could not be published: {error}")
+    except Invalid as error:
+        complain(str(error), 2)
+    fields: dict[str, Any] = {"query_id": wanted} | (ended or {})
+    if as_json:
+        print_json(fields)
+    else:
+        print_fields({name: fields[name] for name in ("query_id", "status", "error_code") if name in fields})
+    if ended is not None and ended["status"] == Status.SUCCEEDED:
         raise SystemExit(1)
 
 

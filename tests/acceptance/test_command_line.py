@@ -1,15 +1,20 @@
 """The command line as a person has it: what it leaves alone, and one sentence for what went wrong."""
 
+import json
 import subprocess
 import sys
+import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from tests.acceptance.stack import Stack, run_stack
 
 ORG = "6a1f7f4e-3f0e-4f5c-9d55-0d6f1f2f9a10"
+STRANGER = "0f0e0d0c-3f0e-4f5c-9d55-0d6f1f2f9a10"
 USED = "44444444-4444-4444-8444-444444444444"
 _PATIENCE_SECONDS = 60
 
@@ -45,6 +50,54 @@ def test_a_query_is_submitted_waited_for_and_fetched(stack: Stack) -> None:
     query_id = submitted.stdout.splitlines()[0].removeprefix("query id: ")
     assert _queryd(stack.folder, "status", query_id).stdout.splitlines()[3] == "status: Succeeded"
     assert _queryd(stack.folder, "fetch", query_id).stdout.split() == ["answer", "42"]
+
+
+# Hours of work on any machine.
+_ENDLESS = "SELECT sum(a.range * b.range) FROM range(10000000) a, range(10000000) b"
+
+
+def test_a_running_query_is_cancelled_by_its_org_and_by_no_other(stack: Stack) -> None:
+    submitted = _queryd(stack.folder, "submit", _ENDLESS, "--org", ORG, "--json")
+    query_id = json.loads(submitted.stdout)["query_id"]
+    _await_status(stack, query_id, "Running")
+    assert _queryd(stack.folder, "cancel", query_id, "--org", STRANGER).returncode == 0
+    # The stranger's cancel lies before ours in the topic, so it was looked at when ours has done its work.
+    cancelled = _queryd(stack.folder, "cancel", query_id, "--org", ORG, "--reason", "wrong table", "--wait", "--json")
+    assert cancelled.returncode == 0, cancelled.stderr
+    answer = json.loads(cancelled.stdout)
+    assert (answer["status"], answer["error_code"]) == ("Failed", "QUERY_CANCELLED")
+    assert (answer["attempt"], answer["output_location"]) == (1, None)
+
+
+def test_a_cancel_before_its_request_wins(stack: Stack) -> None:
+    query_id = str(uuid.uuid4())
+    assert _queryd(stack.folder, "cancel", query_id, "--org", ORG).returncode == 0
+    _await_noted(stack, query_id)
+    submitted = _queryd(stack.folder, "submit", "SELECT 1", "--id", query_id, "--org", ORG, "--wait", "--json")
+    assert json.loads(submitted.stdout)["error_code"] == "QUERY_CANCELLED"
+
+
+def test_a_finished_query_stays_finished(stack: Stack) -> None:
+    submitted = _queryd(stack.folder, "submit", "SELECT 1", "--org", ORG, "--wait", "--json")
+    query_id = json.loads(submitted.stdout)["query_id"]
+    cancelled = _queryd(stack.folder, "cancel", query_id, "--org", ORG, "--wait")
+    assert (cancelled.returncode, cancelled.stdout.splitlines()[1]) == (1, "status: Succeeded")
+
+
+def _await_status(stack: Stack, query_id: str, status: str) -> None:
+    _await_row(stack, "SELECT FROM query_results WHERE id = %s AND status = %s", query_id, status)
+
+
+def _await_noted(stack: Stack, query_id: str) -> None:
+    _await_row(stack, "SELECT FROM query_cancellations WHERE query_id = %s", query_id)
+
+
+def _await_row(stack: Stack, statement: str, *values: str) -> None:
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    with psycopg.connect(stack.servers.data_url, autocommit=True) as connection:
+        while connection.execute(statement.encode(), values).fetchone() is None:
+            assert time.monotonic() < deadline, statement
+            time.sleep(0.02)
 
 
 def test_an_id_that_was_used_for_another_query_is_no_success(stack: Stack) -> None:

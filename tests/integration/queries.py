@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 from consumers.executor.admission import Admitted, Legible, Rules, Verdict, admit, read_record
+from consumers.executor.ages import RecordAges
 from consumers.executor.endings import Failure, Success, fail, succeed
 from consumers.executor.story import QueryFacts, tell
 from consumers.executor.transitions import Transitions
@@ -32,6 +33,7 @@ RULES = Rules(
 )
 
 _offsets = itertools.count()
+_ages = RecordAges(DatabaseClock())
 
 
 @asynccontextmanager
@@ -76,7 +78,7 @@ def make_record(request: QueryRequested, mode: Mode | None = None, offset: int |
 def read_legible(record: Record) -> Legible:
     """A record with legible ids, decoded as its lane decodes it."""
     mode = next(mode for mode in Mode if mode.topic == record.topic)
-    item = read_record(record, mode, RULES)
+    item = read_record(record, mode, RULES, _ages.age_at_poll(record))
     assert isinstance(item, Legible)
     return item
 

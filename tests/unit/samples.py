@@ -66,6 +66,7 @@ def make_state(**changes: Any) -> RunState:
         org_id=ORG_ID,
         status="Queued",
         sql_hash="ab" * 32,
+        saved_query_id=None,
         fingerprint=b"\1" * 32,
         topic=Mode.INTERACTIVE.topic.value,
         partition=3,

@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import io
+import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -30,7 +31,6 @@ from queryd.events import (
     QueryCancelRequested,
     QueryStatusChanged,
     Status,
-    from_millis,
 )
 from queryd.subscription import Record
 from tests.unit.samples import NOW, ORG_ID, QUERY_ID, SAVED_ID, TRACEPARENT, make_record, make_request, make_state
@@ -40,6 +40,10 @@ OTHER_ID = "11111111-2222-4333-8444-555555555555"
 RULES = Rules(
     queue_seconds={Mode.INTERACTIVE: 600.0, Mode.BATCH: 86_400.0}, engines=frozenset({"duckdb", "sail"}), hash_key=None
 )
+
+
+# Seconds that a record lay in its topic before it was polled.
+_AGE = 30.0
 
 
 def _fields(**changes: Any) -> dict[str, Any]:
@@ -55,7 +59,7 @@ def _encode_fields(fields: dict[str, Any]) -> bytes:
 
 
 def _read(record: Record, mode: Mode = Mode.INTERACTIVE, rules: Rules = RULES) -> Legible:
-    item = read_record(record, mode, rules)
+    item = read_record(record, mode, rules, _AGE)
     assert isinstance(item, Legible)
     return item
 
@@ -99,7 +103,7 @@ def test_a_record_without_a_valid_trace_begins_one() -> None:
     ],
 )
 def test_a_record_without_legible_ids_is_undecodable_and_not_quoted(value: bytes | None) -> None:
-    refused = read_record(make_record(value), Mode.INTERACTIVE, RULES)
+    refused = read_record(make_record(value), Mode.INTERACTIVE, RULES, _AGE)
     assert isinstance(refused, Refused)
     assert refused.code is DeadCode.UNDECODABLE
     assert refused.reason
@@ -266,6 +270,7 @@ _KEPT = (
     "org_id",
     "status",
     "sql_hash",
+    "saved_query_id",
     "fingerprint",
     "topic",
     "partition",
@@ -273,6 +278,13 @@ _KEPT = (
     "traceparent",
     "sequence",
 )
+
+
+class Clock(DatabaseClock):
+    """A database's clock that does not jump."""
+
+    async def check(self, connection: object) -> None:
+        """Nothing to find."""
 
 
 @pytest.fixture
@@ -284,7 +296,7 @@ def database(monkeypatch: pytest.MonkeyPatch) -> Database:
 
 
 async def _admit(database: Database, *items: Legible, rules: Rules = RULES) -> list[Verdict]:
-    clock = DatabaseClock()
+    clock = Clock()
     clock.tell(NOW)
     return await admit(cast(DataPool, database), clock, rules, items)
 
@@ -443,17 +455,11 @@ async def test_a_redelivered_query_keeps_the_trace_that_it_began(database: Datab
     assert again.facts.traceparent == first.facts.traceparent
 
 
-@pytest.mark.parametrize(
-    ("by_broker", "millis", "seen"),
-    [(True, 1_774_747_800_123, NOW), (False, 1_774_747_800_123, None), (True, None, None)],
-)
-async def test_only_the_brokers_stamp_says_when_a_request_came(
-    database: Database, by_broker: bool, millis: int | None, seen: object
-) -> None:
-    record = make_record(encode(make_request()), appended_by_broker=by_broker, timestamp_ms=millis)
+async def test_waiting_counts_from_the_append_and_goes_on_after_the_poll(database: Database) -> None:
+    record = make_record(encode(make_request()), polled_at=time.monotonic() - 5.0)
     await _admit_one(database, _read(record))
-    assert [row.appended_at for row in database.queries] == [seen]
-    assert from_millis(1_774_747_800_123) == NOW
+    [row] = database.queries
+    assert _AGE + 5.0 <= row.waited_seconds < _AGE + 60.0
 
 
 async def test_each_lane_has_its_own_queue_time(database: Database) -> None:

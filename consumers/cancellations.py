@@ -1,0 +1,103 @@
+"""Cancel requests from Kafka into Postgres, where admission, claim, renewal and finish look at them.
+
+Runs beside every executor, all in one group, so that any of them may be away.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import structlog
+
+from db.connection import DataPool, statement
+from db.data.cancellations import CancelOutcome, NewCancellation, cancel
+from db.retrying import until_available
+from processes.failpoints import Failpoint, failpoint
+from producers.dead_letters import DeadCode, DeadLetter, DeadLetters
+from queryd.codec import InvalidEvent, Undecodable, decode_cancel
+from queryd.events import Invalid, Topic
+from queryd.publisher import Publisher
+from queryd.subscription import Record, Subscription, SubscriptionLost
+from telemetry.events import LogEvent
+
+_log = structlog.get_logger("queryd.cancellations")
+
+# A consumer that fails at once would otherwise be made anew as fast as the machine can.
+_RESUBSCRIBE_SECONDS = 1.0
+
+
+class Cancellations:
+    """The consumer of `query.cancellations`. `run` returns once it has been asked to stop."""
+
+    def __init__(
+        self, pool: DataPool, subscription_config: dict[str, Any], publisher: Publisher, dead_letters: DeadLetters
+    ) -> None:
+        """`publisher` is the one by which `dead_letters` writes; it is opened and closed here."""
+        self._pool = pool
+        self._subscription_config = subscription_config
+        self._publisher = publisher
+        self._dead_letters = dead_letters
+        self._stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        """Ask `run` to return after the batch under way."""
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Follow the topic until `stop`; raises what no retry can mend, such as a dead letter that can't be written."""
+        self._publisher.open()
+        try:
+            while not self._stopping.is_set():
+                subscription = Subscription(self._subscription_config, [Topic.CANCELLATIONS.value])
+                try:
+                    await self._follow(subscription)
+                except SubscriptionLost as error:
+                    _log.warning(LogEvent.SUBSCRIPTION_LOST, reason=str(error))
+                    await asyncio.sleep(_RESUBSCRIBE_SECONDS)
+        finally:
+            await self._publisher.close()
+
+    async def _follow(self, subscription: Subscription) -> None:
+        await subscription.open()
+        try:
+            while not self._stopping.is_set():
+                if records := await subscription.poll():
+                    await self._cancel(records)
+                    for record in records:
+                        subscription.finish(record)
+        finally:
+            await subscription.close()
+
+    async def _cancel(self, records: Sequence[Record]) -> None:
+        wanted: list[NewCancellation] = []
+        letters: list[DeadLetter] = []
+        for record in records:
+            match _read(record):
+                case DeadLetter() as letter:
+                    letters.append(letter)
+                case NewCancellation() as cancellation:
+                    wanted.append(cancellation)
+        failpoint(Failpoint.CANCEL_BEFORE)
+        if wanted:
+            outcomes = await until_available(partial(self._write, wanted), "postgres data")
+            for (query_id, org_id), outcome in outcomes.items():
+                _log.info(LogEvent.CANCEL_REQUESTED, query_id=query_id, org_id=org_id, outcome=outcome.value)
+        failpoint(Failpoint.CANCEL_AFTER)
+        await self._dead_letters.send(letters)
+
+    async def _write(self, wanted: Sequence[NewCancellation]) -> dict[tuple[str, str], CancelOutcome]:
+        async with statement(self._pool) as connection:
+            return await cancel(connection, wanted)
+
+
+def _read(record: Record) -> NewCancellation | DeadLetter:
+    try:
+        asked = decode_cancel(record.value)
+    except Undecodable as error:
+        return DeadLetter(record, DeadCode.UNDECODABLE, str(error))
+    except (InvalidEvent, Invalid) as error:
+        return DeadLetter(record, DeadCode.INVALID_REQUEST, str(error))
+    # The reason is for people; what can't be stored of it (NUL) is none.
+    reason = None if asked.reason is None else asked.reason.replace("\0", "")
+    return NewCancellation(asked.query_id, asked.org_id, asked.user_id, reason)

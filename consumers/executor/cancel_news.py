@@ -1,0 +1,39 @@
+"""News of cancellations: a query that runs here is stopped at once, one that nobody holds is ended.
+
+News may be missed while the database is away. Then the next lease renewal tells of a query that runs, and the reaper's
+next look finds one that waits.
+"""
+
+import asyncio
+from contextlib import aclosing
+
+from consumers.executor.leases import Leases, Stop
+from consumers.executor.reaper import Reaper
+from db.connection import DatabaseUnavailable, DataPool, statement
+from db.data.cancellations import hear_cancelled
+
+# How long until the next try to listen: meanwhile renewals and the reaper do the work, every five seconds.
+_AGAIN_SECONDS = 1.0
+
+
+class CancelNews:
+    """Listens in every executor."""
+
+    def __init__(self, pool: DataPool, leases: Leases, reaper: Reaper) -> None:
+        self._pool = pool
+        self._leases = leases
+        self._reaper = reaper
+
+    async def listen_for_ever(self) -> None:
+        """Act on each cancellation as soon as it is committed."""
+        while True:
+            try:
+                await self._listen()
+            except DatabaseUnavailable:
+                await asyncio.sleep(_AGAIN_SECONDS)
+
+    async def _listen(self) -> None:
+        async with statement(self._pool) as connection, aclosing(hear_cancelled(connection)) as news:
+            async for query_id in news:
+                if not self._leases.stop(query_id, Stop.CANCELLED):
+                    await self._reaper.end([query_id])

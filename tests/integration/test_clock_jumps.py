@@ -1,0 +1,156 @@
+"""The database's wall clock jumps an hour: no query dies of it, and none lives on because of it."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
+from datetime import timedelta
+
+import psycopg
+import pytest
+
+from consumers.executor.leases import Lease, Leases
+from consumers.executor.reaper import Reaper
+from db.clock import READ_CLOCK
+from db.connection import DataPool
+from db.migrations.upgrade import upgrade_data
+from service.embedded.postgres import Postgres
+from tests.faults.cluster import install_clock, shift_database_clock
+from tests.integration.queries import Worker, opened_pool, read_row, read_story
+from tests.integration.records import until
+
+_HOUR = 3600.0
+_JUMPS = (_HOUR, -_HOUR)
+
+# More time passes than a query of these tests may wait or run, and than a lease of theirs lasts.
+_PASS_DEADLINE = "UPDATE query_runs SET deadline = deadline - interval '660 s' WHERE query_id = %s"
+_PASS_LEASE = "UPDATE query_leases SET expires_at = expires_at - interval '660 s' WHERE query_id = %s"
+
+
+@pytest.fixture
+def url(postgres_server: Postgres) -> Iterator[str]:
+    """A Postgres data whose clock can be set."""
+    name = f"clock_{uuid.uuid4().hex}"
+    postgres_server.create_database(name)
+    url = postgres_server.url(name)
+    install_clock(url)
+    upgrade_data(url)
+    yield url
+    postgres_server.drop_database(name)
+
+
+@pytest.fixture
+async def workers(url: str) -> AsyncIterator[tuple[Worker, Worker]]:
+    """Two processes that have seen the clock before it jumps."""
+    async with AsyncExitStack() as stack:
+        pools = [await stack.enter_async_context(opened_pool(url)) for _ in range(2)]
+        workers = Worker(pools[0]), Worker(pools[1])
+        for worker in workers:
+            await worker.transitions.read([])
+        yield workers
+
+
+async def _jump(url: str, seconds: float) -> None:
+    await asyncio.to_thread(shift_database_clock, url, seconds)
+
+
+async def _reap(worker: Worker) -> int:
+    return await Reaper(worker.pool, worker.clock, worker.transitions, 15.0).reap()
+
+
+async def _change(pool: DataPool, statement: str, query_id: str) -> None:
+    async with pool.connection() as connection:
+        await connection.execute(statement.encode(), [query_id])
+
+
+@pytest.mark.parametrize("jump", _JUMPS)
+async def test_a_jump_kills_neither_a_waiting_nor_a_running_query(
+    url: str, workers: tuple[Worker, Worker], jump: float
+) -> None:
+    worker, other = workers
+    waiting, running = await worker.admit_new(), await worker.admit_new()
+    await worker.start(running.facts)
+    await _jump(url, jump)
+    assert [await _reap(each) for each in workers] == [0, 0]
+    for each in workers:
+        assert not (await each.read(waiting.facts.query_id)).overdue
+        state = await each.read(running.facts.query_id)
+        assert state.lease_alive
+        taken = await other.claim(running.facts, state, str(uuid.uuid4()))
+        assert taken is not None and taken.token == state.token
+    assert await read_story(worker.pool, waiting.facts.query_id) == [(1, "Queued", 0)]
+    assert await read_story(worker.pool, running.facts.query_id) == [(1, "Queued", 0), (2, "Running", 1)]
+    # The one that waited can still be taken, and the one that runs can end.
+    await other.start(waiting.facts)
+
+
+@pytest.mark.parametrize("jump", _JUMPS)
+async def test_a_jump_keeps_no_query_beyond_its_time(url: str, workers: tuple[Worker, Worker], jump: float) -> None:
+    worker, _ = workers
+    waiting, left = await worker.admit_new(), await worker.admit_new()
+    await worker.start(left.facts)
+    await _jump(url, jump)
+    for each in workers:
+        await each.transitions.read([])
+    # 600 s pass, which is all that either may take.
+    for query_id in (waiting.facts.query_id, left.facts.query_id):
+        await _change(
+            worker.pool, "UPDATE query_runs SET deadline = deadline - interval '660 s' WHERE query_id = %s", query_id
+        )
+        await _change(
+            worker.pool,
+            "UPDATE query_leases SET expires_at = expires_at - interval '660 s' WHERE query_id = %s",
+            query_id,
+        )
+    assert not (await worker.read(left.facts.query_id)).lease_alive
+    assert await _reap(worker) == 2
+    rows = [await read_row(worker.pool, query.facts.query_id) for query in (waiting, left)]
+    assert [row and row.error_code for row in rows] == ["QUEUE_TIMEOUT", "QUERY_TIMEOUT"]
+
+
+@pytest.mark.parametrize("jump", _JUMPS)
+async def test_a_lease_is_renewed_on_the_steady_clock(url: str, workers: tuple[Worker, Worker], jump: float) -> None:
+    worker, other = workers
+    query = await worker.admit_new()
+    state = await worker.start(query.facts)
+    assert state.token is not None
+    leases = Leases(worker.pool, worker.clock, lease_seconds=30.0, renew_seconds=0.05)
+    with leases.hold(Lease(query.facts.query_id, state.token)):
+        await _jump(url, jump)
+        renewing = asyncio.create_task(leases.renew_for_ever())
+
+        async def renewed() -> bool:
+            return (await other.read(query.facts.query_id)).lease_renewal not in (None, state.lease_renewal)
+
+        await until(renewed, renewing)
+        renewing.cancel()
+    assert (await other.read(query.facts.query_id)).lease_alive
+    await _change(worker.pool, _PASS_LEASE, query.facts.query_id)
+    assert not (await other.read(query.facts.query_id)).lease_alive
+
+
+async def test_what_many_see_is_corrected_once(url: str, workers: tuple[Worker, Worker]) -> None:
+    await _jump(url, _HOUR)
+    await asyncio.gather(*(each.transitions.read([]) for each in workers for _ in range(5)))
+    assert _read_skew(url) == pytest.approx(_HOUR, abs=2.0)
+    await _jump(url, 0.0)
+    await asyncio.gather(*(each.transitions.read([]) for each in workers for _ in range(5)))
+    assert _read_skew(url) == pytest.approx(0.0, abs=2.0)
+
+
+async def test_who_comes_after_a_jump_counts_as_the_others_do(url: str, workers: tuple[Worker, Worker]) -> None:
+    worker, other = workers
+    await _jump(url, _HOUR)
+    await worker.transitions.read([])
+    newcomer = Worker(other.pool)
+    query = await newcomer.admit_new()
+    assert abs(query.state.queued_at - worker.clock.steady_now()) < timedelta(seconds=5)
+    assert not (await worker.read(query.facts.query_id)).overdue
+
+
+def _read_skew(url: str) -> float:
+    with psycopg.connect(url) as connection:
+        row = connection.execute(READ_CLOCK.encode()).fetchone()
+    assert row is not None
+    skew: timedelta = row[1]
+    return skew.total_seconds()
