@@ -121,7 +121,7 @@ class Attempts:
             return False
         failpoint(Failpoint.CLAIM_AFTER)
         with self._leases.hold(running.lease):
-            async with _scratch(running.scratch):
+            async with _removed_afterwards(running.scratch):
                 try:
                     outcome = await self._execute(running)
                     executed()
@@ -210,7 +210,10 @@ class Attempts:
             max_bytes=None,
         )
         try:
+            await _unless_stopped(running.lease, make_scratch(running))
             return await _unless_stopped(running.lease, self._execute_when_available(execution, running))
+        except OSError:
+            return Failure(ErrorCode.ENGINE_UNAVAILABLE, "there was no scratch space within the time limit")
         except QueryFailed as failed:
             return Failure(failed.code, failed.message)
         except EngineUnavailable:
@@ -218,9 +221,11 @@ class Attempts:
 
     async def _execute_when_available(self, execution: Execution, running: Running) -> Output:
         # The dataset's store is away: that is nobody's error, so it is tried again until the query's own time is over.
-        left = running.started + running.run_seconds - time.monotonic()
         return await until_available(
-            partial(self._engine.execute, execution), "a dataset", unavailable=EngineUnavailable, give_up_after=left
+            partial(self._engine.execute, execution),
+            "a dataset",
+            unavailable=EngineUnavailable,
+            give_up_after=_seconds_left(running),
         )
 
     # Store.
@@ -357,13 +362,26 @@ async def _unless_stopped(lease: Lease, work: Awaitable[_Done]) -> _Done:
 
 
 @asynccontextmanager
-async def _scratch(folder: Path) -> AsyncIterator[None]:
-    # Making a folder takes microseconds; removing a large file may take long, and is another thread's.
-    folder.mkdir(mode=0o700)  # noqa: ASYNC240
+async def _removed_afterwards(folder: Path) -> AsyncIterator[None]:
     try:
         yield
     finally:
+        # Removing a large file may take long, and is another thread's.
         await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+
+
+async def make_scratch(running: Running) -> None:
+    """Make the attempt's folder, waiting while the disk is full; raises `OSError` at the end of the query's time."""
+
+    async def make() -> None:
+        # Takes microseconds.
+        running.scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    await until_available(make, "scratch", unavailable=OSError, give_up_after=_seconds_left(running))
+
+
+def _seconds_left(running: Running) -> float:
+    return running.started + running.run_seconds - time.monotonic()
 
 
 def _to_relation(dataset: Dataset) -> Relation:

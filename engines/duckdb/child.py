@@ -180,11 +180,14 @@ class _Child:
 
 
 def _hand_over(written: Path, wanted: Path) -> None:
-    """Move a finished file to the attempt's directory. Raises `Interrupted` if nobody wants it any more."""
+    """Move a finished file to the attempt's directory. Raises `Interrupted` if nobody wants it any more, and
+    `EngineUnavailable` if the disk is full."""
     try:
         shutil.move(written, wanted)
     except FileNotFoundError:
         raise errors.Interrupted("the attempt's directory is gone") from None
+    except OSError:
+        raise EngineUnavailable("the engine's scratch disk is full") from None
 
 
 def _relation(fields: list[Any]) -> Relation:
