@@ -38,7 +38,14 @@ bench: $(VENV)/dev-installed
 clean:
 	rm -rf $(VENV) .queryd .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
-$(VENV)/bin/python:
+# An environment belongs to one Python and one place: neither survives an upgrade or a move. Its pip knows both.
+.PHONY: usable
+usable:
+	@test ! -e $(VENV) || { $(BIN)/python -c 'import pip' && \
+		head -n 2 $(BIN)/pip | grep --quiet --fixed-strings "$$($(BIN)/python -c 'import sys; print(sys.prefix)')/bin/"; } 2>/dev/null || \
+		{ echo "$(VENV) was made by another Python, or in another place: make clean, and then this again" >&2; exit 1; }
+
+$(VENV)/bin/python: | usable
 	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo "queryd needs Python 3.11 or newer$(if $(PYTHON), and PYTHON=$(PYTHON) is not): install it or name it, make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "could not make $(VENV): on Debian and Ubuntu, apt install python3-venv" >&2; exit 1; }

@@ -20,6 +20,7 @@ from queryd.events import Invalid, Topic
 from queryd.publisher import Publisher
 from queryd.subscription import Record, Subscription, SubscriptionLost
 from telemetry.events import LogEvent
+from telemetry.metrics import METRICS
 
 _log = structlog.get_logger("queryd.cancellations")
 
@@ -61,11 +62,12 @@ class Cancellations:
     async def _follow(self, subscription: Subscription) -> None:
         await subscription.open()
         try:
-            while not self._stopping.is_set():
-                if records := await subscription.poll():
-                    await self._cancel(records)
-                    for record in records:
-                        subscription.finish(record)
+            with METRICS.reading_lags(subscription.lags):
+                while not self._stopping.is_set():
+                    if records := await subscription.poll():
+                        await self._cancel(records)
+                        for record in records:
+                            subscription.finish(record)
         finally:
             await subscription.close()
 
@@ -82,6 +84,7 @@ class Cancellations:
         if wanted:
             outcomes = await until_available(partial(self._write, wanted), "postgres data")
             for (query_id, org_id), outcome in outcomes.items():
+                METRICS.cancel(outcome.value)
                 _log.info(LogEvent.CANCEL_REQUESTED, query_id=query_id, org_id=org_id, outcome=outcome.value)
         failpoint(Failpoint.CANCEL_AFTER)
         await self._dead_letters.send(letters)

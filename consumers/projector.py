@@ -5,7 +5,7 @@ sequence that was seen, so that a second projector, or a reset, changes nothing.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,9 +26,13 @@ from db.state.query_status import (
 from processes.failpoints import Failpoint, failpoint
 from queryd.codec import InvalidEvent, Undecodable, decode_status
 from queryd.events import Invalid, QueryStatusChanged, Topic, parse_uuid
+from queryd.headers import find_traceparent
 from queryd.subscription import Partition, Record, Subscription, SubscriptionLost
 from queryd.topics import TopicIdentity, wait_for_topic
 from telemetry.events import LogEvent
+from telemetry.metrics import METRICS
+from telemetry.traces import SpanName, spans
+from telemetry.traces import Step as TraceStep
 
 _log = structlog.get_logger("queryd.projector")
 
@@ -87,12 +91,14 @@ class Projector:
         await subscription.open()
         assigned = asyncio.create_task(self._announce(subscription))
         try:
-            while not self._stopping.is_set():
-                records = await subscription.poll()
-                if records:
-                    await until_available(partial(self._project, topic, records), "postgres state")
-                    for record in records:
-                        subscription.finish(record)
+            with METRICS.reading_lags(subscription.lags):
+                while not self._stopping.is_set():
+                    if records := await subscription.poll():
+                        with spans(SpanName.PROJECT, _to_steps(records)):
+                            await until_available(partial(self._project, topic, records), "postgres state")
+                        METRICS.project(len(records))
+                        for record in records:
+                            subscription.finish(record)
         finally:
             assigned.cancel()
             await subscription.close()
@@ -127,6 +133,13 @@ class Projector:
                 await delete_statuses(connection, gone)
             await write_offsets(connection, topic.cluster_id, topic.topic_id, ends)
         failpoint(Failpoint.PROJECT_AFTER)
+
+
+def _to_steps(records: Sequence[Record]) -> Iterator[TraceStep]:
+    """Each event's projection continues the span that made it."""
+    for record in records:
+        if (traceparent := find_traceparent(record.headers)) is not None:
+            yield traceparent, {}
 
 
 def read_step(record: Record) -> Step | None:

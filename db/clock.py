@@ -32,6 +32,10 @@ _SLACK_SECONDS = 2.0
 # How far two sound clocks may drift apart in a second: twice what NTP's slewing does.
 _DRIFT = 0.001
 
+# Executors look at the database twice a second. When this long has passed from one look to the next, it was out of
+# reach, and may have been so for others.
+_OUTAGE_SECONDS = 3.0
+
 
 def elapsed() -> float:
     """Seconds on a clock that no one sets, and that goes on while the machine sleeps where there is such a one."""
@@ -88,6 +92,7 @@ class DatabaseClock:
         self._steady = JumpDetector()
         # A reading from before a correction must not be compared with one from after it.
         self._checking = asyncio.Lock()
+        self._checked_at = self._reached_since = elapsed()
 
     def tell(self, now: datetime) -> None:
         """The database has just said what time it is."""
@@ -102,6 +107,14 @@ class DatabaseClock:
         """The database's steady time, UTC, in milliseconds: by it, all times in `query_runs` are counted."""
         seconds = self._steady.now()
         return self.now() if seconds is None else _to_millis(datetime.fromtimestamp(seconds, UTC))
+
+    @property
+    def reached_since(self) -> float:
+        """Since when, on `elapsed`'s clock, the database has been in reach without a break as far as we can tell.
+
+        What others had to write before then, they may have been kept from writing.
+        """
+        return self._reached_since
 
     async def check(self, connection: Connection) -> None:
         """To be awaited before anything is judged by the database's clock: a jump is found and made up for.
@@ -119,8 +132,12 @@ class DatabaseClock:
         row = await (await connection.execute(READ_CLOCK)).fetchone()
         assert row is not None
         told, skew = row
+        received = elapsed()
+        if received - self._checked_at > _OUTAGE_SECONDS:
+            self._reached_since = received
+        self._checked_at = received
         self.tell(told)
-        jump = self._steady.observe((told - skew).timestamp(), sent, elapsed())
+        jump = self._steady.observe((told - skew).timestamp(), sent, received)
         return None if jump is None else (jump, skew)
 
 

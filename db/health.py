@@ -11,6 +11,7 @@ from db.connection import conninfo, unavailable_told_apart
 DATA_TABLES = ("query_results", "query_runs", "outbox")
 STATE_TABLES = ("query_status", "consumer_offsets", "tasks")
 
+WRITABLE = "SELECT current_setting('transaction_read_only') = 'off'"
 MISSING = "SELECT name FROM unnest(%(names)s::text[]) AS n(name) WHERE to_regclass(name) IS NULL ORDER BY name"
 
 
@@ -31,6 +32,17 @@ async def require_tables(url: str, tables: Sequence[str]) -> None:
             missing = [row[0] for row in await cursor.fetchall()]
     if missing:
         raise SchemaMissing(f"tables are missing: {', '.join(missing)}; run `queryd db upgrade`")
+
+
+async def is_writable(url: str) -> bool:
+    """True when the server answers and takes writes: one that has failed over leaves a replica behind. Never raises for
+    a server that is away; one that hangs is the caller's to give up on."""
+    try:
+        async with await psycopg.AsyncConnection.connect(conninfo(url, "readiness"), autocommit=True) as connection:
+            row: Any = await (await connection.execute(WRITABLE)).fetchone()
+    except psycopg.Error:
+        return False
+    return bool(row[0])
 
 
 def same_server(one: str, other: str) -> bool:

@@ -12,6 +12,11 @@ from telemetry.events import LogEvent
 _log = structlog.get_logger("queryd.retrying")
 _Answer = TypeVar("_Answer")
 
+_LONGEST_SECONDS = 5.0
+_JITTER_SECONDS = 0.5
+# Once a dependency is back, everybody who waits for it has asked again within this time.
+ASKED_AGAIN_SECONDS = _LONGEST_SECONDS + _JITTER_SECONDS + 0.5
+
 
 async def until_available(
     work: Callable[[], Awaitable[_Answer]],
@@ -29,7 +34,12 @@ async def until_available(
     except unavailable as error:
         _log.warning(LogEvent.DEPENDENCY_UNAVAILABLE, dependency=dependency, reason=str(error))
     async for attempt in stamina.retry_context(
-        on=unavailable, attempts=None, timeout=give_up_after, wait_initial=0.1, wait_max=5.0, wait_jitter=0.5
+        on=unavailable,
+        attempts=None,
+        timeout=give_up_after,
+        wait_initial=0.1,
+        wait_max=_LONGEST_SECONDS,
+        wait_jitter=_JITTER_SECONDS,
     ):
         with attempt:
             answer = await work()

@@ -33,10 +33,11 @@ class ScratchFolder:
         os.close(self.lock)
 
 
-def sweep(root: Path, prefix: str) -> None:
-    """Remove the folders of processes that died without tidying: nobody holds their locks any more."""
+def sweep(root: Path, prefix: str) -> int:
+    """Remove the folders of processes that died without tidying: nobody holds their locks any more. How many."""
     if not root.exists():
-        return
+        return 0
+    removed = 0
     with _alone(root):
         for path in root.glob(f"{prefix}*"):
             try:
@@ -50,8 +51,10 @@ def sweep(root: Path, prefix: str) -> None:
                 continue
             else:
                 shutil.rmtree(path, ignore_errors=True)
+                removed += 1
             finally:
                 os.close(lock)
+    return removed
 
 
 @contextmanager

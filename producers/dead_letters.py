@@ -5,7 +5,6 @@ after it is written. Where a crash left only the note before, the topic itself i
 """
 
 import asyncio
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,25 +13,24 @@ from functools import partial
 from typing import Any
 
 import structlog
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import KafkaException
 
 from db.connection import DataPool, transaction
 from db.data.dead_letters import Origin, intend, mark_sent
 from db.retrying import until_available
 from processes.failpoints import Failpoint, failpoint
+from producers.read_back import EndNotReached, read_to_end
 from queryd.events import Topic
-from queryd.outages import QUIET
-from queryd.publisher import Publisher
+from queryd.publisher import NotDelivered, Publisher
 from queryd.subscription import Record
 from queryd.topics import TopicIdentity
 from telemetry.events import LogEvent
+from telemetry.metrics import METRICS
 
 _log = structlog.get_logger("queryd.dead_letters")
 
 _PREFIX = "queryd_dead_"
-# Reading back ends when nothing came for this long: a broker's watermarks can't be trusted everywhere.
-_QUIET_SECONDS = 1.0
-_BROKER_SECONDS = 15.0
+_GROUP = "queryd-dead-letters-read-back"
 
 
 class DeadCode(StrEnum):
@@ -73,7 +71,13 @@ class DeadLetters:
         failpoint(Failpoint.DEAD_LETTER_INTENDED)
         if unsure:
             fresh |= unsure - await asyncio.to_thread(self._read_back, unsure)
-        await asyncio.gather(*(self._publish(origins[origin]) for origin in fresh))
+        try:
+            await asyncio.gather(*(self._publish(origins[origin]) for origin in fresh))
+        except NotDelivered as error:
+            raise NotDelivered(
+                f"a dead letter can't be written to {Topic.DEAD_LETTERS.value}: {error}. "
+                "No record was passed over: put the topic right, then start again"
+            ) from error
         failpoint(Failpoint.DEAD_LETTER_SENT)
         await until_available(partial(self._mark_sent, [*fresh, *unsure]), "postgres data")
 
@@ -93,6 +97,7 @@ class DeadLetters:
         await self._publisher.publish(
             Topic.DEAD_LETTERS, record.key, record.value, [*record.headers, *_explain(letter)]
         )
+        METRICS.bury(letter.code.value)
         _log.warning(
             LogEvent.REQUEST_DEAD_LETTERED,
             code=letter.code.value,
@@ -104,27 +109,16 @@ class DeadLetters:
 
     def _read_back(self, wanted: set[Origin]) -> set[Origin]:
         """Which of the origins are in the dead-letter topic. Reads all of it: this happens only after a crash between
-        a letter's write and its note, and the topic is short where it matters that this is quick."""
-        consumer = Consumer(
-            self._kafka
-            | QUIET
-            | {"group.id": "queryd-dead-letters-read-back", "enable.auto.commit": False}
-            | {"auto.offset.reset": "earliest"}
-        )
+        a letter's write and its note, and the topic is short where it matters that this is quick. Raises `NotDelivered`
+        when it can't be read."""
         ids = {name: identity.topic_id for name, identity in self._topics.items()}
+        found: set[Origin] = set()
         try:
-            partitions = consumer.list_topics(Topic.DEAD_LETTERS, timeout=_BROKER_SECONDS).topics[Topic.DEAD_LETTERS]
-            consumer.assign([TopicPartition(Topic.DEAD_LETTERS, number, 0) for number in partitions.partitions])
-            found: set[Origin] = set()
-            quiet_since = time.monotonic()
-            while time.monotonic() - quiet_since < _QUIET_SECONDS:
-                for message in consumer.consume(500, 0.1):
-                    if message.error() is None:
-                        quiet_since = time.monotonic()
-                        found |= _read_origin(message.headers() or [], ids)
-            return found & wanted
-        finally:
-            consumer.close()
+            for message in read_to_end(self._kafka, _GROUP, Topic.DEAD_LETTERS, {}):
+                found |= _read_origin(message.headers() or [], ids)
+        except (EndNotReached, KafkaException) as error:
+            raise NotDelivered("the dead letters' topic can't be read, so nobody knows what it holds") from error
+        return found & wanted
 
 
 def _read_origin(headers: Any, ids: dict[str, str]) -> set[Origin]:

@@ -1,9 +1,11 @@
 """Reading a result: the whole file, or an Arrow table."""
 
 import io
+import os
 
 import boto3
 import pyarrow as pa
+from botocore.config import Config
 from pyarrow import csv, json, parquet
 
 from queryd.events import OutputFormat, QueryStatusChanged
@@ -19,7 +21,9 @@ class ResultReader:
     """Reads results from S3 by the standard `AWS_*` settings."""
 
     def __init__(self) -> None:
-        self._s3 = boto3.client("s3")
+        # Version 4 is the only signature that S3 takes in newer regions, and boto3 still signs links with version 2. It
+        # signs the region too, which boto3 itself takes from AWS_DEFAULT_REGION alone.
+        self._s3 = boto3.client("s3", region_name=os.environ.get("AWS_REGION"), config=Config(signature_version="s3v4"))
 
     def read_object(self, location: str, key: str) -> bytes:
         """One object, whole. `location` is any URL of its bucket, such as an event's `output_location`."""

@@ -28,6 +28,7 @@ from confluent_kafka import (
     TopicPartition,
 )
 
+from queryd.lag import STATISTICS_MILLIS, read_behind
 from queryd.offsets import PartitionOffsets
 from queryd.outages import QUIET, OutageLog
 
@@ -127,6 +128,7 @@ class Subscription:
         self._paused: set[str] = set()
         self._assigned: dict[Partition, _Assigned] = {}
         self._next_commit = 0.0
+        self._behind: dict[Partition, int] = {}
         self._failure: Exception | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lock = threading.Lock()
@@ -138,6 +140,7 @@ class Subscription:
             _consumer_config(config)
             | QUIET
             | {"on_commit": self._on_commit, "error_cb": self._outages.complain, "logger": _log}
+            | {"statistics.interval.ms": STATISTICS_MILLIS, "stats_cb": self._on_statistics}
         )
 
     async def open(self) -> None:
@@ -159,6 +162,17 @@ class Subscription:
     def assignment(self) -> frozenset[Partition]:
         """The partitions that this member holds now."""
         return frozenset(self._assigned)
+
+    def lags(self) -> dict[Partition, int]:
+        """How many records of each partition held are not finished: those in the log, up to 5 s ago, and those in work
+        here. A partition of which nothing is known yet is left out."""
+        behind = self._behind
+        with self._lock:
+            return {
+                partition: behind[partition] + held.offsets.unfinished[0]
+                for partition, held in self._assigned.items()
+                if partition in behind
+            }
 
     def owns(self, record: Record) -> bool:
         """True while the assignment that delivered the record lasts."""
@@ -184,7 +198,7 @@ class Subscription:
             held.offsets.finish(record.offset)
 
     async def commit(self) -> None:
-        """Commit what is finished now, and wait for the broker's answer."""
+        """Commit what is finished now, and wait for the broker's answer; raises `KafkaException` when it refuses."""
         await asyncio.to_thread(self._in_turn, partial(self._commit, synchronously=True))
 
     async def close(self) -> None:
@@ -276,13 +290,26 @@ class Subscription:
             positions = self._take_positions(self._assigned)
         if not positions:
             return
-        # Storing refuses partitions that are no longer ours; a bare commit of offsets would not.
-        self._consumer.store_offsets(offsets=positions)
         if synchronously:
-            self._consumer.commit(offsets=positions, asynchronous=False)
+            self._commit_and_wait(positions)
         else:
+            # Storing refuses partitions that are no longer ours; a bare commit of offsets would not.
+            self._consumer.store_offsets(offsets=positions)
             # The answer comes to `_on_commit`, served by a later poll.
             self._consumer.commit(offsets=positions, asynchronous=True)
+
+    def _commit_and_wait(self, positions: list[TopicPartition]) -> None:
+        """Raises `KafkaException`; what did not reach the broker is then told again by the next commit."""
+        try:
+            self._consumer.store_offsets(offsets=positions)
+            answers = self._consumer.commit(offsets=positions, asynchronous=False) or ()
+        except KafkaException:
+            self._retake(positions)
+            raise
+        # A refusal of single partitions is in the answer and is not raised.
+        if refused := [answer for answer in answers if answer.error is not None]:
+            self._retake(refused)
+            raise KafkaException(refused[0].error)
 
     def _take_positions(self, partitions: Iterable[Partition]) -> list[TopicPartition]:
         return [
@@ -292,12 +319,19 @@ class Subscription:
         ]
 
     def _on_commit(self, error: KafkaError | None, partitions: list[TopicPartition]) -> None:
-        failed = [partition for partition in partitions if error is not None or partition.error is not None]
-        if not failed:
-            return
-        _log.warning("a commit failed and will be repeated: %s", error or failed[0].error)
+        with self._guarded("commit"):
+            failed = [partition for partition in partitions if error is not None or partition.error is not None]
+            if failed:
+                _log.warning("a commit failed and will be repeated: %s", error or failed[0].error)
+                self._retake(failed)
+
+    def _on_statistics(self, statistics: str) -> None:
+        with self._guarded("statistics"):
+            self._behind = read_behind(statistics)
+
+    def _retake(self, partitions: Iterable[TopicPartition]) -> None:
         with self._lock:
-            for partition in failed:
+            for partition in partitions:
                 held = self._assigned.get((partition.topic, partition.partition))
                 if held is not None:
                     held.offsets.retake()
@@ -335,14 +369,14 @@ class Subscription:
             for partition in wanted
         ]
 
-    def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+    def _on_revoke(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
         with self._guarded("revoke"):
             revoked = {(partition.topic, partition.partition) for partition in partitions}
             try:
                 if self._revoked is not None and not self._await_drain(self._revoked(revoked)):
                     _log.warning("draining revoked partitions took too long, going on without")
             finally:
-                self._commit_revoked(consumer, revoked)
+                self._commit_revoked(revoked)
             _log.info("revoked %s", sorted(revoked))
 
     def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
@@ -354,12 +388,12 @@ class Subscription:
                 self._await_drain(self._revoked(lost))
             _log.warning("lost %s", sorted(lost))
 
-    def _commit_revoked(self, consumer: Consumer, revoked: set[Partition]) -> None:
+    def _commit_revoked(self, revoked: set[Partition]) -> None:
         with self._lock:
             positions = self._take_positions(revoked & self._assigned.keys())
         try:
             if positions and self._commits:
-                consumer.commit(offsets=positions, asynchronous=False)
+                self._commit_and_wait(positions)
         except KafkaException as error:
             _log.warning("the commit at a revoke failed, records will be read again: %s", _reason(error))
         finally:
@@ -423,7 +457,8 @@ def _judge(error: KafkaError) -> None:
             f"{error.str()}. Records between the committed offset and the log's start are gone; "
             "move the group's offset to where reading shall go on, then start again"
         )
-    if error.fatal():
+    # In an error that comes in place of a message `fatal()` is false even of a fatal one: the code tells.
+    if error.fatal() or error.code() == KafkaError._FATAL:
         raise SubscriptionLost(error.str())
     # Everything else librdkafka mends by itself: brokers away, topics not there yet, the poll interval exceeded
     # (the group takes the partitions away by `on_lost`, and the next poll joins again).

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from processes.child import ChildDied, ChildProcess, minimal_environment
+from processes.frames import Message
 from queryd.__main__ import room_command
+from telemetry.metrics import METRICS
 
 # Importing boto3 takes 0.2 s on an idle machine; on a starved one many times that, and waiting beats giving up.
 _START_SECONDS = 60.0
@@ -54,8 +56,14 @@ class Uploader:
 
         Raises `StoreUnavailable` and `StoreRefused`; another object at that key is refused and stays as it is.
         """
+        answer = await self.ask(
+            {"bucket": self._bucket, "path": str(path), "key": key, "content_type": content_type}
+        )
+        return StoredObject(key, answer["bytes"], answer["etag"], answer["sha256"])
+
+    async def ask(self, message: Message) -> Message:
+        """The process's answer to any message that it knows; raises `StoreUnavailable` and `StoreRefused`."""
         process = await self._running()
-        message = {"bucket": self._bucket, "path": str(path), "key": key, "content_type": content_type}
         try:
             answer = await process.request(message)
         except ChildDied:
@@ -64,7 +72,7 @@ class Uploader:
             raise StoreUnavailable(answer["unavailable"])
         if "refused" in answer:
             raise StoreRefused(answer["refused"])
-        return StoredObject(key, answer["bytes"], answer["etag"], answer["sha256"])
+        return answer
 
     async def close(self) -> None:
         """End the process; what is still being stored raises `StoreUnavailable`."""
@@ -83,6 +91,7 @@ class Uploader:
             if self._process is not None and not self._process.alive:
                 await self._process.wait()
                 self._process = None
+                METRICS.restart_child("uploader")
             if self._process is None:
                 self._process = await self._start()
             return self._process

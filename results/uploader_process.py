@@ -1,4 +1,4 @@
-"""The process that writes results to S3, on several threads. The only one that holds credentials to write."""
+"""The process that writes results to S3, and removes them, on several threads. The only one that may do either."""
 
 import base64
 import contextlib
@@ -15,6 +15,7 @@ from botocore.exceptions import ConnectionError as BotoConnectionError
 from processes.failpoints import Failpoint, failpoint
 from processes.frames import Message
 from processes.serving import serve
+from results.retention.bucket_process import BucketSweeper, NotRemoved
 
 # One PUT up to here: it is whole or it is not there.
 _SINGLE_PUT_BYTES = 16 * 1024 * 1024
@@ -55,15 +56,18 @@ class _Store:
         # A client is safe to share between threads; making one is not, and costs 50 ms.
         self._s3: Any = boto3.session.Session().client("s3", config=_CONFIG)
         self._parts = ThreadPoolExecutor(_PART_WORKERS, thread_name_prefix="part")
+        self._sweeper = BucketSweeper(self._s3)
 
     def handle(self, message: Message) -> Message:
-        """Store one file and say what is there now."""
+        """Store one file and say what is there now; or a step of a sweep, which names itself."""
         if "hello" in message:
             return {"ready": True}
-        failpoint(Failpoint.PUT_BEFORE)
         try:
+            if "sweep" in message:
+                return self._sweeper.handle(message)
+            failpoint(Failpoint.PUT_BEFORE)
             return self._store(message["bucket"], Path(message["path"]), message["key"], message["content_type"])
-        except (_Refused, FileNotFoundError, ClientError, BotoCoreError) as error:
+        except (_Refused, NotRemoved, FileNotFoundError, ClientError, BotoCoreError) as error:
             return _classify(error)
 
     def _store(self, bucket: str, path: Path, key: str, content_type: str) -> Message:
@@ -149,6 +153,8 @@ def _classify(error: Exception) -> Message:
             return {"refused": str(error)}
         case FileNotFoundError():
             return {"refused": "the file to store is not there"}
+        case NotRemoved():
+            return {"unavailable": str(error)}
         case ClientError():
             return _classify_answer(error)
         case BotoConnectionError() | HTTPClientError():

@@ -1,5 +1,6 @@
 """`queryd doctor`: can everything be reached, and what is to be fixed?"""
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -8,13 +9,14 @@ import boto3
 import psycopg
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
-from confluent_kafka import KafkaException
+from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient
 
 from db.health import DATA_TABLES, STATE_TABLES, read_missing_tables, same_server
 from queryd.events import Topic
 from queryd.outages import QUIET
-from service.settings import Settings
+from service.diagnosis import explain_kafka, explain_postgres, explain_store, status_of
+from service.settings import Settings, describe_unknown, find_unknown_variables
 
 _SECONDS = 5
 
@@ -31,6 +33,7 @@ class Finding:
 def examine(settings: Settings) -> list[Finding]:
     """Look at everything, whatever the first finding is."""
     checks: list[Callable[[Settings], Iterator[Finding]]] = [
+        _examine_environment,
         _examine_kafka,
         _examine_data,
         _examine_state,
@@ -41,11 +44,22 @@ def examine(settings: Settings) -> list[Finding]:
     return [finding for check in checks for finding in check(settings)]
 
 
+def _examine_environment(_settings: Settings) -> Iterator[Finding]:
+    for name, meant in find_unknown_variables().items():
+        yield Finding("settings", "warning", f"{describe_unknown(name, meant)}: it is ignored")
+
+
 def _examine_kafka(settings: Settings) -> Iterator[Finding]:
+    # Why no broker answers is told aside: the call itself only knows that none did.
+    told: list[KafkaError] = []
     try:
-        topics = AdminClient(settings.kafka | QUIET).list_topics(timeout=_SECONDS).topics
+        admin = AdminClient(settings.kafka | QUIET | {"error_cb": told.append})
+        try:
+            topics = admin.list_topics(timeout=_SECONDS).topics
+        finally:
+            admin.poll(0)
     except KafkaException as error:
-        yield Finding("kafka", "wrong", f"{error.args[0].str()}: check QUERYD_KAFKA_BOOTSTRAP and QUERYD_KAFKA_OPTIONS")
+        yield Finding("kafka", "wrong", explain_kafka({each.code() for each in [error.args[0], *told]}))
         return
     missing = sorted({topic.value for topic in Topic} - topics.keys())
     if missing:
@@ -79,7 +93,7 @@ def _examine_database(what: str, variable: str, url: str, tables: tuple[str, ...
         with psycopg.connect(url, connect_timeout=_SECONDS) as connection:
             missing = read_missing_tables(connection, tables)
     except psycopg.Error as error:
-        return Finding(what, "wrong", f"{type(error).__name__}: check {variable}")
+        return Finding(what, "wrong", explain_postgres(variable, url, error))
     if missing:
         return Finding(what, "wrong", f"tables are missing: {', '.join(missing)}; run `queryd db upgrade`")
     return Finding(what, "well", "reached, schema in place")
@@ -94,7 +108,7 @@ def _examine_datasets(settings: Settings) -> Iterator[Finding]:
         with psycopg.connect(url, connect_timeout=_SECONDS):
             pass
     except psycopg.Error as error:
-        yield Finding("datasets in postgres", "wrong", f"{type(error).__name__}: check QUERYD_DATASETS_PG_URL")
+        yield Finding("datasets in postgres", "wrong", explain_postgres("QUERYD_DATASETS_PG_URL", url, error))
         return
     if same_server(url, settings.data_url.get_secret_value()):
         yield Finding(
@@ -107,20 +121,32 @@ def _examine_datasets(settings: Settings) -> Iterator[Finding]:
 
 
 def _examine_store(settings: Settings) -> Iterator[Finding]:
-    client = boto3.client(
-        "s3", config=Config(connect_timeout=_SECONDS, read_timeout=_SECONDS, retries={"total_max_attempts": 1})
-    )
     try:
-        client.head_bucket(Bucket=settings.bucket)
+        _try_bucket(settings.bucket)
         yield Finding("s3", "well", f"bucket {settings.bucket}")
     except (BotoCoreError, ClientError) as error:
-        yield Finding("s3", "wrong", f"{type(error).__name__}: check QUERYD_RESULTS_URL and the AWS_* variables")
+        yield Finding("s3", "wrong", explain_store(error))
     if settings.datasets_access_key_id is None:
         yield Finding(
             "datasets in s3",
             "warning",
             "QUERYD_DATASETS_ACCESS_KEY_ID is not set: queries read with credentials that can also write",
         )
+
+
+def _try_bucket(bucket: str) -> None:
+    client = boto3.client(
+        "s3",
+        region_name=os.environ.get("AWS_REGION"),
+        config=Config(connect_timeout=_SECONDS, read_timeout=_SECONDS, retries={"total_max_attempts": 1}),
+    )
+    try:
+        client.head_bucket(Bucket=bucket)
+    except ClientError as error:
+        if status_of(error) == 403:
+            # The answer to a HEAD has no body; this one's says whether the keys or their rights are wrong.
+            client.list_objects_v2(Bucket=bucket, MaxKeys=1)
+        raise
 
 
 def _examine_engine(_settings: Settings) -> Iterator[Finding]:

@@ -3,18 +3,22 @@
 Where a variable is unset, `.queryd/env` in the current directory is read, which `queryd up` writes.
 """
 
+import difflib
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
-from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
+from processes.failpoints import FAILPOINTS_VARIABLE
+from processes.lifeline import LIFELINE_VARIABLE
 from queryd.events import Mode
 from queryd.outages import QUIET
+from service.readiness import READY_VARIABLE
 
 STATE_DIRECTORY = Path(".queryd")
 ENV_FILE = STATE_DIRECTORY / "env"
@@ -58,6 +62,8 @@ class Settings(BaseSettings):
     kafka_options: dict[str, str | int | bool] = Field(default_factory=dict, repr=False)
     # Half of it passes before a dead member's partitions move; librdkafka's default is 45 s.
     kafka_session_timeout: float = Field(default=15.0, ge=1, le=300)
+    # `consumer` is KIP-848, where brokers of 4.0 and newer decide on assignments.
+    kafka_group_protocol: Literal["classic", "consumer"] = "classic"
 
     data_url: PostgresUrl
     state_url: PostgresUrl
@@ -86,13 +92,28 @@ class Settings(BaseSettings):
     timeout_batch: float = Field(default=_HOUR, gt=0)
     timeout_batch_max: float = Field(default=_DAY, gt=0)
     result_retention: float = Field(default=7 * _DAY, gt=0)
+    # Thirteen months: a year's queries can be told of at its end.
+    row_retention: float = Field(default=400 * _DAY, gt=0)
+    # Listing a million objects takes minutes; nobody waits for what is swept.
+    retention_interval: float = Field(default=_HOUR, ge=1)
 
     relay_transactions: bool = True
     sql_hash_key: SecretStr | None = Field(default=None, min_length=16)
+    # 0 is no server. `run all` and `up` take this port and the two that follow.
+    http_port: int = Field(default=0, ge=0, le=65_533)
+    http_host: str = Field(default="127.0.0.1", min_length=1)
     log_level: str = Field(default="INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
 
     partitions: int = Field(default=6, ge=1, le=1000)
     replication: int = Field(default=1, ge=1, le=9)
+
+    @field_validator("kafka_options")
+    @classmethod
+    def _check_options(cls, options: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
+        if "group.protocol" in options:
+            # Other properties of a group depend on it.
+            raise ValueError("group.protocol has a setting of its own, QUERYD_KAFKA_GROUP_PROTOCOL")
+        return options
 
     @model_validator(mode="after")
     def _check_credentials(self) -> Self:
@@ -125,14 +146,42 @@ class Settings(BaseSettings):
     def group(self, name: str) -> dict[str, Any]:
         """librdkafka's configuration of a consumer group of ours."""
         group: dict[str, Any] = {"group.id": f"queryd-{name}"}
-        if self.kafka_options.get("group.protocol") != "consumer":
-            # Under KIP-848 the broker decides it, and librdkafka refuses the property.
+        if self.kafka_group_protocol == "consumer":
+            # The broker decides on the session timeout, and librdkafka refuses the property.
+            group["group.protocol"] = "consumer"
+        else:
             group["session.timeout.ms"] = int(self.kafka_session_timeout * 1000)
         return group
 
     def aws(self) -> dict[str, str]:
         """The `AWS_*` variables, which alone the uploader's process gets."""
         return {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+
+
+# Variables of ours that are no settings: how processes find each other, what the command line and tests take.
+_OTHER_VARIABLES = frozenset({READY_VARIABLE, LIFELINE_VARIABLE, FAILPOINTS_VARIABLE, "QUERYD_ORG", "QUERYD_USER"})
+_OTHER_PREFIXES = ("QUERYD_TEST_",)
+_PREFIX = "QUERYD_"
+# Two letters wrong in ten are a slip, more are another word.
+_CLOSE = 0.8
+
+
+def find_unknown_variables() -> dict[str, str | None]:
+    """The `QUERYD_` variables of the environment that nothing reads, each with the setting that it may stand for."""
+    settings = {field.upper(): _PREFIX + field.upper() for field in Settings.model_fields}
+    known = _OTHER_VARIABLES.union(settings.values())
+    unknown: dict[str, str | None] = {}
+    for name in sorted(os.environ):
+        upper = name.upper()
+        if upper.startswith(_PREFIX) and upper not in known and not upper.startswith(_OTHER_PREFIXES):
+            close = difflib.get_close_matches(upper.removeprefix(_PREFIX), settings, n=1, cutoff=_CLOSE)
+            unknown[name] = settings[close[0]] if close else None
+    return unknown
+
+
+def describe_unknown(name: str, meant: str | None) -> str:
+    """What to say of one that `find_unknown_variables` found."""
+    return f"{name} is no setting" + ("" if meant is None else f" ({meant} is one)")
 
 
 def load_env_file() -> None:

@@ -26,7 +26,11 @@ class TopicSpec:
 _REQUEST_BYTES = 1_048_576
 _DEAD_LETTER_BYTES = 16 * _REQUEST_BYTES
 
-_REQUESTS = {
+# A segment goes as a whole, once its newest record is old enough: rolled daily, no record outstays its time by more
+# than a day.
+_DAILY = {"segment.ms": str(_DAY)}
+
+_REQUESTS = _DAILY | {
     "cleanup.policy": "delete",
     "retention.ms": str(7 * _DAY),
     "message.timestamp.type": "LogAppendTime",
@@ -36,7 +40,7 @@ _REQUESTS = {
 TOPICS = (
     TopicSpec(Topic.REQUESTS_INTERACTIVE, _REQUESTS),
     TopicSpec(Topic.REQUESTS_BATCH, _REQUESTS),
-    TopicSpec(Topic.CANCELLATIONS, {"cleanup.policy": "delete", "retention.ms": str(7 * _DAY)}),
+    TopicSpec(Topic.CANCELLATIONS, _DAILY | {"cleanup.policy": "delete", "retention.ms": str(7 * _DAY)}),
     TopicSpec(
         Topic.STATUS,
         {
@@ -52,13 +56,32 @@ TOPICS = (
     ),
     TopicSpec(
         Topic.DEAD_LETTERS,
-        {
+        _DAILY
+        | {
             "cleanup.policy": "delete",
             "retention.ms": str(30 * _DAY),
             "max.message.bytes": str(_DEAD_LETTER_BYTES),
         },
     ),
 )
+
+
+# What a busy broker may take to look for what is over: it looks every few minutes.
+_LOOKING_DAYS = 1
+
+
+def days_until_forgotten(spec: TopicSpec) -> int:
+    """After how many days nothing is left of a record that is written now, or deleted now by a tombstone.
+
+    Of a compacted topic the values go first, when the tombstone is compacted with them; the tombstone itself, which is
+    only an id, stays for its own time and the next compaction after it.
+    """
+    config = {name: int(value) for name, value in spec.config.items() if name.endswith(".ms")}
+    if spec.config["cleanup.policy"] == "compact":
+        millis = 2 * config["max.compaction.lag.ms"] + config["delete.retention.ms"]
+    else:
+        millis = config["retention.ms"]
+    return (millis + config["segment.ms"]) // _DAY + _LOOKING_DAYS
 
 
 class TopicsRefused(Exception):

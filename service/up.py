@@ -23,7 +23,7 @@ from queryd.__main__ import room_command
 from service.embedded.servers import Lifeline
 from service.embedded.stack import EmbeddedStack
 from service.readiness import READY_VARIABLE
-from service.run import Service
+from service.run import Service, http_variables
 from service.settings import load_settings
 from service.topics import apply_topics
 from telemetry.events import LogEvent
@@ -150,6 +150,7 @@ class Supervisor:
         environment = os.environ | {
             LIFELINE_VARIABLE: str(self._lifeline.read_end),
             READY_VARIABLE: str(self._ready_file(service).resolve()),
+            **http_variables(service, load_settings().http_port),
         }
         process = await asyncio.create_subprocess_exec(
             *room_command("service.run", service.value),

@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
 
+from consumers.cancellations import Cancellations
 from consumers.executor.admission import Rules
 from consumers.executor.attempt import AttemptRules, Attempts
 from consumers.executor.executor import Executor, ExecutorRules
@@ -16,14 +17,15 @@ from consumers.executor.transitions import Transitions
 from consumers.projector import Projector
 from db.clock import DatabaseClock
 from db.connection import DataPool, StatePool, make_pool
-from engines.duckdb.pool import DuckDBEngine
+from engines.duckdb.pool import FOLDER_PREFIX, DuckDBEngine
 from engines.duckdb.settings import DuckDBSettings
 from processes.scratch import ScratchFolder, sweep
 from producers.dead_letters import DeadLetters
 from producers.relay.relay import Relay, RelayRules
-from queryd.events import Mode
+from queryd.events import Mode, Topic
 from queryd.publisher import Publisher
 from queryd.topics import wait_for_topic
+from results.retention.sweep import Retention, RetentionRules
 from results.uploader import Uploader
 from service.settings import Settings
 
@@ -44,7 +46,7 @@ async def make_executor(settings: Settings, stack: AsyncExitStack) -> Executor:
     stack.callback(folder.remove)
     clock = DatabaseClock()
     transitions = Transitions(pool, clock)
-    leases = Leases(pool, settings.lease_seconds, settings.lease_seconds / 3)
+    leases = Leases(pool, clock, settings.lease_seconds, settings.lease_seconds / 3)
     engine = DuckDBEngine(_duckdb_settings(settings, scratch), sum(settings.slots().values()))
     uploader = Uploader(settings.bucket, settings.aws())
     attempts = Attempts(
@@ -70,6 +72,7 @@ async def make_executor(settings: Settings, stack: AsyncExitStack) -> Executor:
         attempts=attempts,
         leases=leases,
         reaper=Reaper(pool, clock, transitions, settings.lease_seconds),
+        retention=make_retention(settings, uploader),
         admission_rules=Rules(
             queue_seconds={
                 Mode.INTERACTIVE: settings.queue_timeout_interactive,
@@ -79,6 +82,38 @@ async def make_executor(settings: Settings, stack: AsyncExitStack) -> Executor:
             hash_key=None if settings.sql_hash_key is None else settings.sql_hash_key.get_secret_value(),
         ),
         rules=ExecutorRules(settings.slots(), settings.lease_seconds, settings.drain_seconds),
+    )
+
+
+async def make_cancellations(settings: Settings, stack: AsyncExitStack) -> Cancellations:
+    """The consumer of cancellations that runs beside every executor."""
+    pool = DataPool(make_pool(settings.data_url.get_secret_value(), "cancellations", 1))
+    await pool.open()
+    stack.push_async_callback(pool.close)
+    publisher = Publisher(settings.kafka)
+    topics = {Topic.CANCELLATIONS.value: await wait_for_topic(settings.kafka, Topic.CANCELLATIONS)}
+    return Cancellations(
+        pool,
+        settings.kafka | settings.group("cancellations"),
+        publisher,
+        DeadLetters(pool, publisher, settings.kafka, topics),
+    )
+
+
+def make_retention(settings: Settings, uploader: Uploader) -> Retention:
+    """What sweeps the bucket, the rows and this machine's scratch."""
+    return Retention(
+        RetentionRules(
+            data_url=settings.data_url.get_secret_value(),
+            bucket=settings.bucket,
+            lease_seconds=settings.lease_seconds,
+            result_seconds=settings.result_retention,
+            row_seconds=settings.row_retention,
+            interval_seconds=settings.retention_interval,
+            scratch=settings.scratch.resolve(),
+            scratch_prefixes=(_ATTEMPTS_PREFIX, FOLDER_PREFIX),
+        ),
+        uploader,
     )
 
 

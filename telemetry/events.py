@@ -35,3 +35,6 @@ class LogEvent(StrEnum):
     EVENTS_PUBLISHED_BEFORE = "events_published_before"
     RELAY_WAITING = "relay_waiting"
     STATUS_UNREADABLE = "status_unreadable"
+    # Retention.
+    RETENTION_SWEPT = "retention_swept"
+    RETENTION_POSTPONED = "retention_postponed"

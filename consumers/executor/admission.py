@@ -28,6 +28,8 @@ from queryd.events import (
 )
 from queryd.headers import continue_trace, find_traceparent
 from queryd.subscription import Record
+from telemetry.metrics import METRICS
+from telemetry.traces import RunningSpan, begin_trace, within
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,7 @@ def read_record(record: Record, mode: Mode, rules: Rules, age_at_poll: float) ->
         mode=mode,
         fields=fields,
         fingerprint=fingerprint_request(fields, rules.hash_key),
-        traceparent=find_traceparent(record.headers) or continue_trace(None),
+        traceparent=find_traceparent(record.headers) or begin_trace() or continue_trace(None),
         request=request,
         reason=reason,
     )
@@ -122,10 +124,17 @@ def _judge(fields: dict[str, Any], mode: Mode, rules: Rules) -> QueryRequested:
     return request
 
 
-async def admit(pool: DataPool, clock: DatabaseClock, rules: Rules, batch: Sequence[Legible]) -> list[Verdict]:
+async def admit(
+    pool: DataPool,
+    clock: DatabaseClock,
+    rules: Rules,
+    batch: Sequence[Legible],
+    traced: Sequence[RunningSpan] = (),
+) -> list[Verdict]:
     """Admit a batch in one transaction; raises `DatabaseUnavailable`, and psycopg's errors of data for one bad row.
 
-    Safe to repeat: a known id changes nothing, and the verdict is read from what then stands.
+    Safe to repeat: a known id changes nothing, and the verdict is read from what then stands. `traced` has a span for
+    each of the batch, or none.
     """
     failpoint(Failpoint.ADMIT_BEFORE)
     async with transaction(pool) as connection:
@@ -133,7 +142,10 @@ async def admit(pool: DataPool, clock: DatabaseClock, rules: Rules, batch: Seque
         texts = await resolve_saved(
             connection, [lookup for place, item in enumerate(batch) if (lookup := _look_up(place, item)) is not None]
         )
-        births = [_give_birth(item, texts.get(place), clock.now(), rules) for place, item in enumerate(batch)]
+        births = []
+        for place, item in enumerate(batch):
+            with within(traced, place):
+                births.append(_give_birth(item, texts.get(place), clock.now(), rules))
         # Of two records with one id in one batch the first is the query's own.
         first = {birth.query.query_id: birth for birth in reversed(births)}
         await insert_queries(
@@ -147,6 +159,9 @@ async def admit(pool: DataPool, clock: DatabaseClock, rules: Rules, batch: Seque
     failpoint(Failpoint.ADMIT_AFTER)
     if states:
         clock.tell(max(state.read_at for state in states.values()))
+    for query in (birth.query for birth in first.values()):
+        if query.error_code is not None and _is_own(query, states.get(query.query_id)):
+            METRICS.end_query(query.mode, query.error_code, total_seconds=query.waited_seconds)
     return [_decide(birth, states.get(birth.query.query_id), birth.query.query_id in deleted) for birth in births]
 
 
@@ -236,6 +251,12 @@ def _find_failure(item: Legible, sql: str | None) -> tuple[ErrorCode | None, str
     return None, None
 
 
+def _is_own(query: NewQuery, state: RunState | None) -> bool:
+    """True when the query that stands there was admitted from this very record."""
+    coordinates = (query.topic, query.partition, query.record_offset)
+    return state is not None and coordinates == (state.topic, state.partition, state.record_offset)
+
+
 def _decide(birth: _Birth, state: RunState | None, deleted: bool) -> Verdict:
     item, record = birth.item, birth.item.record
     if item.request is None:
@@ -245,8 +266,7 @@ def _decide(birth: _Birth, state: RunState | None, deleted: bool) -> Verdict:
         return Done()
     if state.fingerprint != item.fingerprint:
         return Refused(DeadCode.CONFLICT, "another request with this query_id was accepted before")
-    own = (state.topic, state.partition, state.record_offset) == (record.topic, record.partition, record.offset)
-    if not own or Status(state.status).terminal:
+    if not _is_own(birth.query, state) or Status(state.status).terminal:
         return Done()
     # What runs must be what was admitted: a saved query edited since then is another text.
     sql = birth.sql if birth.facts.sql_hash == state.sql_hash else None

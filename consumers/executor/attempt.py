@@ -43,6 +43,8 @@ from results.formats import content_type
 from results.location import file_name, prefix
 from results.uploader import StoreRefused, StoreUnavailable, Uploader
 from telemetry.events import LogEvent
+from telemetry.metrics import METRICS
+from telemetry.traces import SpanName, in_span, span
 
 _log = structlog.get_logger("queryd.attempt")
 
@@ -116,11 +118,15 @@ class Attempts:
         failure = _find_failure(query.state, query.sql, still_renewal)
         if failure is not None:
             return await self.end_unclaimed(query, failure, still_renewal)
+        with span(SpanName.ATTEMPT, query.facts.traceparent, **_name(query.facts, query.state.attempt + 1)):
+            return await self._attempt(query, still_renewal, executed)
+
+    async def _attempt(self, query: Admitted, still_renewal: int | None, executed: Callable[[], None]) -> bool:
         running = await self._claim(query, Lease(query.facts.query_id, str(uuid.uuid4())), still_renewal)
         if running is None:
             return False
         failpoint(Failpoint.CLAIM_AFTER)
-        with self._leases.hold(running.lease):
+        with self._leases.hold(running.lease), METRICS.running(query.facts.mode.value):
             async with _removed_afterwards(running.scratch):
                 try:
                     outcome = await self._execute(running)
@@ -136,11 +142,13 @@ class Attempts:
 
     async def end_unclaimed(self, query: Admitted, failure: Failure, still_renewal: int | None) -> bool:
         """End a query that nobody holds."""
-        ending = fail(query.facts, query.state, failure, now=self._clock.now(), still_renewal=still_renewal)
-        return bool(await self._end(ending, query.facts))
+        with span(SpanName.FINISH, query.facts.traceparent, **_name(query.facts, query.state.attempt)):
+            ending = fail(query.facts, query.state, failure, now=self._clock.now(), still_renewal=still_renewal)
+            return bool(await self._end(ending, query.facts))
 
     # Claim.
 
+    @in_span(SpanName.CLAIM)
     async def _claim(self, query: Admitted, lease: Lease, still_renewal: int | None) -> Running | None:
         state, mode = query.state, query.facts.mode
         wanted = query.request.timeout_seconds or self._rules.default_seconds[mode]
@@ -181,6 +189,7 @@ class Attempts:
         running = Running(
             query, lease, claimed.attempt, claimed.sequence, time.monotonic(), run_seconds, queued_ms, scratch
         )
+        METRICS.start_attempt(mode.value, None if state.attempt else queued_ms / 1000)
         _log.debug(LogEvent.QUERY_STARTED, **_names(running))
         return running
 
@@ -192,6 +201,7 @@ class Attempts:
             return Failure(ErrorCode.SAVED_QUERY_NOT_FOUND, "the saved query has changed since it was admitted")
         request = query.request
 
+        @in_span(SpanName.AUTHORIZE)
         async def ask() -> tuple[Dataset, ...]:
             return await authorize(self._pool, request.org_id, request.user_id, request.roles)
 
@@ -219,6 +229,7 @@ class Attempts:
         except EngineUnavailable:
             return Failure(ErrorCode.ENGINE_UNAVAILABLE, "a dataset's store could not be reached within the time limit")
 
+    @in_span(SpanName.EXECUTE)
     async def _execute_when_available(self, execution: Execution, running: Running) -> Output:
         # The dataset's store is away: that is nobody's error, so it is tried again until the query's own time is over.
         return await until_available(
@@ -239,7 +250,9 @@ class Attempts:
 
         store = partial(self._uploader.store, outcome.path, key, content_type(output_format))
         try:
-            stored = await _unless_stopped(running.lease, until_available(store, "s3", unavailable=StoreUnavailable))
+            with span(SpanName.STORE):
+                storing = until_available(store, "s3", unavailable=StoreUnavailable)
+                stored = await _unless_stopped(running.lease, storing)
         except StoreRefused as refused:
             _log.error(LogEvent.RESULT_REFUSED, reason=str(refused), **_names(running))
             return Failure(ErrorCode.INTERNAL, "the result store refused the result")
@@ -257,6 +270,7 @@ class Attempts:
 
     # Finish.
 
+    @in_span(SpanName.FINISH)
     async def _finish(self, running: Running, outcome: Success | Failure) -> bool:
         facts, state, token = running.query.facts, _as_running(running), running.lease.token
         running.lease.ending = True
@@ -313,6 +327,7 @@ class Attempts:
                 await self._hand_back(running, crashed=False)
                 return False
             case Stop.LOST:
+                _log.warning(LogEvent.LEASE_LOST, **_names(running))
                 return False
 
     async def _hand_back(self, running: Running, *, crashed: bool) -> None:
@@ -399,11 +414,11 @@ def _as_running(running: Running) -> RunState:
 
 
 def _names(running: Running) -> dict[str, str | int]:
-    return {
-        "query_id": running.query.facts.query_id,
-        "org_id": running.query.facts.org_id,
-        "attempt": running.attempt,
-    }
+    return _name(running.query.facts, running.attempt)
+
+
+def _name(facts: QueryFacts, attempt: int) -> dict[str, str | int]:
+    return {"query_id": facts.query_id, "org_id": facts.org_id, "attempt": attempt}
 
 
 def _elapsed_ms(running: Running) -> int:

@@ -31,8 +31,10 @@ from producers.dead_letters import DeadCode, DeadLetter, DeadLetters
 from queryd.events import Mode
 from queryd.publisher import Publisher
 from queryd.subscription import Partition, Record, Subscription, SubscriptionLost
+from results.retention.sweep import Retention
 from results.uploader import Uploader
 from telemetry.events import LogEvent
+from telemetry.traces import SpanAttribute, SpanName, Step, spans
 
 _log = structlog.get_logger("queryd.executor")
 
@@ -86,6 +88,7 @@ class Executor:
         attempts: Attempts,
         leases: Leases,
         reaper: Reaper,
+        retention: Retention,
         admission_rules: Rules,
         rules: ExecutorRules,
     ) -> None:
@@ -99,6 +102,7 @@ class Executor:
         self._attempts = attempts
         self._leases = leases
         self._reaper = reaper
+        self._retention = retention
         self._cancel_news = CancelNews(pool, leases, reaper)
         self._ages = RecordAges(clock)
         self._admission_rules = admission_rules
@@ -137,6 +141,7 @@ class Executor:
             asyncio.create_task(self._leases.renew_for_ever(), name="leases"),
             asyncio.create_task(self._watch_for_ever(), name="watch"),
             asyncio.create_task(self._reaper.reap_for_ever(), name="reaper"),
+            asyncio.create_task(self._retention.sweep_for_ever(), name="retention"),
             asyncio.create_task(self._cancel_news.listen_for_ever(), name="cancel news"),
             *(
                 asyncio.create_task(self._serve_slot(lane), name=f"slot {lane.mode.value}")
@@ -201,7 +206,8 @@ class Executor:
         await self._bury(refused)
 
     async def _admit(self, batch: Sequence[Legible]) -> list[Verdict]:
-        return await admit(self._pool, self._clock, self._admission_rules, batch)
+        with spans(SpanName.ADMIT, map(_to_step, batch)) as traced:
+            return await admit(self._pool, self._clock, self._admission_rules, batch, traced)
 
     def _follow(self, record: Record, verdict: Verdict | RowRefused, refused: list[tuple[Record, Refused]]) -> None:
         match verdict:
@@ -211,7 +217,8 @@ class Executor:
                 refused.append((record, _UNSTORABLE))
             case Done():
                 self.subscription.finish(record)
-            case Admitted() if verdict.state.lease_alive:
+            # Whether a lease is dead is the watch's to say.
+            case Admitted() if verdict.state.lease_token is not None:
                 self._park(verdict)
             case Admitted():
                 self._schedule(verdict)
@@ -274,11 +281,10 @@ class Executor:
     async def _watch_for_ever(self) -> None:
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
-            if not len(self._watch):
-                continue
+            # Also with nothing to watch, so that an outage is noticed.
             asked = [query.facts.query_id for query in self._watch.queries]
             states = await until_available(partial(self._transitions.read, asked), "postgres data")
-            finished, takeable = self._watch.observe(asked, states)
+            finished, takeable = self._watch.observe(asked, states, self._clock.reached_since)
             for query in finished:
                 self.subscription.finish(query.record)
             for taken in takeable:
@@ -293,6 +299,14 @@ class Executor:
         if taken.still_renewal is not None:
             self._still_renewals[taken.query.facts.query_id] = taken.still_renewal
         self._schedule(taken.query)
+
+    def count_waiting(self) -> dict[str, int]:
+        """How many queries wait here for a slot, by lane."""
+        return {mode.value: len(lane.queue) for mode, lane in self._lanes.items()}
+
+    def count_behind(self) -> dict[Partition, int]:
+        """How many records of each partition held are not finished."""
+        return self.subscription.lags()
 
     # Rebalance and shutdown.
 
@@ -337,6 +351,10 @@ class Executor:
         if self._running:
             _, left = await asyncio.wait(self._running, timeout=_HAND_BACK_SECONDS)
             await _end_tasks(left)
+
+
+def _to_step(item: Legible) -> Step:
+    return item.traceparent, {SpanAttribute.QUERY_ID: item.query_id, SpanAttribute.ORG_ID: item.org_id}
 
 
 def _nothing() -> None:

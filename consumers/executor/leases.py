@@ -7,15 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-import structlog
-
 from db.clock import DatabaseClock
 from db.connection import DataPool, statement
 from db.data.attempts import Renewal, renew
 from db.retrying import until_available
-from telemetry.events import LogEvent
-
-_log = structlog.get_logger("queryd.leases")
+from telemetry.metrics import METRICS
 
 
 class Stop(Enum):
@@ -104,7 +100,7 @@ class Leases:
             if lease.token not in self._held or lease.ending:
                 continue
             if lease.query_id not in kept:
-                _log.warning(LogEvent.LEASE_LOST, query_id=lease.query_id)
+                METRICS.lose_lease()
                 lease.stop(Stop.LOST)
             elif kept[lease.query_id]:
                 lease.stop(Stop.CANCELLED)

@@ -10,12 +10,13 @@ import structlog
 from consumers.executor.endings import CANCELLED, fail, overdue_failure
 from consumers.executor.story import QueryFacts
 from consumers.executor.transitions import RowRefused, Transitions
-from db.clock import DatabaseClock
+from db.clock import DatabaseClock, elapsed
 from db.connection import DataPool, transaction
 from db.data.runs import RunState, read_canonical, read_overdue, read_states
-from db.retrying import until_available
+from db.retrying import ASKED_AGAIN_SECONDS, until_available
 from queryd.events import Status
 from telemetry.events import LogEvent
+from telemetry.traces import SpanName, span
 
 _log = structlog.get_logger("queryd.reaper")
 
@@ -45,6 +46,9 @@ class Reaper:
         """End what is overdue now; returns how many were found. Raises `DatabaseUnavailable`."""
         async with transaction(self._pool) as connection:
             await self._clock.check(connection)
+            if elapsed() - self._clock.reached_since < ASKED_AGAIN_SECONDS:
+                # Whoever was kept from renewing or finishing by the database comes first.
+                return 0
             overdue = await read_overdue(connection, _BATCH, self._grace)
         await self.end(overdue)
         return len(overdue)
@@ -65,12 +69,19 @@ class Reaper:
 
     async def _end(self, facts: QueryFacts, state: RunState) -> None:
         failure = CANCELLED if state.cancelled else overdue_failure(Status(state.status))
-        ending = fail(facts, state, failure, now=self._clock.now())
-        try:
-            ended = await self._transitions.end(ending)
-        except RowRefused:
-            return
+        with span(
+            SpanName.REAP, facts.traceparent, query_id=facts.query_id, org_id=facts.org_id, attempt=state.attempt
+        ):
+            ending = fail(facts, state, failure, now=self._clock.now())
+            try:
+                ended = await self._transitions.end(ending)
+            except RowRefused:
+                return
         if ended is not None and ended.sequence == ending.sequence + 1:
             _log.info(
-                LogEvent.QUERY_REAPED, query_id=facts.query_id, org_id=facts.org_id, error_code=failure.code.value
+                LogEvent.QUERY_REAPED,
+                query_id=facts.query_id,
+                org_id=facts.org_id,
+                attempt=ended.attempt,
+                error_code=failure.code.value,
             )

@@ -12,6 +12,7 @@ from queryd.codec import encode
 from queryd.contract import contract
 from queryd.events import Mode, OrgId, OutputFormat, QueryId, QueryStatusChanged, Status
 from queryd.headers import build_headers, continue_trace
+from telemetry.traces import find_current
 
 _EVENT = QueryStatusChanged.__name__
 
@@ -79,7 +80,8 @@ def tell(
         subject=facts.query_id,
         time=now,
         source="queryd",
-        traceparent=continue_trace(facts.traceparent),
+        # The span that makes the event, where one is recorded.
+        traceparent=find_current(facts.traceparent) or continue_trace(facts.traceparent),
         schema=f"{_EVENT}.v{contract().newest[_EVENT].version}.avsc",
     )
     return NewEvent(

@@ -18,7 +18,9 @@ from db.connection import Connection, DataPool, statement
 from db.data.attempts import Claim, Ending, HandBack, claim, end, hand_back
 from db.data.runs import RunState, read_states
 from db.retrying import until_available
+from queryd.events import Mode, Status
 from telemetry.events import LogEvent
+from telemetry.metrics import METRICS
 
 _log = structlog.get_logger("queryd.transitions")
 
@@ -27,6 +29,8 @@ _BATCH = 500
 # A slot waits for its claim, so claims go at once. An ending keeps nobody from working: a reader who waits for it does
 # not notice 10 ms, and under load it halves the commits.
 _ENDINGS_APART_SECONDS = 0.01
+
+_LANES = {mode.topic.value: mode.value for mode in Mode}
 
 _Item = TypeVar("_Item")
 _Answer = TypeVar("_Answer")
@@ -101,7 +105,12 @@ class Batcher(Generic[_Item, _Answer]):
             return list(await until_available(run, "postgres data"))
         except (psycopg.DataError, psycopg.IntegrityError) as error:
             if len(items) == 1:
-                _log.error(LogEvent.ROW_REFUSED, error=type(error).__name__, sqlstate=error.sqlstate)
+                _log.error(
+                    LogEvent.ROW_REFUSED,
+                    query_id=getattr(items[0], "query_id", None),
+                    error=type(error).__name__,
+                    sqlstate=error.sqlstate,
+                )
                 return [RowRefused(type(error).__name__)]
         half = len(items) // 2
         return [*await self._send(items[:half]), *await self._send(items[half:])]
@@ -142,7 +151,36 @@ class Transitions:
         return await self._move(lambda connection: claim(connection, claims), [item.query_id for item in claims])
 
     async def _end(self, endings: Sequence[Ending]) -> list[RunState | None]:
-        return await self._move(lambda connection: end(connection, endings), [item.query_id for item in endings])
+        moved = 0
+
+        async def move(connection: Connection) -> None:
+            nonlocal moved
+            moved = await end(connection, endings)
+
+        states = await self._move(move, [item.query_id for item in endings])
+        self._count(endings, states, moved)
+        return states
+
+    def _count(self, endings: Sequence[Ending], states: Sequence[RunState | None], moved: int) -> None:
+        """Tell the metrics of the queries that ended here, each once whatever other workers tell."""
+        now = self._clock.steady_now()
+        done = [
+            (ending, state)
+            for ending, state in zip(endings, states, strict=True)
+            if state is not None and Status(state.status).terminal and state.sequence == ending.sequence + 1
+        ]
+        ours = [(ending, state) for ending, state in done if ending.token is not None and ending.token == state.token]
+        # Without a token any worker may have been first: as many are ours as the statement moved.
+        open_to_all = [(ending, state) for ending, state in done if ending.token is None]
+        for ending, state in [*ours, *open_to_all[: max(0, moved - len(ours))]]:
+            METRICS.end_query(
+                _LANES.get(state.topic, state.topic),
+                ending.error_code,
+                total_seconds=(now - state.queued_at).total_seconds(),
+                run_ms=ending.duration_ms,
+                result_bytes=ending.result_bytes,
+                rows=ending.row_count,
+            )
 
     async def _hand_back(self, given: Sequence[HandBack]) -> list[RunState | None]:
         return await self._move(lambda connection: hand_back(connection, given), [item.query_id for item in given])
@@ -157,7 +195,7 @@ class Transitions:
         return [states.get(query_id) for query_id in query_ids]
 
     async def _read(self, connection: Connection, query_ids: Sequence[str]) -> dict[str, RunState]:
-        states = await read_states(connection, query_ids)
+        states = await read_states(connection, query_ids) if query_ids else {}
         if states:
             self._clock.tell(max(state.read_at for state in states.values()))
         return states

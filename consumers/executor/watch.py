@@ -1,15 +1,17 @@
 """Watching queries that somebody else holds, or that nobody may hold any more.
 
 A lease is dead when the database's clock has passed its expiry, or when its renewal number has stood still for its
-whole length on our own monotonic clock: a database clock that jumps back must not keep a dead worker alive.
+whole length on our own monotonic clock: a database clock that jumps back must not keep a dead worker alive. While the
+database is out of reach nobody can renew; once it is back, holders have a moment to do so before they count as dead.
 """
 
-import time
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from consumers.executor.admission import Admitted
+from db.clock import elapsed
 from db.data.runs import RunState
+from db.retrying import ASKED_AGAIN_SECONDS
 from queryd.events import Status
 
 
@@ -40,7 +42,7 @@ class Watch:
 
     def park(self, query: Admitted) -> None:
         """Begin to watch a query."""
-        self._watched[query.facts.query_id] = _Watched(query, query.state.lease_renewal, time.monotonic())
+        self._watched[query.facts.query_id] = _Watched(query, query.state.lease_renewal, elapsed())
 
     def drop(self, query_id: str) -> None:
         """Stop watching."""
@@ -51,11 +53,13 @@ class Watch:
         """What is watched now."""
         return [watched.query for watched in self._watched.values()]
 
-    def observe(self, asked: Collection[str], states: dict[str, RunState]) -> tuple[list[Admitted], list[Takeable]]:
+    def observe(
+        self, asked: Collection[str], states: dict[str, RunState], reached_since: float
+    ) -> tuple[list[Admitted], list[Takeable]]:
         """Judge by what stands in the database: queries that are terminal or gone, and queries that may be taken.
 
         Both leave the watch. `asked` are the ids that were read: a query that was parked while the answer was on its
-        way is not in it, and that says nothing about the query.
+        way is not in it, and that says nothing about the query. `reached_since` as `DatabaseClock` tells it.
         """
         finished: list[Admitted] = []
         takeable: list[Takeable] = []
@@ -66,20 +70,24 @@ class Watch:
             state = states.get(query_id)
             if state is None or Status(state.status).terminal:
                 finished.append(watched.query)
-            elif (taken := self._judge(watched, state)) is not None:
+            elif (taken := self._judge(watched, state, reached_since)) is not None:
                 takeable.append(taken)
             else:
                 continue
             del self._watched[query_id]
         return finished, takeable
 
-    def _judge(self, watched: _Watched, state: RunState) -> Takeable | None:
+    def _judge(self, watched: _Watched, state: RunState, reached_since: float) -> Takeable | None:
         query = replace(watched.query, state=state)
+        if state.lease_token is None:
+            return Takeable(query, None)
+        if elapsed() - reached_since < ASKED_AGAIN_SECONDS:
+            return None
         if not state.lease_alive:
             return Takeable(query, None)
         if state.lease_renewal != watched.renewal:
-            watched.renewal, watched.since = state.lease_renewal, time.monotonic()
+            watched.renewal, watched.since = state.lease_renewal, elapsed()
             return None
-        if time.monotonic() - watched.since > self._lease_seconds:
+        if elapsed() - max(watched.since, reached_since) > self._lease_seconds:
             return Takeable(query, state.lease_renewal)
         return None

@@ -224,9 +224,9 @@ async def claim(connection: Connection, claims: Sequence[Claim]) -> None:
     await connection.execute(CLAIM, to_arrays(Claim, claims))
 
 
-async def end(connection: Connection, endings: Sequence[Ending]) -> None:
-    """End what may be ended; who succeeded is read back by sequence and token."""
-    await connection.execute(END, to_arrays(Ending, endings))
+async def end(connection: Connection, endings: Sequence[Ending]) -> int:
+    """End what may be ended, and say how many that were; who succeeded is read back by sequence and token."""
+    return (await connection.execute(END, to_arrays(Ending, endings))).rowcount
 
 
 async def renew(connection: Connection, renewals: Sequence[Renewal]) -> dict[str, bool]:

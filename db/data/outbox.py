@@ -35,13 +35,22 @@ class NewEvent:
 
 @dataclass(frozen=True, slots=True)
 class WaitingEvent:
-    """A row of the outbox as the relay reads it. A payload of None is a tombstone."""
+    """A row of the outbox as the relay reads it. A payload of None is a tombstone; `age_seconds` is as of the read."""
 
     position: int
     event_id: str
     query_id: str
     payload: bytes | None
     headers: dict[str, str]
+    age_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """The outbox's generation, and how many batches a relay has published and deleted; None: it has never deleted."""
+
+    generation: str
+    batches: int | None
 
 
 def shard_of(query_id: str) -> int:
@@ -54,18 +63,35 @@ LISTEN = f"LISTEN {CHANNEL}"
 LIMIT_IDLENESS = "SET idle_session_timeout = '10s'"
 
 READ_WAITING = """
-SELECT position, event_id::text AS event_id, query_id::text AS query_id, payload, headers
+SELECT position, event_id::text AS event_id, query_id::text AS query_id, payload, headers,
+       extract(epoch FROM clock_timestamp() - created_at)::float8 AS age_seconds
 FROM outbox
 WHERE shard = ANY(%(shards)s)
 ORDER BY position
 LIMIT %(limit)s
 """
 
-DELETE_PUBLISHED = "DELETE FROM outbox WHERE position = ANY(%(positions)s)"
+# The oldest row has the lowest position, near enough: positions are drawn within milliseconds of `created_at`.
+MEASURE_WAITING = """
+SELECT (SELECT count(*) FROM (SELECT FROM outbox LIMIT %(limit)s) AS counted),
+       coalesce((SELECT extract(epoch FROM clock_timestamp() - created_at)::float8 FROM outbox
+                 ORDER BY position LIMIT 1), 0)
+"""
 
-READ_GENERATION = "SELECT generation::text, %(relay)s::text = ANY(publishers) FROM outbox_state"
-MARK_PUBLISHED = """
-UPDATE outbox_state SET publishers = publishers || %(relay)s::text WHERE NOT %(relay)s::text = ANY(publishers)
+READ_EVENT_IDS = "SELECT event_id::text FROM outbox WHERE position = ANY(%(positions)s)"
+
+READ_PROGRESS = """
+SELECT s.generation::text AS generation, b.batches
+FROM outbox_state s LEFT JOIN relay_batches b ON b.relay = %(relay)s
+"""
+
+# One statement: the rows go and their batch is counted, or neither.
+DELETE_PUBLISHED = """
+WITH counted AS (
+    INSERT INTO relay_batches (relay, batches) VALUES (%(relay)s, %(batches)s)
+    ON CONFLICT (relay) DO UPDATE SET batches = excluded.batches
+)
+DELETE FROM outbox WHERE position = ANY(%(positions)s)
 """
 
 READ_RELAY_POSITIONS = """
@@ -91,16 +117,31 @@ async def read_waiting(connection: Connection, shards: Iterable[int], limit: int
         return await cursor.fetchall()
 
 
-async def delete_published(connection: Connection, relay: str, positions: Iterable[int]) -> None:
-    """Kafka has them, by the relay of that name. Rows that have gone already are no error."""
-    await connection.execute(MARK_PUBLISHED, {"relay": relay})
-    await connection.execute(DELETE_PUBLISHED, {"positions": list(positions)})
-
-
-async def read_generation(connection: Connection, relay: str) -> tuple[str, bool]:
-    """The outbox's generation, and whether the relay of that name has ever published from it."""
-    row: Any = await (await connection.execute(READ_GENERATION, {"relay": relay})).fetchone()
+async def measure_waiting(connection: Connection, limit: int = 100_000) -> tuple[int, float]:
+    """How many events wait, counted up to `limit`, and the oldest one's age in seconds; 0 where none does."""
+    row: Any = await (await connection.execute(MEASURE_WAITING, {"limit": limit})).fetchone()
     return row[0], row[1]
+
+
+async def read_event_ids(connection: Connection, positions: Iterable[int]) -> list[str]:
+    """The ids of the events that wait at these positions, in no order."""
+    cursor = await connection.execute(READ_EVENT_IDS, {"positions": list(positions)})
+    return [row[0] for row in await cursor.fetchall()]
+
+
+async def delete_published(connection: Connection, relay: str, batches: int, positions: Iterable[int]) -> None:
+    """Kafka has them, by the relay of that name, which has now published so many batches. Rows that have gone already
+    are no error."""
+    await connection.execute(DELETE_PUBLISHED, {"relay": relay, "batches": batches, "positions": list(positions)})
+
+
+async def read_progress(connection: Connection, relay: str) -> Progress:
+    """How far the relay of that name has come."""
+    async with connection.cursor(row_factory=class_row(Progress)) as cursor:
+        await cursor.execute(READ_PROGRESS, {"relay": relay})
+        progress = await cursor.fetchone()
+    assert progress is not None
+    return progress
 
 
 async def read_relay_positions(connection: Connection, cluster_id: str, topic_id: str) -> dict[int, int]:

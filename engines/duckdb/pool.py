@@ -20,6 +20,7 @@ from processes.frames import Message
 from processes.scratch import ScratchFolder, sweep
 from queryd.__main__ import room_command
 from queryd.events import Column, ErrorCode, OrgId
+from telemetry.metrics import METRICS
 
 # DuckDB's operators stop within 20 ms of an interrupt and some scalar calls after seconds or never: a second is long
 # enough for the first kind and too long to wait for the second.
@@ -46,7 +47,7 @@ _SCAN_MILLISECONDS = 600_000
 # A server that does not even answer a connection attempt for this long is down as far as a query is concerned.
 _CONNECT_SECONDS = 5
 
-_FOLDER_PREFIX = "child-"
+FOLDER_PREFIX = "child-"
 
 _Warmth = tuple[OrgId, frozenset[Relation]]
 
@@ -111,7 +112,7 @@ class DuckDBEngine:
     async def start(self) -> None:
         """Start all children at once. Raises `EngineUnavailable` if one can't be started."""
         self._settings.scratch_root.mkdir(parents=True, exist_ok=True)
-        sweep(self._settings.scratch_root, _FOLDER_PREFIX)
+        sweep(self._settings.scratch_root, FOLDER_PREFIX)
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(self._children):
@@ -213,10 +214,11 @@ class DuckDBEngine:
             except (OSError, ChildDied, TimeoutError):
                 await asyncio.sleep(_RESTART_PAUSE_SECONDS)
             else:
+                METRICS.restart_child("duckdb")
                 return
 
     async def _add_worker(self) -> None:
-        home = ScratchFolder.make(self._settings.scratch_root, _FOLDER_PREFIX)
+        home = ScratchFolder.make(self._settings.scratch_root, FOLDER_PREFIX)
         try:
             environment = minimal_environment(home.path)
             process = await ChildProcess.start(room_command("engines.duckdb.child"), environment, quiet=self._quiet)

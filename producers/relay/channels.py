@@ -3,7 +3,6 @@
 Both run in a worker thread and block; the relay uses one of them at a time.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,6 +18,7 @@ from confluent_kafka import (
 
 from db.data.outbox import WaitingEvent
 from processes.failpoints import Failpoint, failpoint
+from producers.read_back import EndNotReached, read_to_end
 from producers.relay.ledger import Ledger, read_ledger, write_ledger
 from queryd.events import Topic
 from queryd.headers import to_kafka
@@ -28,9 +28,6 @@ from queryd.outages import QUIET, OutageLog
 _TRANSACTION_MILLIS = 10_000
 # How long one call to the broker may take before the session counts as broken and is made anew.
 _BROKER_SECONDS = 15.0
-# Reading back ends when nothing came for this long. A broker without transactions also has no watermarks to trust; a
-# local one answers within milliseconds.
-_QUIET_SECONDS = 1.0
 
 
 class ChannelBroken(Exception):
@@ -52,7 +49,7 @@ class Channel(Protocol):
         """Fence whoever was before, and learn what they had published; raises `ChannelBroken`."""
         ...
 
-    def publish(self, events: Sequence[WaitingEvent], generation: str) -> dict[int, int]:
+    def publish(self, events: Sequence[WaitingEvent], ledger: Ledger) -> dict[int, int]:
         """Publish a batch, acknowledged; the next offset of each partition it went to. Raises `ChannelBroken`."""
         ...
 
@@ -105,10 +102,9 @@ class TransactionalChannel:
         self._last = TopicPartition(Topic.STATUS, 0, committed.offset, committed.metadata)
         return Recovered(ledger=read_ledger(committed.metadata or ""))
 
-    def publish(self, events: Sequence[WaitingEvent], generation: str) -> dict[int, int]:
+    def publish(self, events: Sequence[WaitingEvent], ledger: Ledger) -> dict[int, int]:
         """All of the batch and its ledger, or nothing."""
         assert self._producer is not None and self._consumer is not None
-        ledger = Ledger(generation, tuple(event.position for event in events))
         place = TopicPartition(Topic.STATUS, 0, max(ledger.positions) + 1, write_ledger(ledger))
         try:
             self._producer.begin_transaction()
@@ -165,7 +161,7 @@ class ReadBackChannel:
         """Read the status topic from the positions to its end."""
         try:
             found = self._read_back()
-        except KafkaException as error:
+        except (EndNotReached, KafkaException) as error:
             raise ChannelBroken(_reason(error)) from error
         self._producer = Producer(
             self._config
@@ -175,22 +171,12 @@ class ReadBackChannel:
         return Recovered(event_ids=found)
 
     def _read_back(self) -> frozenset[str]:
-        consumer = Consumer(self._config | QUIET | {"group.id": "queryd-relay-read-back", "enable.auto.commit": False})
-        try:
-            partitions = consumer.list_topics(Topic.STATUS, timeout=_BROKER_SECONDS).topics[Topic.STATUS].partitions
-            consumer.assign([TopicPartition(Topic.STATUS, p, self._positions.get(p, 0)) for p in partitions])
-            found: set[str] = set()
-            quiet_since = time.monotonic()
-            while time.monotonic() - quiet_since < _QUIET_SECONDS:
-                for message in consumer.consume(500, 0.1):
-                    if message.error() is None:
-                        quiet_since = time.monotonic()
-                        found |= _event_id(message)
-            return frozenset(found)
-        finally:
-            consumer.close()
+        found: set[str] = set()
+        for message in read_to_end(self._config, "queryd-relay-read-back", Topic.STATUS, self._positions):
+            found |= _event_id(message)
+        return frozenset(found)
 
-    def publish(self, events: Sequence[WaitingEvent], generation: str) -> dict[int, int]:
+    def publish(self, events: Sequence[WaitingEvent], ledger: Ledger) -> dict[int, int]:
         """All of the batch, acknowledged."""
         assert self._producer is not None
         deliveries = _Deliveries()

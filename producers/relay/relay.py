@@ -7,7 +7,7 @@ Kafka its transactional id fences it.
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +19,13 @@ import structlog
 from db.connection import Connection, DatabaseUnavailable, conninfo, unavailable_told_apart
 from db.data.outbox import (
     SHARDS,
+    Progress,
     WaitingEvent,
     delete_published,
     limit_idleness,
     listen,
-    read_generation,
+    read_event_ids,
+    read_progress,
     read_relay_positions,
     read_waiting,
     try_lock,
@@ -37,22 +39,42 @@ from producers.relay.channels import (
     Recovered,
     TransactionalChannel,
 )
-from producers.relay.ledger import within_span
+from producers.relay.ledger import Ledger, digest_events, within_span
 from queryd.events import Topic
 from queryd.topics import TopicIdentity, TopicUnknown, read_topic_identity
 from telemetry.events import LogEvent
+from telemetry.metrics import METRICS
+from telemetry.traces import SpanAttribute, SpanName, Step, spans
 
 _log = structlog.get_logger("queryd.relay")
 
 _BATCH = 500
 # How long to wait for a notification before looking anyway: keeps the session alive, and a lost notification cheap.
 _LOOK_SECONDS = 1.0
-# Under load, batches start this far apart: an event more in a batch costs far less than a batch more. Idle, an event
-# goes at once.
+# Under load, batches that aren't full start this far apart: an event more in a batch costs far less than a batch more.
+# Idle, an event goes at once; a full batch has nothing to wait for.
 _APART_SECONDS = 0.02
 _KEEP_SECONDS = 24 * 3600.0
 # How often a standby asks for the lock.
 _STANDBY_SECONDS = 1.0
+
+
+_REMADE = (
+    "Kafka's record of what was published belongs to another outbox: the database was remade. "
+    "Decide which events subscribers have seen, then reset the relay"
+)
+_KAFKA_FORGOT = (
+    "Kafka has no record of what was published, and Postgres says that something was: the group's offset is lost or "
+    "this is another cluster. Decide which events subscribers have seen, then reset the relay"
+)
+_KAFKA_FELL_BACK = (
+    "Postgres knows of batches that Kafka has no record of: Kafka lost what it had committed, or was restored. "
+    "Decide which events subscribers have seen, then reset the relay"
+)
+_POSTGRES_FELL_BACK = (
+    "Kafka has batches that Postgres does not know of: the database was restored to an earlier state. "
+    "Decide which events subscribers have seen, then reset the relay"
+)
 
 
 class OutboxMismatch(Exception):
@@ -136,15 +158,16 @@ class Relay:
         return True
 
     async def _publish_for_ever(self, connection: Connection) -> None:
-        generation, published = await read_generation(connection, self._rules.name)
+        progress = await read_progress(connection, self._rules.name)
         channel = await self._make_channel(connection)
         try:
             recovered = await asyncio.to_thread(channel.open)
-            await self._settle(connection, recovered, generation, published)
+            batches = await self._settle(connection, recovered, progress)
             self._ready()
-            last_start, next_keep = -_APART_SECONDS, 0.0
+            waiting, last_start, next_keep = 0, -_APART_SECONDS, 0.0
             while not self._stopping.is_set():
-                await asyncio.sleep(last_start + _APART_SECONDS - time.monotonic())
+                if waiting < _BATCH:
+                    await asyncio.sleep(last_start + _APART_SECONDS - time.monotonic())
                 last_start = time.monotonic()
                 if last_start >= next_keep:
                     # At every start and once a day, so that neither silence nor restarts let the ledger expire.
@@ -154,10 +177,15 @@ class Relay:
                 waiting = len(events)
                 if events:
                     events = events[: within_span([event.position for event in events])]
+                    batches += self._rules.transactions
+                    ledger = _make_ledger(progress.generation, batches, events)
                     failpoint(Failpoint.RELAY_BEFORE)
-                    ends = await asyncio.to_thread(channel.publish, events, generation)
+                    with spans(SpanName.PUBLISH, _to_steps(events)):
+                        ends = await asyncio.to_thread(channel.publish, events, ledger)
+                    took = time.monotonic() - last_start
+                    METRICS.publish(event.age_seconds + took for event in events)
                     failpoint(Failpoint.RELAY_COMMITTED)
-                    await self._delete(connection, events, ends)
+                    await self._delete(connection, batches, ledger.positions, ends)
                     failpoint(Failpoint.RELAY_DELETED)
                 if waiting < _BATCH and waiting == len(events):
                     await self._wait_for_news(connection)
@@ -173,34 +201,47 @@ class Relay:
             await read_relay_positions(connection, self._status_topic.cluster_id, self._status_topic.topic_id),
         )
 
-    async def _settle(self, connection: Connection, recovered: Recovered, generation: str, published: bool) -> None:
-        """Delete the rows that an earlier session published and did not live to delete."""
-        if recovered.ledger is not None:
-            if recovered.ledger.generation != generation:
-                raise OutboxMismatch(
-                    "Kafka's record of what was published belongs to another outbox: the database was restored or "
-                    "remade. Decide which events subscribers have seen, then reset the relay's group offset"
-                )
-            await delete_published(connection, self._rules.name, recovered.ledger.positions)
-        elif self._rules.transactions and published:
-            raise OutboxMismatch(
-                "Kafka has no record of what was published, and Postgres says that something was: the group's offset "
-                "is lost or this is another cluster. Decide which events subscribers have seen, then reset the outbox"
-            )
-        elif recovered.event_ids:
-            waiting = await read_waiting(connection, self._rules.shards, len(recovered.event_ids) + _BATCH)
-            known = [event.position for event in waiting if event.event_id in recovered.event_ids]
+    async def _settle(self, connection: Connection, recovered: Recovered, progress: Progress) -> int:
+        """Delete the rows that an earlier session published and did not live to delete; how many batches there were.
+
+        Raises `OutboxMismatch` where Kafka and Postgres don't tell of the same batches.
+        """
+        ledger, batches = recovered.ledger, progress.batches or 0
+        if ledger is not None:
+            if ledger.generation != progress.generation:
+                raise OutboxMismatch(_REMADE)
+            if ledger.batch is None:
+                # By the first release, which counted nothing.
+                await delete_published(connection, self._rules.name, batches, ledger.positions)
+                return batches
+            if ledger.batch < batches:
+                raise OutboxMismatch(_KAFKA_FELL_BACK)
+            if ledger.batch > batches:
+                # Exactly its rows must still wait: positions are drawn again in a database that was restored.
+                waiting = await read_event_ids(connection, ledger.positions)
+                if ledger.batch > batches + 1 or digest_events(waiting) != ledger.digest:
+                    raise OutboxMismatch(_POSTGRES_FELL_BACK)
+                await delete_published(connection, self._rules.name, ledger.batch, ledger.positions)
+            return ledger.batch
+        if self._rules.transactions and progress.batches is not None:
+            raise OutboxMismatch(_KAFKA_FORGOT)
+        if recovered.event_ids:
+            waiting_events = await read_waiting(connection, self._rules.shards, len(recovered.event_ids) + _BATCH)
+            known = [event.position for event in waiting_events if event.event_id in recovered.event_ids]
             if known:
                 _log.info(LogEvent.EVENTS_PUBLISHED_BEFORE, events=len(known))
-                await delete_published(connection, self._rules.name, known)
+                await delete_published(connection, self._rules.name, batches, known)
+        return batches
 
-    async def _delete(self, connection: Connection, events: Sequence[WaitingEvent], ends: dict[int, int]) -> None:
+    async def _delete(
+        self, connection: Connection, batches: int, positions: Sequence[int], ends: dict[int, int]
+    ) -> None:
+        if self._rules.transactions:
+            await delete_published(connection, self._rules.name, batches, positions)
+            return
         async with connection.transaction():
-            if not self._rules.transactions:
-                await write_relay_positions(
-                    connection, self._status_topic.cluster_id, self._status_topic.topic_id, ends
-                )
-            await delete_published(connection, self._rules.name, [event.position for event in events])
+            await write_relay_positions(connection, self._status_topic.cluster_id, self._status_topic.topic_id, ends)
+            await delete_published(connection, self._rules.name, batches, positions)
 
     async def _wait_for_news(self, connection: Connection) -> None:
         async for _ in connection.notifies(timeout=_LOOK_SECONDS, stop_after=1):
@@ -210,3 +251,15 @@ class Relay:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._stopping.wait(), seconds)
         return self._stopping.is_set()
+
+
+def _to_steps(events: Sequence[WaitingEvent]) -> Iterator[Step]:
+    """Each event's publishing continues the span that made it."""
+    for event in events:
+        if (traceparent := event.headers.get("traceparent")) is not None:
+            yield traceparent, {SpanAttribute.QUERY_ID: event.query_id}
+
+
+def _make_ledger(generation: str, batch: int, events: Sequence[WaitingEvent]) -> Ledger:
+    positions = tuple(event.position for event in events)
+    return Ledger(generation, positions, batch, digest_events(event.event_id for event in events))

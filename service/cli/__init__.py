@@ -1,11 +1,13 @@
 """The command line."""
 
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
-from service.cli import datasets, operate, query, run, saved
-from service.settings import WrongSetting
+from service.cli import datasets, operate, query, retention, run, saved
+from service.settings import WrongSetting, describe_unknown, find_unknown_variables
 
 app = typer.Typer(
     name="queryd",
@@ -15,11 +17,32 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"queryd {version('queryd')}")
+        raise typer.Exit
+
+
+@app.callback()
+def start(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """SQL by event: requests come from Kafka, results go to S3."""
+    unknown = find_unknown_variables()
+    if unknown:
+        print(f"queryd: ignored: {'; '.join(describe_unknown(*each) for each in unknown.items())}", file=sys.stderr)
+
+
 run.add_commands(app)
 query.add_commands(app)
 operate.add_commands(app)
 app.add_typer(datasets.app, name="datasets")
 app.add_typer(saved.app, name="saved")
+app.add_typer(retention.app, name="retention")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""`queryd db upgrade`, `topics apply` and `doctor`."""
+"""`queryd db upgrade` and `db platform`, `topics apply`, `bucket apply` and `doctor`."""
 
 from dataclasses import asdict
 
@@ -6,8 +6,11 @@ import psycopg
 import typer
 
 from db.migrations.upgrade import upgrade_data, upgrade_state
+from db.state.platform import create_platform_tables
+from service.bucket import BucketRefused, apply_bucket
 from service.cli.output import complain, print_json, print_rows
 from service.cli.query import Json
+from service.diagnosis import explain_postgres
 from service.doctor import examine
 from service.settings import load_settings
 from service.topics import TopicsRefused, apply_topics
@@ -17,10 +20,14 @@ def add_commands(app: typer.Typer) -> None:
     """Add the commands of this module."""
     db = typer.Typer(help="The schemas of the two databases.", no_args_is_help=True)
     db.command("upgrade")(upgrade)
+    db.command("platform")(platform)
     topics = typer.Typer(help="The topics.", no_args_is_help=True)
     topics.command("apply")(apply)
+    bucket = typer.Typer(help="The results bucket.", no_args_is_help=True)
+    bucket.command("apply")(apply_results_bucket)
     app.add_typer(db, name="db")
     app.add_typer(topics, name="topics")
+    app.add_typer(bucket, name="bucket")
     app.command()(doctor)
 
 
@@ -37,11 +44,25 @@ def upgrade(as_json: Json = False) -> None:
         try:
             run(url.get_secret_value())
         except psycopg.OperationalError as error:
-            complain(f"{name}: the database does not answer ({type(error).__name__})")
+            complain(explain_postgres(name, url.get_secret_value(), error))
     if as_json:
         print_json({"data": "upgraded", "state": "upgraded"})
     else:
         print("data: upgraded\nstate: upgraded")
+
+
+def platform(as_json: Json = False) -> None:
+    """Make the platform's own orgs, users and tasks in the state database where they are missing: only for a
+    development machine, as elsewhere they are the platform's. Safe to repeat."""
+    url = load_settings().state_url.get_secret_value()
+    try:
+        create_platform_tables(url)
+    except psycopg.OperationalError as error:
+        complain(explain_postgres("QUERYD_STATE_URL", url, error))
+    if as_json:
+        print_json({"platform": "there"})
+    else:
+        print("platform: there")
 
 
 def apply(as_json: Json = False) -> None:
@@ -55,6 +76,19 @@ def apply(as_json: Json = False) -> None:
         print_json(done)
     else:
         print_rows("topics", [{"topic": name, "done": what} for name, what in done.items()])
+
+
+def apply_results_bucket(as_json: Json = False) -> None:
+    """Make the bucket of QUERYD_RESULTS_URL where it is missing, and wait until it takes an object. Safe to repeat."""
+    settings = load_settings()
+    try:
+        done = apply_bucket(settings.bucket)
+    except BucketRefused as error:
+        complain(str(error))
+    if as_json:
+        print_json({settings.bucket: done})
+    else:
+        print(f"{settings.bucket}: {done}")
 
 
 def doctor(as_json: Json = False) -> None:

@@ -1,6 +1,7 @@
 """`queryd up` and `queryd run`."""
 
 import asyncio
+import os
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import typer
 from queryd.__main__ import room_command
 from service.cli.output import complain, print_json
 from service.cli.query import Json
-from service.run import Service, run_service
+from service.run import Service, http_variables, run_service
 from service.settings import STATE_DIRECTORY, check_kafka_options, load_settings
 from telemetry.logs import set_up_logs
 
@@ -66,13 +67,16 @@ def run(service: Annotated[Runnable, typer.Argument(help="Which service; `all` i
     settings = load_settings()
     check_kafka_options(settings)
     if service is Runnable.ALL:
-        sys.exit(_run_all())
+        sys.exit(_run_all(settings.http_port))
     sys.exit(run_service(Service(service.value), settings))
 
 
-def _run_all() -> int:
+def _run_all(http_port: int) -> int:
     """All services as child processes; the first to end ends the others. Returns the worst exit code."""
-    processes = [subprocess.Popen(room_command("service.run", each.value)) for each in Service]
+    processes = [
+        subprocess.Popen(room_command("service.run", each.value), env=os.environ | http_variables(each, http_port))
+        for each in Service
+    ]
 
     def stop(_number: int, _frame: object) -> None:
         for process in processes:

@@ -326,7 +326,7 @@ def judge_dead_letters(malformed: Sequence[Malformed], letters: Sequence[Record]
     """One dead letter for each malformed record, found by its origin, with its bytes, key, headers, and the reason."""
     by_origin: dict[Place | None, list[Record]] = {}
     for letter in letters:
-        by_origin.setdefault(_origin(letter), []).append(letter)
+        by_origin.setdefault(origin_of(letter), []).append(letter)
     violations = []
     for sent in malformed:
         found = by_origin.pop(sent.place, [])
@@ -343,7 +343,8 @@ def judge_dead_letters(malformed: Sequence[Malformed], letters: Sequence[Record]
     return violations
 
 
-def _origin(letter: Record) -> Place | None:
+def origin_of(letter: Record) -> Place | None:
+    """The record that a dead letter came from, by its headers; None where they don't say."""
     topic = letter.header("queryd_dead_topic")
     partition = letter.header("queryd_dead_partition") or ""
     offset = letter.header("queryd_dead_offset") or ""

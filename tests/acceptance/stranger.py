@@ -19,7 +19,7 @@ import boto3
 import fastavro
 import psycopg
 from botocore.config import Config
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, Message, Producer, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from fastavro.schema import fingerprint, to_parsing_canonical_form
 from fastavro.types import Schema
@@ -67,12 +67,13 @@ class Outgoing:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A record as it was read."""
+    """A record as it was read; its time in ms since the epoch, None where the broker gives none."""
 
     place: Place
     key: bytes | None
     value: bytes | None
     headers: Headers
+    timestamp_ms: int | None = None
 
     def header(self, name: str) -> str | None:
         """The last header of that name as text; None where there is none."""
@@ -341,11 +342,54 @@ class StatusTail(Tail):
         self.read_until(lambda: wanted <= self.terminal, seconds, f"{len(wanted)} terminal events")
 
 
+def read_whole(bootstrap: str, topic: str, seconds: float = 60.0) -> list[Record]:
+    """Every committed record of the topic, from its very beginning to where each partition ends now.
+
+    In order of offsets within each partition. Raises TimeoutError when the ends are not reached, KafkaException for
+    an error.
+    """
+    consumer = Consumer(
+        {
+            "bootstrap.servers": bootstrap,
+            "group.id": f"stranger-{uuid.uuid4()}",
+            "enable.auto.commit": False,
+            "enable.auto.offset.store": False,
+            "auto.offset.reset": "earliest",
+            "isolation.level": "read_committed",
+            "enable.partition.eof": True,
+            # How long an empty fetch waits, and with it how soon an end is told.
+            "fetch.wait.max.ms": 50,
+        }
+    )
+    unread = set(find_partitions(bootstrap, topic))
+    records: list[Record] = []
+    latest = time.monotonic() + seconds
+    try:
+        consumer.assign([TopicPartition(topic, number, OFFSET_BEGINNING) for number in unread])
+        while unread:
+            if time.monotonic() > latest:
+                raise TimeoutError(f"{topic} was not read to its end within {seconds:.0f} s")
+            for message in consumer.consume(1000, _POLL_SECONDS):
+                error = message.error()
+                if error is None:
+                    records.append(_record(message))
+                elif error.code() == KafkaError._PARTITION_EOF:
+                    unread.discard(_place(message).partition)
+                else:
+                    raise KafkaException(error)
+    finally:
+        consumer.close()
+    return records
+
+
 def _record(message: Message) -> Record:
     given = message.headers() or []
     pairs = given.items() if isinstance(given, dict) else given
     headers = tuple((name, _as_bytes(value)) for name, value in pairs)
-    return Record(_place(message), _as_bytes(message.key()), _as_bytes(message.value()), headers)
+    _, millis = message.timestamp()
+    return Record(
+        _place(message), _as_bytes(message.key()), _as_bytes(message.value()), headers, millis if millis >= 0 else None
+    )
 
 
 def _place(message: Message) -> Place:

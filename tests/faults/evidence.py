@@ -15,6 +15,7 @@ class SentQuery:
     `outcomes` are the ends it may have: "Succeeded", or error codes. `content` are the rows of a result, as text per
     cell and in order, or None where only the numbers are judged. `deadline_seconds` is its own time limit. A request
     that was sent twice under one id stands here once. `cancelled`: somebody asked to cancel it, at any time.
+    `task_id` names a row of `tasks` that was made before the request was sent.
     """
 
     query_id: str
@@ -36,6 +37,7 @@ class SentMalformed:
     """A record that must become one dead letter, where it lies in its topic, and the canary that it may hold.
 
     `answered_id` is the query's id when the record is decodable and invalid, so that it has a row and events as well.
+    `code` is what its dead letter must say (UNDECODABLE, INVALID_REQUEST, CONFLICT), where that is judged.
     """
 
     topic: str
@@ -43,6 +45,7 @@ class SentMalformed:
     offset: int
     canary: str | None = None
     answered_id: str | None = None
+    code: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,7 @@ class Evidence:
 
     `logs` are all files in which a canary must not be: logs of our services, scraped metrics, exported traces.
     `scratch` are the folders that must hold no attempt's files any more. `lease_seconds` is the stack's setting.
+    All canaries begin with the same six characters at least, which stand nowhere else.
     """
 
     place: Place

@@ -93,12 +93,20 @@ class StoredEvent:
     headers: dict[str, str]
 
 
+class SettledClock(DatabaseClock):
+    """The clock of a process that has had the database in reach for long."""
+
+    @property
+    def reached_since(self) -> float:
+        return 0.0
+
+
 class Worker:
     """One executor process as the database sees it, with batches and a clock of its own."""
 
     def __init__(self, pool: DataPool) -> None:
         self.pool = pool
-        self.clock = DatabaseClock()
+        self.clock = SettledClock()
         self.transitions = Transitions(pool, self.clock)
 
     async def admit(self, *records: Record) -> list[Verdict]:

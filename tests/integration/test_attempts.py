@@ -16,6 +16,7 @@ from consumers.executor.endings import fail, overdue_failure
 from consumers.executor.reaper import Reaper
 from consumers.executor.story import QueryFacts
 from consumers.executor.transitions import Batcher, RowRefused
+from db.clock import DatabaseClock
 from db.connection import DataPool
 from db.data.attempts import Renewal, claim, renew
 from db.data.outbox import shard_of
@@ -524,6 +525,14 @@ async def test_the_reaper_ends_overdue_queries_that_nobody_holds_and_nothing_els
         assert (event.error_code, event.error_message) == (code, row.error_message)
         assert (await worker.read(query_id)).lease_token is None
     assert await Reaper(worker.pool, worker.clock, worker.transitions, 15.0).reap() == 0
+
+
+async def test_the_reaper_lets_those_go_first_whom_an_outage_kept_from_finishing(worker: Worker) -> None:
+    query = await worker.admit_new()
+    await pass_deadline(worker.pool, query.facts.query_id)
+    # This process has just found the database.
+    assert await Reaper(worker.pool, DatabaseClock(), worker.transitions, 15.0).reap() == 0
+    assert await read_story(worker.pool, query.facts.query_id) == [_QUEUED]
 
 
 async def test_reapers_of_two_processes_end_a_query_once(worker: Worker, other: Worker) -> None:

@@ -2,25 +2,30 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Sequence
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import psycopg
 import pytest
-from confluent_kafka import Message, Producer
+from confluent_kafka import Consumer, Message, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
+from psycopg import sql
 
 from consumers.executor.story import QueryFacts, tell
 from db.clock import DatabaseClock
 from db.connection import DataPool
-from db.data.outbox import CHANNEL, NewEvent, shard_of
+from db.data.outbox import CHANNEL, NewEvent, Progress, read_progress, read_waiting, shard_of
+from db.data.retention import UNTELL
 from db.migrations.upgrade import upgrade_data
 from producers.relay import channels
-from producers.relay.ledger import SPAN
+from producers.relay.ledger import SPAN, Ledger, LedgerUnreadable, write_ledger
 from producers.relay.relay import OutboxMismatch, Relay, RelayRules
 from queryd.events import Mode, OrgId, QueryId, Status, Topic
 from queryd.headers import continue_trace
+from service.embedded.postgres import Postgres
 from tests.integration.queries import new_id, opened_pool
 from tests.integration.records import PATIENCE_SECONDS, headers_of, prepare_topics, read_topic, until
 from tests.servers.kafka import Kafka
@@ -299,6 +304,143 @@ async def test_a_lost_ledger_stops_the_relay(place: Place) -> None:
     assert await _count_waiting(place.pool) == len(events)
 
 
+@needs_kafka
+async def test_a_group_offset_of_somebody_else_stops_the_relay(place: Place) -> None:
+    await _insert(place, _tell_stories(place.shard, queries=1))
+    await _publish_all(place, transactions=True)
+    # As an administrator's reset of the group leaves it.
+    await _commit_ledger(place, None)
+    events = await _insert(place, _tell_stories(place.shard, queries=1))
+    await _assert_stops(place, LedgerUnreadable)
+    assert await _read_published(place, events) == []
+    assert await _count_waiting(place.pool) == len(events)
+
+
+@needs_kafka
+async def test_a_kafka_that_forgot_its_last_batches_stops_the_relay(place: Place) -> None:
+    for _ in range(2):
+        await _insert(place, _tell_stories(place.shard, queries=1))
+        await _publish_all(place, transactions=True)
+    await _commit_ledger(place, await _make_ledger(place, batch=1))
+    events = await _insert(place, _tell_stories(place.shard, queries=1))
+    await _assert_stops(place)
+    assert await _read_published(place, events) == []
+    assert await _count_waiting(place.pool) == len(events)
+
+
+@needs_kafka
+async def test_after_a_relay_of_the_first_release_its_last_batch_is_settled(place: Place) -> None:
+    events = await _insert(place, _tell_stories(place.shard, queries=1))
+    # It had published them, and counted no batches.
+    await _commit_ledger(place, await _make_ledger(place, batch=None))
+    late = await _insert(place, _tell_stories(place.shard, queries=1))
+    await _publish_all(place, transactions=True)
+    await _assert_published_once(place, late)
+    assert await _read_published(place, events) == []
+    await _publish_all(place, transactions=True)
+    await _assert_published_once(place, late)
+
+
+# A database that was restored has the same generation, and draws the same positions again for other events.
+
+Backup = Callable[[str], str]
+
+
+@pytest.fixture
+def back_up(postgres_server: Postgres) -> Iterator[Backup]:
+    """Copies a database to which nobody is connected; the copy's URI."""
+    made: list[str] = []
+
+    def copy(url: str) -> str:
+        made.append(f"backup_{uuid.uuid4().hex}")
+        original = psycopg.conninfo.conninfo_to_dict(url)["dbname"]
+        statement = sql.SQL("CREATE DATABASE {} TEMPLATE {}")
+        with psycopg.connect(postgres_server.url("postgres"), autocommit=True) as connection:
+            connection.execute(statement.format(sql.Identifier(made[-1]), sql.Identifier(str(original))))
+        return postgres_server.url(made[-1])
+
+    yield copy
+    for name in made:
+        postgres_server.drop_database(name)
+
+
+@asynccontextmanager
+async def _connected(kafka: Kafka, url: str, shard: int) -> AsyncIterator[Place]:
+    async with opened_pool(url) as pool:
+        yield Place(url, pool, kafka, shard)
+
+
+@needs_kafka
+@pytest.mark.parametrize("batches", [1, 2, 3])
+@pytest.mark.parametrize("after", ["nothing new", "other events"])
+async def test_a_database_restored_to_before_what_was_published_stops_the_relay(
+    kafka: Kafka, data_url: str, back_up: Backup, batches: int, after: str
+) -> None:
+    upgrade_data(data_url)
+    shard, published = next(_free_shards), []
+    async with _connected(kafka, data_url, shard) as place:
+        published += await _insert(place, _tell_stories(shard, queries=1))
+        await _publish_all(place, transactions=True)
+    older = back_up(data_url)
+    async with _connected(kafka, data_url, shard) as place:
+        for _ in range(batches):
+            published += await _insert(place, _tell_stories(shard, queries=1))
+            await _publish_all(place, transactions=True)
+    async with _connected(kafka, older, shard) as restored:
+        # They get the positions that the last batches had.
+        new = await _insert(restored, _tell_stories(shard, queries=2)) if after == "other events" else []
+        await _assert_stops(restored)
+        await _assert_published_once(restored, published, left=len(new))
+        assert await _read_published(restored, new) == []
+
+
+@needs_kafka
+async def test_a_database_restored_to_while_events_waited_that_were_published_since_stops_the_relay(
+    kafka: Kafka, data_url: str, back_up: Backup
+) -> None:
+    upgrade_data(data_url)
+    shard = next(_free_shards)
+    async with _connected(kafka, data_url, shard) as place:
+        events = await _insert(place, _tell_stories(shard, queries=1))
+    older = back_up(data_url)
+    async with _connected(kafka, data_url, shard) as place:
+        await _publish_all(place, transactions=True)
+        more = await _insert(place, _tell_stories(shard, queries=1))
+        await _publish_all(place, transactions=True)
+    async with _connected(kafka, older, shard) as restored:
+        await _assert_stops(restored)
+        await _assert_published_once(restored, [*events, *more], left=len(events))
+
+
+@needs_kafka
+async def test_a_database_that_lacks_no_more_than_the_last_delete_is_settled_as_after_a_crash(
+    kafka: Kafka, data_url: str, back_up: Backup
+) -> None:
+    upgrade_data(data_url)
+    shard = next(_free_shards)
+    async with _connected(kafka, data_url, shard) as place:
+        events = await _insert(place, _tell_stories(shard, queries=2))
+    older = back_up(data_url)
+    async with _connected(kafka, data_url, shard) as place:
+        await _publish_all(place, transactions=True)
+    async with _connected(kafka, older, shard) as restored:
+        events += await _insert(restored, _tell_stories(shard, queries=1))
+        await _publish_all(restored, transactions=True)
+        await _assert_published_once(restored, events)
+
+
+@needs_kafka
+async def test_of_what_was_published_and_waits_to_be_deleted_a_hard_deletion_changes_nothing_for_the_relay(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = await _insert(place, _tell_stories(place.shard, queries=2))
+    await _crash(place, monkeypatch, _crashing("before the delete", at=1), transactions=True)
+    async with place.pool.connection() as connection:
+        await connection.execute(UNTELL, {"query_ids": [events[0].query_id]})
+    await _publish_all(place, transactions=True)
+    await _assert_published_once(place, events)
+
+
 # Two relays.
 
 
@@ -374,10 +516,35 @@ async def _crash(
                 await relay.run()
 
 
-async def _assert_stops(place: Place) -> None:
+async def _assert_stops(place: Place, error: type[Exception] = OutboxMismatch) -> None:
     async with asyncio.timeout(PATIENCE_SECONDS):
-        with pytest.raises(OutboxMismatch):
+        with pytest.raises(error):
             await Relay(place.rules(transactions=True), lambda: None).run()
+
+
+async def _make_ledger(place: Place, batch: int | None) -> Ledger:
+    """The ledger of a batch with all that waits, or with one row that is gone."""
+    progress = await _read_progress(place)
+    async with place.pool.connection() as connection:
+        waiting = await read_waiting(connection, [place.shard], _BATCH)
+    return Ledger(progress.generation, tuple(event.position for event in waiting) or (1,), batch, "0" * 16)
+
+
+async def _read_progress(place: Place) -> Progress:
+    async with place.pool.connection() as connection:
+        return await read_progress(connection, f"queryd-relay-{place.shard}")
+
+
+async def _commit_ledger(place: Place, ledger: Ledger | None) -> None:
+    """Put a committed offset in the place of the relay's."""
+    group = {"group.id": f"queryd-relay-{place.shard}", "enable.auto.commit": False}
+    metadata = "" if ledger is None else write_ledger(ledger)
+    consumer = Consumer(prepare_topics(place.kafka) | group)
+    try:
+        offset = TopicPartition(Topic.STATUS, 0, 0, metadata)
+        await asyncio.to_thread(lambda: consumer.commit(offsets=[offset], asynchronous=False))
+    finally:
+        consumer.close()
 
 
 @asynccontextmanager

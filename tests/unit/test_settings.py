@@ -104,6 +104,7 @@ def test_a_missing_setting_is_named_with_what_to_do(name: str) -> None:
         ("QUERYD_RELAY_TRANSACTIONS", CANARY),
         ("QUERYD_SQL_HASH_KEY", CANARY),
         ("QUERYD_LOG_LEVEL", "LOUD"),
+        ("QUERYD_KAFKA_GROUP_PROTOCOL", CANARY),
         ("QUERYD_PARTITIONS", "0"),
     ],
 )
@@ -175,8 +176,15 @@ def test_a_password_among_kafkas_options_is_in_no_repr(monkeypatch: pytest.Monke
 
 @pytest.mark.usefixtures("folder")
 def test_under_kip_848_no_session_timeout_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    _export(monkeypatch, {"QUERYD_KAFKA_GROUP_PROTOCOL": "consumer"})
+    assert load_settings().group("executor") == {"group.id": "queryd-executor", "group.protocol": "consumer"}
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_groups_protocol_has_a_setting_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     _export(monkeypatch, {"QUERYD_KAFKA_OPTIONS": '{"group.protocol": "consumer"}'})
-    assert "session.timeout.ms" not in load_settings().group("executor")
+    with pytest.raises(WrongSetting, match="QUERYD_KAFKA_GROUP_PROTOCOL"):
+        load_settings()
 
 
 @pytest.mark.usefixtures("folder")

@@ -1,16 +1,19 @@
 """When a lease counts as dead: by the database's clock, or because it stood still for its whole length on ours."""
 
-import time
 from typing import Any
 
 import pytest
 
+from consumers.executor import watch
 from consumers.executor.admission import Admitted
 from consumers.executor.watch import Takeable, Watch
 from db.data.runs import RunState
+from db.retrying import ASKED_AGAIN_SECONDS
 from tests.unit.samples import ORG_ID, make_admitted, make_state
 
 LEASE_SECONDS = 15.0
+# The database has been in reach for longer than anything here lasts.
+_LONG_AGO = 0.0
 HELD: dict[str, Any] = {"status": "Running", "lease_token": "token", "lease_renewal": 7, "lease_alive": True}
 
 
@@ -19,7 +22,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1_000.0
-        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(watch, "elapsed", lambda: self.now)
 
 
 @pytest.fixture
@@ -27,9 +30,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)
 
 
-def _parked(watch: Watch) -> Admitted:
+def _parked(vigil: Watch) -> Admitted:
     query = make_admitted(**HELD)
-    watch.park(query)
+    vigil.park(query)
     return query
 
 
@@ -39,50 +42,82 @@ def _state(query: Admitted, **changes: object) -> dict[str, RunState]:
 
 
 def test_a_living_lease_is_left_alone(clock: Clock) -> None:
-    watch = Watch(LEASE_SECONDS)
-    query = _parked(watch)
+    vigil = Watch(LEASE_SECONDS)
+    query = _parked(vigil)
     for renewal in range(8, 40):
         clock.now += LEASE_SECONDS - 0.1
-        assert _observe(watch, _state(query, lease_renewal=renewal)) == ([], [])
-    assert len(watch) == 1
+        assert _observe(vigil, _state(query, lease_renewal=renewal)) == ([], [])
+    assert len(vigil) == 1
 
 
 def test_a_lease_past_its_expiry_may_be_taken(clock: Clock) -> None:
-    watch = Watch(LEASE_SECONDS)
-    query = _parked(watch)
-    finished, takeable = _observe(watch, _state(query, lease_alive=False))
+    vigil = Watch(LEASE_SECONDS)
+    query = _parked(vigil)
+    finished, takeable = _observe(vigil, _state(query, lease_alive=False))
     assert finished == []
     assert [(taken.query.facts, taken.still_renewal) for taken in takeable] == [(query.facts, None)]
-    assert len(watch) == 0
+    assert len(vigil) == 0
 
 
 def test_a_lease_that_stands_still_for_its_whole_length_is_dead_whatever_the_database_says(clock: Clock) -> None:
-    watch = Watch(LEASE_SECONDS)
-    query = _parked(watch)
+    vigil = Watch(LEASE_SECONDS)
+    query = _parked(vigil)
     clock.now += LEASE_SECONDS
-    assert _observe(watch, _state(query)) == ([], [])
+    assert _observe(vigil, _state(query)) == ([], [])
     clock.now += 0.001
-    _, takeable = _observe(watch, _state(query))
+    _, takeable = _observe(vigil, _state(query))
     assert [taken.still_renewal for taken in takeable] == [7]
 
 
 def test_a_renewal_starts_the_observation_anew(clock: Clock) -> None:
-    watch = Watch(LEASE_SECONDS)
-    query = _parked(watch)
+    vigil = Watch(LEASE_SECONDS)
+    query = _parked(vigil)
     clock.now += LEASE_SECONDS - 1
-    assert _observe(watch, _state(query, lease_renewal=8)) == ([], [])
+    assert _observe(vigil, _state(query, lease_renewal=8)) == ([], [])
     clock.now += LEASE_SECONDS - 1
-    assert _observe(watch, _state(query, lease_renewal=8)) == ([], [])
+    assert _observe(vigil, _state(query, lease_renewal=8)) == ([], [])
     clock.now += 2
-    _, takeable = _observe(watch, _state(query, lease_renewal=8))
+    _, takeable = _observe(vigil, _state(query, lease_renewal=8))
     assert [taken.still_renewal for taken in takeable] == [8]
 
 
+def test_after_an_outage_a_holder_has_a_moment_to_renew(clock: Clock) -> None:
+    vigil = Watch(LEASE_SECONDS)
+    query = _parked(vigil)
+    # The database is away for longer than a lease, and the holder could not renew.
+    clock.now += 2 * LEASE_SECONDS
+    back = clock.now
+    expired = _state(query, lease_alive=False)
+    assert _observe(vigil, expired, back) == ([], [])
+    clock.now += ASKED_AGAIN_SECONDS - 0.1
+    assert _observe(vigil, expired, back) == ([], [])
+    clock.now += 0.1
+    assert len(_observe(vigil, expired, back)[1]) == 1
+
+
+def test_an_outage_is_no_standing_still(clock: Clock) -> None:
+    vigil = Watch(LEASE_SECONDS)
+    query = _parked(vigil)
+    clock.now += 2 * LEASE_SECONDS
+    back = clock.now
+    clock.now += LEASE_SECONDS - 1
+    assert _observe(vigil, _state(query), back) == ([], [])
+    clock.now += 1.1
+    assert len(_observe(vigil, _state(query), back)[1]) == 1
+
+
+def test_after_an_outage_what_was_handed_back_may_be_taken_at_once(clock: Clock) -> None:
+    vigil = Watch(LEASE_SECONDS)
+    query = _parked(vigil)
+    given = _state(query, lease_token=None, lease_renewal=None, lease_alive=False)
+    assert len(_observe(vigil, given, clock.now)[1]) == 1
+
+
 def test_what_is_taken_over_is_judged_by_what_stands_now(clock: Clock) -> None:
-    watch = Watch(LEASE_SECONDS)
-    query = _parked(watch)
+    vigil = Watch(LEASE_SECONDS)
+    query = _parked(vigil)
     states = _state(query, lease_alive=False, sequence=5, attempt=3, crashes=2)
-    (taken,) = _observe(watch, states)[1]
+    (taken,) = _observe(vigil, states)[1]
     assert taken == Takeable(taken.query, None)
     assert taken.query.state == states[query.facts.query_id]
     assert taken.query.record == query.record
@@ -90,52 +125,54 @@ def test_what_is_taken_over_is_judged_by_what_stands_now(clock: Clock) -> None:
 
 @pytest.mark.parametrize("status", ["Succeeded", "Failed"])
 def test_a_terminal_query_leaves_the_watch_as_finished(clock: Clock, status: str) -> None:
-    watch = Watch(LEASE_SECONDS)
-    query = _parked(watch)
-    assert _observe(watch, _state(query, status=status)) == ([query], [])
-    assert len(watch) == 0
-    assert _observe(watch, {}) == ([], [])
+    vigil = Watch(LEASE_SECONDS)
+    query = _parked(vigil)
+    assert _observe(vigil, _state(query, status=status)) == ([query], [])
+    assert len(vigil) == 0
+    assert _observe(vigil, {}) == ([], [])
 
 
 def test_a_query_that_is_gone_leaves_the_watch_as_finished(clock: Clock) -> None:
-    watch = Watch(LEASE_SECONDS)
-    query = _parked(watch)
-    assert _observe(watch, {}) == ([query], [])
+    vigil = Watch(LEASE_SECONDS)
+    query = _parked(vigil)
+    assert _observe(vigil, {}) == ([query], [])
 
 
 def test_a_query_handed_back_may_be_taken_at_once(clock: Clock) -> None:
-    watch = Watch(LEASE_SECONDS)
-    query = _parked(watch)
-    _, takeable = _observe(watch, _state(query, lease_token=None, lease_renewal=None, lease_alive=False))
+    vigil = Watch(LEASE_SECONDS)
+    query = _parked(vigil)
+    _, takeable = _observe(vigil, _state(query, lease_token=None, lease_renewal=None, lease_alive=False))
     assert [taken.still_renewal for taken in takeable] == [None]
 
 
 def test_a_dropped_query_is_nobodys(clock: Clock) -> None:
-    watch = Watch(LEASE_SECONDS)
-    query, other = _parked(watch), _parked(watch)
-    watch.drop(query.facts.query_id)
-    watch.drop("never parked")
-    assert watch.queries == [other]
-    assert _observe(watch, {}) == ([other], [])
+    vigil = Watch(LEASE_SECONDS)
+    query, other = _parked(vigil), _parked(vigil)
+    vigil.drop(query.facts.query_id)
+    vigil.drop("never parked")
+    assert vigil.queries == [other]
+    assert _observe(vigil, {}) == ([other], [])
 
 
 def test_a_second_record_of_one_id_replaces_the_first(clock: Clock) -> None:
-    watch = Watch(LEASE_SECONDS)
-    query = _parked(watch)
-    watch.park(query)
-    assert len(watch) == 1
+    vigil = Watch(LEASE_SECONDS)
+    query = _parked(vigil)
+    vigil.park(query)
+    assert len(vigil) == 1
 
 
 def test_a_query_that_was_parked_while_the_answer_was_on_its_way_stays_parked() -> None:
-    watch = Watch(LEASE_SECONDS)
+    vigil = Watch(LEASE_SECONDS)
     early, late = make_admitted(**HELD), make_admitted(**HELD)
-    watch.park(early)
-    asked = [query.facts.query_id for query in watch.queries]
-    watch.park(late)
-    assert watch.observe(asked, _state(early)) == ([], [])
-    assert watch.queries == [early, late]
+    vigil.park(early)
+    asked = [query.facts.query_id for query in vigil.queries]
+    vigil.park(late)
+    assert vigil.observe(asked, _state(early), _LONG_AGO) == ([], [])
+    assert vigil.queries == [early, late]
 
 
-def _observe(watch: Watch, states: dict[str, RunState]) -> tuple[list[Admitted], list[Takeable]]:
+def _observe(
+    vigil: Watch, states: dict[str, RunState], reached_since: float = _LONG_AGO
+) -> tuple[list[Admitted], list[Takeable]]:
     """The answer to a question for everything that is parked."""
-    return watch.observe([query.facts.query_id for query in watch.queries], states)
+    return vigil.observe([query.facts.query_id for query in vigil.queries], states, reached_since)

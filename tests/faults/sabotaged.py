@@ -1,0 +1,214 @@
+"""Runs an executor with one of its safeguards taken out, in this process alone: the judge must notice.
+
+    python -m tests.faults.sabotaged SABOTAGE executor
+
+The product knows nothing of this; what is replaced here must be there to be replaced, or the start fails.
+"""
+
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from enum import StrEnum
+from functools import cache
+from typing import Any, cast
+from unittest.mock import patch
+
+from confluent_kafka import Message, Producer
+
+from consumers.executor import admission, transitions
+from consumers.executor.admission import Admitted
+from consumers.executor.attempt import Attempts
+from db.connection import Connection, DatabaseUnavailable
+from db.data import admission as admission_rows
+from db.data import attempts as attempt_rows
+from db.retrying import until_available
+from processes.failpoints import Failpoint, failpoint
+from queryd.events import Topic
+from queryd.headers import to_kafka
+from queryd.subscription import Record, Subscription
+from results.uploader import StoreUnavailable
+from service.run import Service, run_service
+from service.settings import load_settings
+
+_BROKER_SECONDS = 15.0
+
+
+class Sabotage(StrEnum):
+    """What is broken."""
+
+    OFFSET_BEFORE_FINISH = "offset-before-finish"
+    NO_FENCING = "no-fencing"
+    NO_OUTBOX = "no-outbox"
+    PUBLISH_BEFORE_COMMIT = "publish-before-commit"
+    SKIP_ON_ERROR = "skip-on-error"
+
+
+# Offset before finish: a record counts as done once it is received.
+
+
+def _finish_on_receipt() -> None:
+    receive = Subscription._receive
+
+    def receive_and_finish(subscription: Subscription, message: Message) -> Record | None:
+        record = receive(subscription, message)
+        if record is not None:
+            subscription.finish(record)
+        return record
+
+    patch.object(Subscription, "_receive", receive_and_finish).start()
+    # And the very next poll says so to the broker, so that no crash comes before.
+    patch("queryd.subscription._COMMIT_SECONDS", 0.0).start()
+
+
+# No fencing: an attempt ends its query whoever holds it by now, and however it stands. The sequence fences as the token
+# does, and so does the deadline that a terminal query has no more.
+
+
+def _take_fences_down() -> None:
+    statement = attempt_rows.END
+    for fence in ("r.token = i.token", "r.sequence = i.sequence", "r.deadline IS NOT NULL"):
+        statement = _replace(statement, fence, "true")
+    patch.object(attempt_rows, "END", statement).start()
+
+
+# No outbox, and publish before commit: what would be written to the outbox is given back instead and published by the
+# executor itself, after or before its transaction is committed. The two named steps around a finish are passed where
+# the crash hurts: between the two halves of what should be one.
+
+
+def _publish_after_commit() -> None:
+    async def change(connection: Connection, run: Callable[[], Awaitable[list[Any]]], finishes: bool) -> None:
+        rows = await run()
+        await connection.commit()
+        if finishes:
+            failpoint(Failpoint.FINISH_AFTER)
+        _publish(rows)
+
+    _bypass_outbox(change)
+
+
+def _publish_before_commit() -> None:
+    async def change(connection: Connection, run: Callable[[], Awaitable[list[Any]]], finishes: bool) -> None:
+        async with connection.transaction():
+            _publish(await run())
+            if finishes:
+                failpoint(Failpoint.FINISH_BEFORE)
+
+    _bypass_outbox(change)
+
+
+_Bypass = Callable[[Connection, Callable[[], Awaitable[list[Any]]], bool], Awaitable[None]]
+
+
+def _bypass_outbox(change: _Bypass) -> None:
+    insert = "INSERT INTO outbox (shard, event_id, query_id, type, payload, headers)\n"
+    for module, name in ((attempt_rows, "CLAIM"), (attempt_rows, "END"), (admission_rows, "INSERT_QUERIES")):
+        patch.object(module, name, _replace(getattr(module, name), insert, "")).start()
+
+    def divert(statement: Callable[..., Awaitable[Any]], finishes: bool) -> Callable[..., Awaitable[Any]]:
+        async def diverted(connection: Connection, *items: Any) -> Any:
+            ear = _Ear(connection)
+            answer: Any = None
+
+            async def run() -> list[Any]:
+                nonlocal answer
+                answer = await statement(cast(Connection, ear), *items)
+                return await ear.rows()
+
+            await change(connection, run, finishes)
+            return answer
+
+        return diverted
+
+    patch.object(transitions, "claim", divert(attempt_rows.claim, finishes=False)).start()
+    patch.object(transitions, "end", divert(attempt_rows.end, finishes=True)).start()
+    patch.object(admission, "insert_queries", divert(admission_rows.insert_queries, finishes=False)).start()
+    patch("consumers.executor.attempt.failpoint", _pass_all_but_finishing).start()
+
+
+def _pass_all_but_finishing(place: Failpoint) -> None:
+    if place not in (Failpoint.FINISH_BEFORE, Failpoint.FINISH_AFTER):
+        failpoint(place)
+
+
+class _Ear:
+    """A connection that remembers what its statement gave back."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._cursor: Any = None
+
+    async def execute(self, statement: Any, arguments: Any) -> Any:
+        """As the connection's own."""
+        self._cursor = await self._connection.execute(statement, arguments)
+        return self._cursor
+
+    async def rows(self) -> list[Any]:
+        """The rows of the last statement."""
+        return list(await self._cursor.fetchall())
+
+
+def _publish(rows: Sequence[Any]) -> None:
+    """Publish what would have been rows of the outbox, and wait until it is acknowledged."""
+    producer = _producer()
+    for _, _, query_id, _, payload, headers in rows:
+        producer.produce(Topic.STATUS, key=str(query_id).encode(), value=payload, headers=to_kafka(headers))
+    if producer.flush(_BROKER_SECONDS):
+        raise TimeoutError("the broker acknowledged nothing")
+
+
+@cache
+def _producer() -> Producer:
+    return Producer(load_settings().kafka | {"enable.idempotence": True, "acks": "all"})
+
+
+# Skip on error: a store that is away is tried twice, then the query's record counts as done.
+
+
+def _skip_on_error() -> None:
+    async def give_up(
+        work: Callable[[], Awaitable[Any]],
+        dependency: str,
+        *,
+        unavailable: type[Exception] = DatabaseUnavailable,
+        **_: Any,
+    ) -> Any:
+        return await until_available(work, dependency, unavailable=unavailable, give_up_after=0.001)
+
+    run = Attempts.run
+
+    async def run_or_skip(
+        attempts: Attempts, query: Admitted, still_renewal: int | None, executed: Callable[[], None]
+    ) -> bool:
+        try:
+            return await run(attempts, query, still_renewal, executed)
+        except StoreUnavailable:
+            return True
+
+    patch("consumers.executor.attempt.until_available", give_up).start()
+    patch.object(Attempts, "run", run_or_skip).start()
+
+
+def _replace(statement: str, what: str, by: str) -> str:
+    if what not in statement:
+        raise LookupError(f"there is no `{what.strip()}` to take out any more: sabotage what took its place")
+    return statement.replace(what, by)
+
+
+_SABOTAGES: dict[Sabotage, Callable[[], None]] = {
+    Sabotage.OFFSET_BEFORE_FINISH: _finish_on_receipt,
+    Sabotage.NO_FENCING: _take_fences_down,
+    Sabotage.NO_OUTBOX: _publish_after_commit,
+    Sabotage.PUBLISH_BEFORE_COMMIT: _publish_before_commit,
+    Sabotage.SKIP_ON_ERROR: _skip_on_error,
+}
+
+
+def main() -> None:
+    """Break it, then run it."""
+    sabotage, service = sys.argv[1:]
+    _SABOTAGES[Sabotage(sabotage)]()
+    sys.exit(run_service(Service(service), load_settings()))
+
+
+if __name__ == "__main__":
+    main()

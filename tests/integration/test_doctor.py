@@ -1,0 +1,153 @@
+"""`queryd doctor`'s sentences against real servers, `queryd bucket apply`, and links to results."""
+
+import os
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+import boto3
+import pytest
+
+from db.state.platform import create_platform_tables
+from queryd.results import ResultReader
+from service.bucket import BucketRefused, apply_bucket
+from service.doctor import Finding, examine
+from service.embedded.object_store import Credentials, ObjectStore
+from service.embedded.postgres import Postgres
+from service.settings import Settings
+
+CANARY = "canary4711"
+
+
+@pytest.fixture
+def environment(object_store: ObjectStore, data_url: str, state_url: str) -> Iterator[None]:
+    """Settings that are right but for Kafka, where nobody listens; the environment is given back as it was."""
+    before = dict(os.environ)
+    for name in before:
+        if name.startswith(("QUERYD_", "AWS_")):
+            del os.environ[name]
+    os.environ |= {
+        "QUERYD_KAFKA_BOOTSTRAP": "127.0.0.1:1",
+        "QUERYD_DATA_URL": data_url,
+        "QUERYD_STATE_URL": state_url,
+        "QUERYD_RESULTS_URL": f"s3://{object_store.bucket}",
+        "AWS_ENDPOINT_URL": object_store.endpoint_url,
+        "AWS_REGION": object_store.region,
+    }
+    _use(object_store.writer)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def _use(keys: Credentials) -> None:
+    os.environ |= {"AWS_ACCESS_KEY_ID": keys.access_key, "AWS_SECRET_ACCESS_KEY": keys.secret_key}
+
+
+def _find(what: str) -> Finding:
+    findings = examine(Settings())
+    assert CANARY not in repr(findings)
+    (finding,) = (each for each in findings if each.what == what)
+    return finding
+
+
+def _instead(url: str, *, userinfo: str | None = None, database: str | None = None) -> str:
+    parts = urlsplit(url)
+    if userinfo is not None:
+        parts = parts._replace(netloc=f"{userinfo}@{parts.hostname}:{parts.port}")
+    if database is not None:
+        parts = parts._replace(path=f"/{database}")
+    return parts.geturl()
+
+
+@pytest.mark.usefixtures("environment")
+def test_kafka_that_is_not_there() -> None:
+    assert _find("kafka").advice.startswith("no broker answers: is Kafka up")
+
+
+@pytest.mark.usefixtures("environment")
+def test_a_property_that_kafkas_client_does_not_know() -> None:
+    os.environ["QUERYD_KAFKA_OPTIONS"] = f'{{"sasl.{CANARY}": "{CANARY}"}}'
+    assert _find("kafka").advice.startswith("a property in QUERYD_KAFKA_OPTIONS is unknown")
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize(
+    ("userinfo", "database", "sentence"),
+    [
+        (None, CANARY, "the server has no such database, or the role may not enter it"),
+        (f"queryd:{CANARY}", None, "the server refuses the role"),
+        (f"{CANARY}:{CANARY}", None, "the server refuses the role"),
+        ("queryd", None, "the server wants a password, and QUERYD_DATA_URL has none"),
+    ],
+)
+def test_what_postgres_refuses_is_told_apart(
+    data_url: str, userinfo: str | None, database: str | None, sentence: str
+) -> None:
+    os.environ["QUERYD_DATA_URL"] = _instead(data_url, userinfo=userinfo, database=database)
+    finding = _find("postgres data")
+    assert finding.state == "wrong"
+    assert finding.advice.startswith(sentence)
+    assert "QUERYD_DATA_URL" in finding.advice
+
+
+@pytest.mark.usefixtures("environment")
+def test_a_database_without_our_tables_is_told_apart_from_one_that_is_away(postgres_server: Postgres) -> None:
+    assert _find("postgres state").advice.endswith("run `queryd db upgrade`")
+    create_platform_tables(os.environ["QUERYD_STATE_URL"])
+    said = _find("postgres state").advice
+    assert "tasks" not in said
+    assert "query_status" in said
+    os.environ["QUERYD_DATASETS_PG_URL"] = _instead(postgres_server.url("postgres"), database=CANARY)
+    assert "QUERYD_DATASETS_PG_URL" in _find("datasets in postgres").advice
+
+
+@pytest.mark.usefixtures("environment")
+def test_what_s3_refuses_is_told_apart(object_store: ObjectStore) -> None:
+    assert _find("s3") == Finding("s3", "well", f"bucket {object_store.bucket}")
+    _use(Credentials(CANARY, CANARY))
+    assert _find("s3").advice.startswith("the keys are wrong")
+    _use(Credentials(object_store.writer.access_key, CANARY))
+    assert _find("s3").advice.startswith("the keys are wrong")
+    os.environ["QUERYD_RESULTS_URL"] = "s3://another"
+    _use(object_store.reader)
+    assert _find("s3").advice.startswith("the keys may not use the bucket")
+    _use(object_store.writer)
+    assert "queryd bucket apply" in _find("s3").advice
+    os.environ["AWS_ENDPOINT_URL"] = "http://127.0.0.1:1"
+    assert _find("s3").advice.startswith("nobody listens there")
+
+
+@pytest.mark.usefixtures("environment")
+def test_a_bucket_is_made_once_and_takes_objects(object_store: ObjectStore) -> None:
+    name = f"made-{uuid.uuid4()}"
+    assert [apply_bucket(name), apply_bucket(name)] == ["created", "kept"]
+    client = boto3.client("s3", region_name=object_store.region)
+    assert client.list_objects_v2(Bucket=name)["KeyCount"] == 0
+    client.delete_bucket(Bucket=name)
+
+
+@pytest.mark.usefixtures("environment")
+def test_a_bucket_that_is_refused_is_not_waited_for(object_store: ObjectStore) -> None:
+    _use(object_store.reader)
+    with pytest.raises(BucketRefused, match="the keys may not use the bucket"):
+        apply_bucket(object_store.bucket)
+    os.environ["AWS_ENDPOINT_URL"] = "http://127.0.0.1:1"
+    with pytest.raises(BucketRefused, match="nobody listens there"):
+        apply_bucket(object_store.bucket, seconds=0)
+
+
+@pytest.mark.usefixtures("environment")
+def test_a_link_is_signed_with_version_4_and_works_for_whoever_has_it(object_store: ObjectStore) -> None:
+    key = f"results/{uuid.uuid4()}/result.csv"
+    client = boto3.client("s3", region_name=object_store.region)
+    client.put_object(Bucket=object_store.bucket, Key=key, Body=b"answer\n42\n")
+    link = ResultReader().link(f"s3://{object_store.bucket}/results/", key)
+    assert "X-Amz-Algorithm=AWS4-HMAC-SHA256" in link
+    assert f"%2F{object_store.region}%2Fs3%2Faws4_request" in link
+    assert "X-Amz-Expires=3600" in link
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(link, timeout=10) as answer:
+        assert answer.read() == b"answer\n42\n"
+    client.delete_object(Bucket=object_store.bucket, Key=key)
