@@ -2,7 +2,7 @@
 # The Python is the one that everything is tested on.
 FROM python:3.11.15-slim-bookworm AS build
 
-# `--build-arg EXTRAS=service,…` adds optional ones.
+# `--build-arg EXTRAS=service,traces` adds an optional one.
 ARG EXTRAS=service
 
 WORKDIR /build

@@ -1,13 +1,15 @@
 # Two commands do all the set-up: `make demo` and `make test`. Each makes its own .venv first.
 
 ARGS ?=
+# For `make faults`: how long faults are made, and the seed of an earlier run to repeat its draws.
+SEED ?=
 VENV := .venv
 BIN := $(VENV)/bin
 # The first Python that is new enough; name another with `make demo PYTHON=…`.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: demo up test check format lint types imports bench clean
+.PHONY: demo up test check format lint types imports faults soak bench clean
 
 demo: $(VENV)/demo-installed
 	@$(BIN)/queryd demo $(ARGS)
@@ -31,6 +33,12 @@ types: $(VENV)/dev-installed
 
 imports: $(VENV)/dev-installed
 	$(BIN)/lint-imports
+
+faults: SECONDS ?= 120
+soak: SECONDS ?= 3600
+# The last line says how it went; a soak is nothing but long.
+faults soak: $(VENV)/dev-installed
+	@exec $(BIN)/python -m tests.faults.run --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 bench: $(VENV)/dev-installed
 	@$(BIN)/python -m bench.small_queries $(ARGS)

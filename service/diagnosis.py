@@ -11,6 +11,7 @@ import psycopg
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    ConnectTimeoutError,
     EndpointConnectionError,
     HTTPClientError,
     NoCredentialsError,
@@ -61,6 +62,8 @@ def explain_postgres(variable: str, url: str, error: psycopg.Error) -> str:
     unreached = _unreached(variable, url)
     if unreached is not None:
         return unreached
+    if isinstance(error, psycopg.errors.ConnectionTimeout):
+        return f"the host takes connections and does not answer them: is it Postgres that {variable} names, and well?"
     pgconn = error.pgconn
     if pgconn is not None and pgconn.needs_password:
         return f"the server wants a password, and {variable} has none"
@@ -104,7 +107,7 @@ def explain_store(error: BotoCoreError | ClientError) -> str:
             return "there are no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         case EndpointConnectionError():
             return "nobody listens there: is the S3 server up, and is AWS_ENDPOINT_URL right?"
-        case HTTPClientError():
+        case ConnectTimeoutError() | HTTPClientError():
             return "the S3 server does not answer: check AWS_ENDPOINT_URL, and firewalls on the way"
         case ClientError():
             return _explain_refusal(error)

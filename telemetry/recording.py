@@ -100,4 +100,5 @@ def _read(traceparent: str) -> SpanContext:
 
 
 def _write(context: SpanContext) -> str:
-    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
+    # Level 1 of the specification knows only whether a trace is recorded.
+    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags & TraceFlags.SAMPLED:02x}"

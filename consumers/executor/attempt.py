@@ -205,7 +205,7 @@ class Attempts:
         async def ask() -> tuple[Dataset, ...]:
             return await authorize(self._pool, request.org_id, request.user_id, request.roles)
 
-        granted = await _unless_stopped(running.lease, until_available(ask, "postgres data"))
+        granted = await self._unless_stopped(running, until_available(ask, "postgres data"))
         execution = Execution(
             query_id=request.query_id,
             org_id=request.org_id,
@@ -220,8 +220,8 @@ class Attempts:
             max_bytes=None,
         )
         try:
-            await _unless_stopped(running.lease, make_scratch(running))
-            return await _unless_stopped(running.lease, self._execute_when_available(execution, running))
+            await self._unless_stopped(running, make_scratch(running))
+            return await self._unless_stopped(running, self._execute_when_available(execution, running))
         except OSError:
             return Failure(ErrorCode.ENGINE_UNAVAILABLE, "there was no scratch space within the time limit")
         except QueryFailed as failed:
@@ -252,7 +252,7 @@ class Attempts:
         try:
             with span(SpanName.STORE):
                 storing = until_available(store, "s3", unavailable=StoreUnavailable)
-                stored = await _unless_stopped(running.lease, storing)
+                stored = await self._unless_stopped(running, storing)
         except StoreRefused as refused:
             _log.error(LogEvent.RESULT_REFUSED, reason=str(refused), **_names(running))
             return Failure(ErrorCode.INTERNAL, "the result store refused the result")
@@ -319,18 +319,49 @@ class Attempts:
 
     # Giving up.
 
+    async def _unless_stopped(self, running: Running, work: Awaitable[_Done]) -> _Done:
+        """The work's answer, or `_Stopped` when the lease says so first; the work is then cancelled and awaited.
+
+        A worker that drains has handed the query back by then: ending the work may take longer than it has left, and
+        a lease that ran out instead would count as a crash.
+        """
+        task = asyncio.ensure_future(work)
+        waited: set[asyncio.Future[Any]] = {task, running.lease.stopped}
+        try:
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            why = running.lease.stopped.result()
+            if why is Stop.DRAINING:
+                await self._hand_back(running, crashed=False)
+            raise _Stopped(why)
+        finally:
+            if not task.done():
+                task.cancel()
+                # Whatever the work still runs into, its attempt has ended for another reason.
+                with contextlib.suppress(
+                    asyncio.CancelledError,
+                    QueryFailed,
+                    EngineCrashed,
+                    EngineUnavailable,
+                    StoreRefused,
+                    StoreUnavailable,
+                    DatabaseUnavailable,
+                ):
+                    await task
+
     async def _give_up(self, running: Running, why: Stop) -> bool:
         match why:
             case Stop.CANCELLED:
                 return await self._finish(running, CANCELLED)
             case Stop.DRAINING:
-                await self._hand_back(running, crashed=False)
                 return False
             case Stop.LOST:
                 _log.warning(LogEvent.LEASE_LOST, **_names(running))
                 return False
 
     async def _hand_back(self, running: Running, *, crashed: bool) -> None:
+        running.lease.ending = True
         failpoint(Failpoint.HAND_BACK_BEFORE)
         await self._transitions.hand_back(HandBack(running.query.facts.query_id, running.lease.token, crashed))
         if not crashed:
@@ -349,31 +380,6 @@ def _find_failure(state: RunState, sql: str | None, still_renewal: int | None) -
     if state.crashes + left_behind >= MAX_CRASHES:
         return Failure(ErrorCode.ENGINE_CRASHED, f"the query's process died {MAX_CRASHES} times")
     return None
-
-
-async def _unless_stopped(lease: Lease, work: Awaitable[_Done]) -> _Done:
-    """The work's answer, or `_Stopped` when the lease says so first; the work is then cancelled and awaited."""
-    task = asyncio.ensure_future(work)
-    waited: set[asyncio.Future[Any]] = {task, lease.stopped}
-    try:
-        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise _Stopped(lease.stopped.result())
-    finally:
-        if not task.done():
-            task.cancel()
-            # Whatever the work still runs into, its attempt has ended for another reason.
-            with contextlib.suppress(
-                asyncio.CancelledError,
-                QueryFailed,
-                EngineCrashed,
-                EngineUnavailable,
-                StoreRefused,
-                StoreUnavailable,
-                DatabaseUnavailable,
-            ):
-                await task
 
 
 @asynccontextmanager

@@ -12,7 +12,7 @@ from results.uploader import Uploader
 
 _Item = TypeVar("_Item")
 
-# What S3 deletes in one call at most.
+# What S3 lists or deletes in one call at most.
 _PAGE = 1000
 # An upload is aborted in a call of its own; so many keep one of the uploader's threads for a second.
 _ABORTS = 100
@@ -64,7 +64,9 @@ class Bucket:
     async def _list(self, what: Literal["objects", "uploads"], prefix: str, start: Message) -> AsyncIterator[Page]:
         marker: Message | None = start
         while marker is not None:
-            answer = await self._uploader.ask({"sweep": what, "bucket": self.name, "prefix": prefix, "marker": marker})
+            answer = await self._uploader.ask(
+                {"sweep": what, "bucket": self.name, "prefix": prefix, "most": _PAGE, "marker": marker}
+            )
             listed = [Listed(key, datetime.fromisoformat(time), upload) for key, time, upload in answer["found"]]
             told_at = answer["told_at"]
             yield Page(listed, None if told_at is None else parsedate_to_datetime(told_at))

@@ -6,9 +6,6 @@ from botocore.exceptions import ClientError
 
 from processes.frames import Message
 
-# What S3 lists or deletes in one call at most.
-_PAGE = 1000
-
 
 class NotRemoved(Exception):
     """The store has kept objects that it was to delete; they can be deleted again."""
@@ -24,9 +21,9 @@ class BucketSweeper:
         """One step; raises botocore's errors, and `NotRemoved`."""
         match message["sweep"]:
             case "objects":
-                return self._list_objects(message["bucket"], message["prefix"], message["marker"])
+                return self._list_objects(message["bucket"], message["prefix"], message["most"], message["marker"])
             case "uploads":
-                return self._list_uploads(message["bucket"], message["prefix"], message["marker"])
+                return self._list_uploads(message["bucket"], message["prefix"], message["most"], message["marker"])
             case "delete":
                 return self._delete(message["bucket"], message["keys"])
             case "abort":
@@ -34,16 +31,16 @@ class BucketSweeper:
             case unknown:
                 raise ValueError(f"no step of a sweep is called {unknown}")
 
-    def _list_objects(self, bucket: str, prefix: str, marker: dict[str, str]) -> Message:
+    def _list_objects(self, bucket: str, prefix: str, most: int, marker: dict[str, str]) -> Message:
         """A page in order of keys. The marker is the last key that was seen, which need not be there any more."""
-        answer = self._s3.list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=_PAGE, **marker)
+        answer = self._s3.list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=most, **marker)
         found = [[each["Key"], each["LastModified"].isoformat(), ""] for each in answer.get("Contents", ())]
         more = {"StartAfter": found[-1][0]} if answer["IsTruncated"] and found else None
         return _page(answer, found, more)
 
-    def _list_uploads(self, bucket: str, prefix: str, marker: dict[str, str]) -> Message:
+    def _list_uploads(self, bucket: str, prefix: str, most: int, marker: dict[str, str]) -> Message:
         """A page in the store's own order: S3 goes on behind a key and an upload, others behind an upload alone."""
-        answer = self._s3.list_multipart_uploads(Bucket=bucket, Prefix=prefix, MaxUploads=_PAGE, **marker)
+        answer = self._s3.list_multipart_uploads(Bucket=bucket, Prefix=prefix, MaxUploads=most, **marker)
         found = [[each["Key"], each["Initiated"].isoformat(), each["UploadId"]] for each in answer.get("Uploads", ())]
         next_marker = {name: answer.get(f"Next{name}") for name in ("KeyMarker", "UploadIdMarker")}
         more = {name: value for name, value in next_marker.items() if value} if answer["IsTruncated"] else None

@@ -133,6 +133,8 @@ def fetch(
 ) -> None:
     """Fetch a result."""
     row, files = _read_wanted(query_id)
+    if row.status == Status.SUCCEEDED and row.output_location is None:
+        complain("the result has expired and was removed")
     if row.status != Status.SUCCEEDED or row.output_location is None:
         complain(f"the query is {row.status}" + (f", {row.error_code}: {row.error_message}" if row.error_code else ""))
     reader = ResultReader()

@@ -26,8 +26,10 @@ from db.datasets_server import READER, prepare_datasets_database
 from db.state.platform import create_platform_tables
 from queryd.__main__ import room_command
 from service.embedded.object_store import ObjectStore
+from service.embedded.ports import pick_ports
 from service.embedded.postgres import Postgres
 from service.embedded.servers import Lifeline
+from tests.faults.collector import TraceCollector, scrape
 from tests.faults.evidence import Place
 from tests.faults.s3_proxy import S3Proxy
 from tests.servers.apache_kafka import ApacheKafka
@@ -87,6 +89,8 @@ class Service:
         self.endings: list[Ending] = []
         self._folder = folder
         self._lifeline = lifeline
+        self._metrics = folder / "metrics.txt"
+        [self._http_port] = pick_ports(1)
         self._clock = folder / "clock"
         self._ready = folder / "ready"
         self._lock = folder / "lock"
@@ -96,6 +100,7 @@ class Service:
         self.shift_clock(0.0)
         self._environment = environment | {
             "QUERYD_READY_FILE": str(self._ready),
+            "QUERYD_HTTP_PORT": str(self._http_port),
             "FAULTS_CLOCK": str(self._clock),
             "PYTHONPATH": str(_FAULTS / "clock"),
         }
@@ -158,6 +163,19 @@ class Service:
         # In place: the processes have the file mapped.
         with self._clock.open("r+b") as opened:
             opened.write(struct.pack("d", seconds))
+
+    @property
+    def logs(self) -> list[Path]:
+        """Everything that it has told of itself: its log, and its metrics at every `scrape`."""
+        return [path for path in (self.log, self._metrics) if path.exists()]
+
+    def scrape(self) -> bool:
+        """Keep what its metrics say now; whether it answered."""
+        return scrape(self._http_port, self._metrics)
+
+    def abandon(self) -> None:
+        """Start it no more once it has ended."""
+        self._stopping.set()
 
     def stop(self) -> int | None:
         """SIGTERM, and wait for its end; its exit code, None where it had none to give. SIGKILL after 30 s."""
@@ -225,6 +243,7 @@ class Cluster:
     data_proxy: TcpProxy = field(init=False)
     state_proxy: TcpProxy = field(init=False)
     store_proxy: S3Proxy = field(init=False)
+    traces: TraceCollector = field(init=False)
     services: list[Service] = field(init=False, default_factory=list)
     environment: dict[str, str] = field(init=False, default_factory=dict)
 
@@ -235,6 +254,7 @@ class Cluster:
         self.data = Postgres(self.folder / "data", self.folder / "data.log", self.lifeline)
         self.state = Postgres(self.folder / "state", self.folder / "state.log", self.lifeline)
         self.store = ObjectStore(self.folder / "s3", self.folder / "s3.log", self.lifeline)
+        self.traces = TraceCollector(self.folder / "traces.bin")
 
     @property
     def failpoints(self) -> Path:
@@ -257,8 +277,9 @@ class Cluster:
 
     @property
     def logs(self) -> list[Path]:
-        """What the services wrote, and the databases."""
-        return [*(service.log for service in self.services), self.folder / "data.log", self.folder / "state.log"]
+        """What the services told, and what the databases wrote."""
+        told = [path for service in self.services for path in service.logs]
+        return [*told, self.traces.file, self.folder / "data.log", self.folder / "state.log"]
 
     @property
     def scratch(self) -> list[Path]:
@@ -326,11 +347,17 @@ class Cluster:
             codes = pool.map(Service.stop, self.services)
             return dict(zip([service.name for service in self.services], codes, strict=True))
 
+    def abandon(self) -> None:
+        """Start no service any more: the lifeline is about to end."""
+        for service in self.services:
+            service.abandon()
+
     def stop(self) -> None:
         """End everything, services first. Each step is reached whatever the one before ran into."""
         steps: list[Callable[[], object]] = [self.stop_services, self.kafka.stop]
         steps += [server.stop for server in (self.data, self.state, self.store)]
         steps += [proxy.stop for proxy in self._proxies()]
+        steps.append(self.traces.stop)
         for step in steps:
             # What can't be stopped in order ends with the lifeline a moment later.
             with suppress(Exception):
@@ -381,6 +408,7 @@ class Cluster:
             "QUERYD_SCRATCH_BYTES": str(512 * _MIB),
             "QUERYD_PARTITIONS": "6",
             "QUERYD_REPLICATION": "3",
+            "OTEL_EXPORTER_OTLP_ENDPOINT": self.traces.endpoint,
             # Everything that a service can say, so that a canary has every chance to be found in it.
             "QUERYD_LOG_LEVEL": "DEBUG",
         }

@@ -40,6 +40,10 @@ _PATIENT_SECONDS = 90
 _TASKS_TO_QUERIES = 2.0
 # How many of the latest requests are remembered, to be sent again or contradicted.
 _RECENT = 400
+# While the brokers are away no more than this many wait for them, so that they don't come all at once.
+_MOST_UNACKNOWLEDGED = 40
+# Behind by so many requests, it sends faster by this factor.
+_LATE, _CATCHING_UP = 5, 1.5
 # Deliveries are reported within a poll; the loop polls at least this often.
 _POLL_SECONDS = 0.02
 # A failed delivery is tried again after this, by a new producer where the old one can't go on.
@@ -226,16 +230,20 @@ class Load:
     # The loop.
 
     def _run(self) -> None:
-        upcoming = time.monotonic()
+        started = upcoming = time.monotonic()
+        done = 0
         while not self._stopping.is_set():
             now = time.monotonic()
             self._send_wishes()
             while self._later and self._later[0][0] <= now:
                 heapq.heappop(self._later)[2]()
-            if now >= upcoming and not self.held.is_set():
+            if now >= upcoming and not self.held.is_set() and self._unacknowledged < _MOST_UNACKNOWLEDGED:
                 self._act()
-                # As strangers come: independent of each other.
-                upcoming = max(upcoming + self._random.expovariate(self._rate), now - 1.0)
+                done += 1
+                # As strangers come: independent of each other; and more of them while an outage is made up for.
+                late = done < self._rate * (now - started) - _LATE
+                rate = self._rate * (_CATCHING_UP if late else 1.0)
+                upcoming = max(upcoming, now - _LATE / rate) + self._random.expovariate(rate)
             self._producer.poll(_POLL_SECONDS)
         # What waits for its time is due now: a cancel that was promised is sent.
         while self._later or self._unacknowledged:
@@ -339,7 +347,7 @@ class Load:
         )
 
     def _slow(self, canary: str) -> _Draft:
-        return self._join(canary, self._random.randrange(20_000, 60_000))
+        return self._join(canary, self._random.randrange(8_000, 25_000))
 
     def _join(self, canary: str, rows: int) -> _Draft:
         # Some 150 million pairs a second on one thread of an idle core.
@@ -420,7 +428,7 @@ class Load:
     def _send_and_cancel(self) -> None:
         canary = self._new_canary()
         slow = self._random.random() < 0.4
-        draft = self._join(canary, self._random.randrange(60_000, 120_000)) if slow else self._tiny(canary)
+        draft = self._join(canary, self._random.randrange(30_000, 60_000)) if slow else self._tiny(canary)
         query = self._make_of(draft, canary)
         when = self._random.choice(("before", "at once", "soon", "later", "after", "foreign"))
         query.cancelled = when != "foreign"

@@ -15,7 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -36,9 +36,11 @@ _ACKNOWLEDGED_SECONDS = 60.0
 # I1's own limit is 60 s at most; what is not quiet by then is the checker's to name.
 _QUIET_SECONDS = 75.0
 # More unfinished queries than this would not be worked off in I1's time: the load waits until there are fewer.
-_MOST_OPEN = 250
+_MOST_OPEN = 120
 _LOOK_SECONDS = 0.5
 _SAY_SECONDS = 15.0
+# The database is there or it is not; a starved machine may need some time to say so.
+_ANSWER_SECONDS = 10
 # The sweep leaves alone what may still belong to a live attempt: twice the lease, and a moment.
 _SWEPT_AFTER = 2 * LEASE_SECONDS + 1.0
 # Everything hangs on the lifeline and is killed by its end.
@@ -89,6 +91,9 @@ def main() -> None:
         print("stopped", file=sys.stderr)
         _remove(folder)
         sys.exit(130)
+    except BaseException:
+        print(f"the run itself failed; its folder is {folder}", file=sys.stderr)
+        raise
     if failed or arguments.keep:
         print(f"the logs and the evidence are in {folder}")
         _release_mounts(folder)
@@ -114,8 +119,11 @@ def _interrupt(_number: int, _frame: object) -> None:
 
 def _play(run: Run, folder: Path, arguments: argparse.Namespace, *, own_mounts: bool) -> bool:
     """One run from start to verdict; whether there were violations."""
-    with Lifeline() as lifeline, _nobody_left(lifeline):
+    with ExitStack() as stack:
+        lifeline = stack.enter_context(Lifeline())
+        stack.enter_context(_nobody_left(lifeline))
         cluster = Cluster(folder, lifeline, executors=arguments.executors)
+        stack.callback(cluster.abandon)
         if own_mounts:
             for number in range(1, arguments.executors + 1):
                 mount_scratch(folder / "scratch" / f"executor-{number}")
@@ -186,6 +194,8 @@ def _watch(run: Run, cluster: Cluster, load: Load, faults: Faults, ended: thread
         if time.monotonic() >= upcoming:
             upcoming = time.monotonic() + _SAY_SECONDS
             held = ", the load is held" if load.held.is_set() else ""
+            for service in cluster.services:
+                service.scrape()
             run.say(f"{load.accepted} accepted, {terminal} terminal, {len(faults.recorded)} faults{held}")
     load.held.clear()
 
@@ -205,7 +215,7 @@ def _count_terminal(cluster: Cluster) -> int | None:
 
 
 def _ask(url: str, statement: str) -> int:
-    with psycopg.connect(url, connect_timeout=2) as connection:
+    with psycopg.connect(url, connect_timeout=_ANSWER_SECONDS) as connection:
         row = connection.execute(statement.encode()).fetchone()
     assert row is not None
     return int(row[0])
@@ -217,7 +227,7 @@ def _settle(run: Run, cluster: Cluster, load: Load) -> None:
     load.stop(_ACKNOWLEDGED_SECONDS)
     wanted = load.accepted + len({bad.answered_id for bad in load.malformed if bad.answered_id is not None})
     began = time.monotonic()
-    while not _is_quiet(run, cluster, wanted):
+    while not _is_quiet(cluster, wanted):
         if time.monotonic() - began > _QUIET_SECONDS:
             run.troubles.append(f"it is not quiet {_QUIET_SECONDS:.0f} s after the last fault: {_describe(cluster)}")
             break
@@ -235,15 +245,18 @@ def _settle(run: Run, cluster: Cluster, load: Load) -> None:
             run.troubles.append(f"{name} ended with {code} on SIGTERM")
 
 
-def _is_quiet(run: Run, cluster: Cluster, wanted: int) -> bool:
+def _is_quiet(cluster: Cluster, wanted: int) -> bool:
     place = cluster.place
-    terminal = _ask(place.data_url, _TERMINAL)
-    return (
-        terminal >= wanted
-        and _ask(place.data_url, _OPEN) == 0
-        and _ask(place.data_url, _WAITING) == 0
-        and _ask(place.state_url, _PROJECTED) == terminal
-    )
+    try:
+        terminal = _ask(place.data_url, _TERMINAL)
+        return (
+            terminal >= wanted
+            and _ask(place.data_url, _OPEN) == 0
+            and _ask(place.data_url, _WAITING) == 0
+            and _ask(place.state_url, _PROJECTED) == terminal
+        )
+    except psycopg.OperationalError:
+        return False
 
 
 def _describe(cluster: Cluster) -> str:
@@ -263,7 +276,7 @@ def _judge(run: Run, cluster: Cluster, load: Load, faults: Faults) -> tuple[Verd
         malformed=load.malformed,
         faults=tuple(faults.recorded),
         lease_seconds=LEASE_SECONDS,
-        logs=(*cluster.logs, *(service.log for service in faults.extras)),
+        logs=(*cluster.logs, *(path for service in faults.extras for path in service.logs)),
         scratch=tuple(cluster.scratch),
     )
     return judge(evidence), queries

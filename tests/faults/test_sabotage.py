@@ -70,14 +70,8 @@ def run(
 
 
 def kill_while_queries_wait(stack: SmallStack) -> None:
-    """SIGKILL of an executor that has read more than it has finished."""
-    stack.send(QUERIES)
-    stack.await_terminal(but=QUERIES - 3)
-    executor = stack.executors[0]
-    endings = len(executor.endings)
-    with stack.fault("executor killed", 1):
-        os.kill(executor.pid or 0, signal.SIGKILL)
-        stack.await_restart(executor, endings)
+    """SIGKILL of an executor after its first execution: it has read far more than it has finished."""
+    _kill_at(stack, Failpoint.EXECUTE_AFTER)
 
 
 def stop_past_the_lease(stack: SmallStack) -> None:
@@ -156,6 +150,7 @@ def test_the_judge_finds_nothing_in_the_product_itself(run: _Run) -> None:
         for fault in FAULTS:
             fault(stack)
         stack.settle()
+        stack.sweep()
         verdict = judge(stack.evidence())
     assert [str(violation) for violation in verdict.violations] == []
     assert verdict.counts.ends == {"Succeeded": len(FAULTS) * QUERIES}

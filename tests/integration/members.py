@@ -32,7 +32,7 @@ class Entry(NamedTuple):
 
 class Recorder(Consumer):
     """A consumer that writes down its rebalances and commits, and fails what the rules forbid: a bare commit, a commit
-    of what was not stored, and `assign` under a cooperative protocol."""
+    of what was not stored or was lost, and `assign` under a cooperative protocol."""
 
     journals: ClassVar[defaultdict[str, list[Entry]]] = defaultdict(list)
 
@@ -40,6 +40,7 @@ class Recorder(Consumer):
         super().__init__(config)
         self._journal = self.journals[config["client.id"]]
         self._stored: dict[Partition, int] = {}
+        self._at_a_loss = False
 
     def subscribe(
         self,
@@ -67,6 +68,7 @@ class Recorder(Consumer):
 
     def commit(self, message: Any = None, offsets: Any = None, asynchronous: bool = True) -> Any:
         assert message is None and offsets is not None, "a bare commit commits what was polled"
+        assert not self._at_a_loss, "somebody else owns them already"
         wanted = _offsets(offsets)
         assert wanted.items() <= self._stored.items(), "stored first, since storing refuses what is not ours"
         self._journal.append(Entry("commit", wanted))
@@ -79,7 +81,9 @@ class Recorder(Consumer):
             # The protocols also announce changes that are none.
             if partitions:
                 self._journal.append(Entry(name, _offsets(partitions)))
+            self._at_a_loss = name == "lost"
             callback(consumer, partitions)
+            self._at_a_loss = False
 
         return told
 

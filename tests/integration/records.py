@@ -95,9 +95,11 @@ def headers_of(message: Message) -> dict[str, bytes | None]:
     return dict(headers)
 
 
-async def until(condition: Callable[[], Awaitable[bool]], *tasks: "asyncio.Task[None]") -> None:
-    """Return once the condition holds; raises what one of the tasks raised, and TimeoutError after a minute."""
-    async with asyncio.timeout(PATIENCE_SECONDS):
+async def until(
+    condition: Callable[[], Awaitable[bool]], *tasks: "asyncio.Task[None]", seconds: float = PATIENCE_SECONDS
+) -> None:
+    """Return once the condition holds; raises what one of the tasks raised, and TimeoutError after so many seconds."""
+    async with asyncio.timeout(seconds):
         while not await condition():
             for task in tasks:
                 if task.done():

@@ -21,8 +21,12 @@ CANARY = "canary4711"
 
 
 @pytest.fixture
-def environment(object_store: ObjectStore, data_url: str, state_url: str) -> Iterator[None]:
+def environment(
+    object_store: ObjectStore, data_url: str, state_url: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
     """Settings that are right but for Kafka, where nobody listens; the environment is given back as it was."""
+    # It remembers the credentials that it first saw.
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
     before = dict(os.environ)
     for name in before:
         if name.startswith(("QUERYD_", "AWS_")):
@@ -41,7 +45,14 @@ def environment(object_store: ObjectStore, data_url: str, state_url: str) -> Ite
     os.environ.update(before)
 
 
+@pytest.fixture
+def without_kafka(environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same, and Kafka is not asked for: it would be waited for."""
+    monkeypatch.setattr("service.doctor._examine_kafka", lambda _settings: iter(()))
+
+
 def _use(keys: Credentials) -> None:
+    boto3.DEFAULT_SESSION = None
     os.environ |= {"AWS_ACCESS_KEY_ID": keys.access_key, "AWS_SECRET_ACCESS_KEY": keys.secret_key}
 
 
@@ -72,7 +83,7 @@ def test_a_property_that_kafkas_client_does_not_know() -> None:
     assert _find("kafka").advice.startswith("a property in QUERYD_KAFKA_OPTIONS is unknown")
 
 
-@pytest.mark.usefixtures("environment")
+@pytest.mark.usefixtures("without_kafka")
 @pytest.mark.parametrize(
     ("userinfo", "database", "sentence"),
     [
@@ -92,7 +103,7 @@ def test_what_postgres_refuses_is_told_apart(
     assert "QUERYD_DATA_URL" in finding.advice
 
 
-@pytest.mark.usefixtures("environment")
+@pytest.mark.usefixtures("without_kafka")
 def test_a_database_without_our_tables_is_told_apart_from_one_that_is_away(postgres_server: Postgres) -> None:
     assert _find("postgres state").advice.endswith("run `queryd db upgrade`")
     create_platform_tables(os.environ["QUERYD_STATE_URL"])
@@ -103,7 +114,7 @@ def test_a_database_without_our_tables_is_told_apart_from_one_that_is_away(postg
     assert "QUERYD_DATASETS_PG_URL" in _find("datasets in postgres").advice
 
 
-@pytest.mark.usefixtures("environment")
+@pytest.mark.usefixtures("without_kafka")
 def test_what_s3_refuses_is_told_apart(object_store: ObjectStore) -> None:
     assert _find("s3") == Finding("s3", "well", f"bucket {object_store.bucket}")
     _use(Credentials(CANARY, CANARY))
@@ -119,7 +130,7 @@ def test_what_s3_refuses_is_told_apart(object_store: ObjectStore) -> None:
     assert _find("s3").advice.startswith("nobody listens there")
 
 
-@pytest.mark.usefixtures("environment")
+@pytest.mark.usefixtures("without_kafka")
 def test_a_bucket_is_made_once_and_takes_objects(object_store: ObjectStore) -> None:
     name = f"made-{uuid.uuid4()}"
     assert [apply_bucket(name), apply_bucket(name)] == ["created", "kept"]
@@ -128,7 +139,7 @@ def test_a_bucket_is_made_once_and_takes_objects(object_store: ObjectStore) -> N
     client.delete_bucket(Bucket=name)
 
 
-@pytest.mark.usefixtures("environment")
+@pytest.mark.usefixtures("without_kafka")
 def test_a_bucket_that_is_refused_is_not_waited_for(object_store: ObjectStore) -> None:
     _use(object_store.reader)
     with pytest.raises(BucketRefused, match="the keys may not use the bucket"):
@@ -138,7 +149,7 @@ def test_a_bucket_that_is_refused_is_not_waited_for(object_store: ObjectStore) -
         apply_bucket(object_store.bucket, seconds=0)
 
 
-@pytest.mark.usefixtures("environment")
+@pytest.mark.usefixtures("without_kafka")
 def test_a_link_is_signed_with_version_4_and_works_for_whoever_has_it(object_store: ObjectStore) -> None:
     key = f"results/{uuid.uuid4()}/result.csv"
     client = boto3.client("s3", region_name=object_store.region)

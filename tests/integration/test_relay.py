@@ -1,11 +1,16 @@
 """The relay: every row of the outbox reaches the status topic once, whatever the moment of a crash."""
 
 import asyncio
+import os
+import signal
+import subprocess
+import sys
 import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -20,6 +25,7 @@ from db.connection import DataPool
 from db.data.outbox import CHANNEL, NewEvent, Progress, read_progress, read_waiting, shard_of
 from db.data.retention import UNTELL
 from db.migrations.upgrade import upgrade_data
+from processes.failpoints import FAILPOINTS_VARIABLE, Failpoint
 from producers.relay import channels
 from producers.relay.ledger import SPAN, Ledger, LedgerUnreadable, write_ledger
 from producers.relay.relay import OutboxMismatch, Relay, RelayRules
@@ -502,6 +508,92 @@ async def test_a_relay_that_was_stopped_and_wakes_up_late_publishes_nothing(
         finally:
             wake.set()
     await _assert_published_once(place, events)
+
+
+# Real processes, killed and stopped at each named place.
+
+
+@contextmanager
+def _process(place: Place, armed: Path | None = None) -> Iterator["subprocess.Popen[str]"]:
+    """A relay's process; `armed` is a folder of failpoints."""
+    command = [sys.executable, "-m", "tests.integration.relay_process"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("QUERYD_")}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    if armed is not None:
+        environment[FAILPOINTS_VARIABLE] = str(armed)
+    process = subprocess.Popen(
+        [*command, place.url, place.kafka.bootstrap, str(place.shard)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _arm(folder: Path, point: Failpoint, what: str = "KILL") -> Path:
+    folder.mkdir()
+    (folder / point).write_text(what)
+    return folder
+
+
+@needs_kafka
+@pytest.mark.parametrize("point", [point for point in Failpoint if point.startswith("relay.")])
+async def test_a_relay_killed_at_a_named_place_has_published_everything_once(
+    place: Place, tmp_path: Path, point: Failpoint
+) -> None:
+    prepare_topics(place.kafka)
+    events = await _insert(place, _tell_stories(place.shard, queries=20))
+    with _process(place, _arm(tmp_path / "failpoints", point)) as killed:
+        assert await asyncio.to_thread(killed.wait, PATIENCE_SECONDS) == -signal.SIGKILL
+    events += await _insert(place, _tell_stories(place.shard, queries=2))
+    with _process(place):
+        await until(lambda: _is(place.pool, 0))
+    await _assert_published_once(place, events)
+
+
+@needs_kafka
+async def test_relays_stopped_at_any_place_are_replaced_and_wake_to_find_themselves_fenced(
+    place: Place, tmp_path: Path
+) -> None:
+    # All at once, for each waits until its session's idleness ends it.
+    points = (Failpoint.RELAY_PRODUCING, Failpoint.RELAY_BEFORE_COMMIT, Failpoint.RELAY_COMMITTED)
+    places = [replace(place, shard=next(_free_shards)) for _ in points]
+    prepare_topics(place.kafka)
+    events = [event for at in places for event in await _insert(at, _tell_stories(at.shard, queries=5))]
+    with ExitStack() as stack:
+        zombies = [
+            stack.enter_context(_process(at, _arm(tmp_path / point, point, "STOP")))
+            for at, point in zip(places, points, strict=True)
+        ]
+        await asyncio.gather(*(asyncio.to_thread(_wait_until_stopped, zombie.pid) for zombie in zombies))
+        for at in places:
+            stack.enter_context(_process(at))
+        # Each successor publishes what its zombie had not committed, and deletes what it had.
+        await until(lambda: _is(place.pool, 0))
+        for zombie in zombies:
+            zombie.send_signal(signal.SIGCONT)
+        # It stands by, having been told by Kafka or by Postgres that it is nobody any more.
+        await asyncio.gather(*(asyncio.to_thread(_read_ready, zombie, times=2) for zombie in zombies))
+        for at in places:
+            events += await _insert(at, _tell_stories(at.shard, queries=1))
+        await until(lambda: _is(place.pool, 0))
+    await _assert_published_once(place, events)
+
+
+def _wait_until_stopped(pid: int) -> None:
+    found, status = os.waitpid(pid, os.WUNTRACED)
+    assert (found, os.WIFSTOPPED(status)) == (pid, True)
+
+
+def _read_ready(process: "subprocess.Popen[str]", times: int) -> None:
+    """Once for its own session, and once more for each that it began."""
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(times)] == ["ready\n"] * times
 
 
 async def _crash(

@@ -1,0 +1,106 @@
+"""Producers: what can't be delivered surfaces, as an error of whoever wanted it delivered. No broker is there."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from confluent_kafka import Producer
+
+from db.data.outbox import WaitingEvent
+from producers.relay import channels
+from producers.relay.channels import ChannelBroken, ReadBackChannel, TransactionalChannel
+from producers.relay.ledger import Ledger
+from queryd import client, publisher
+from queryd.publisher import NotDelivered, Publisher
+from tests.unit.samples import QUERY_ID
+
+# Nobody listens on a port that only root may open; log_level 0 keeps librdkafka from telling stderr so.
+_NOBODY = {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}
+# Far more than a flush of this long needs, and soon over.
+_SOON_SECONDS = 0.3
+_EVENT = WaitingEvent(7, "an id", QUERY_ID, b"payload", {"ce_id": "an id"})
+_LEDGER = Ledger("a generation", (7,), 1, "a digest")
+
+
+class _Constructed(Exception):
+    """Carries the configuration of a producer that a test has caught."""
+
+
+def _catch(config: dict[str, Any]) -> Producer:
+    raise _Constructed(config)
+
+
+@pytest.fixture
+def refusing(monkeypatch: pytest.MonkeyPatch) -> ReadBackChannel:
+    """An open channel without transactions, whose broker has gone."""
+    monkeypatch.setattr(channels, "read_to_end", lambda *_: [])
+    monkeypatch.setattr(channels, "_BROKER_SECONDS", _SOON_SECONDS)
+    channel = ReadBackChannel(_NOBODY, {})
+    channel.open()
+    return channel
+
+
+@pytest.mark.parametrize("module", [publisher, client, channels], ids=lambda module: str(module.__name__))
+def test_our_producers_are_idempotent_whatever_the_callers_options_say(
+    monkeypatch: pytest.MonkeyPatch, module: Any
+) -> None:
+    monkeypatch.setattr(module, "Producer", _catch)
+    monkeypatch.setattr(channels, "read_to_end", lambda *_: [])
+    options = _NOBODY | {"enable.idempotence": False, "acks": "1"}
+    with pytest.raises(_Constructed) as caught:
+        match module.__name__:
+            case publisher.__name__:
+                Publisher(options)
+            case client.__name__:
+                client.QueryClient(options)
+            case _:
+                ReadBackChannel(options, {}).open()
+    [config] = caught.value.args
+    assert (config["enable.idempotence"], config["acks"]) == (True, "all")
+
+
+def test_a_transactional_producer_is_idempotent_by_its_id_and_can_be_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(channels, "_BROKER_SECONDS", _SOON_SECONDS)
+    with pytest.raises(ChannelBroken, match=r"transactional\.id"):
+        TransactionalChannel(_NOBODY | {"enable.idempotence": False}, "relay").open()
+
+
+async def test_a_record_that_is_not_delivered_is_an_error_of_whoever_published_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(publisher, "_DELIVERY_MILLIS", int(_SOON_SECONDS * 1000))
+    made = Publisher(_NOBODY)
+    made.open()
+    with pytest.raises(NotDelivered):
+        await made.publish("topic", b"key", b"value", {})
+    await made.close()
+
+
+async def test_a_close_that_leaves_records_behind_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Publisher(_NOBODY)
+    made.open()
+    publishing = asyncio.create_task(made.publish("topic", b"key", b"value", {}))
+    await asyncio.sleep(0)
+    monkeypatch.setattr(publisher, "_DELIVERY_MILLIS", int(_SOON_SECONDS * 1000))
+    with pytest.raises(NotDelivered, match="1 records"):
+        await made.close()
+    assert not publishing.done()
+    publishing.cancel()
+
+
+def test_a_batch_that_stays_unacknowledged_breaks_the_channel(refusing: ReadBackChannel) -> None:
+    with pytest.raises(ChannelBroken, match="1 events unacknowledged"):
+        refusing.publish([_EVENT], _LEDGER)
+    refusing.close()
+
+
+def test_a_failed_delivery_is_latched_and_breaks_the_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channels, "read_to_end", lambda *_: [])
+    channel = ReadBackChannel(_NOBODY | {"delivery.timeout.ms": int(_SOON_SECONDS * 1000)}, {})
+    channel.open()
+    # By the time that the flush returns nothing is left, and yet nothing was delivered.
+    with pytest.raises(ChannelBroken, match=r"0 events unacknowledged, .*timed out"):
+        channel.publish([_EVENT, _EVENT], _LEDGER)
+    channel.close()
