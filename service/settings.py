@@ -199,6 +199,9 @@ def load_env_file() -> None:
 def load_settings() -> Settings:
     """The settings of this process; raises `WrongSetting` naming the first variable that is wrong."""
     load_env_file()
+    if region := os.environ.get("AWS_REGION"):
+        # The SDKs' standard name; boto3 reads only the other one.
+        os.environ.setdefault("AWS_DEFAULT_REGION", region)
     try:
         return Settings()
     except SettingsError as error:
