@@ -445,7 +445,9 @@ class _Guard:
     def __exit__(self, _kind: object, raised: BaseException | None, _trace: object) -> bool:
         if raised is None:
             return False
-        _log.error("the %s callback failed: %s", self._callback, type(raised).__name__)
+        # Of an error that is not Kafka's only the class is told: its text may quote anything.
+        told = f": {_reason(raised)}" if isinstance(raised, KafkaException) else ""
+        _log.error("the %s callback failed: %s%s", self._callback, type(raised).__name__, told)
         self._subscription._latch(raised if isinstance(raised, Exception) else RuntimeError(repr(raised)))
         return True
 

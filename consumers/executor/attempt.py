@@ -336,19 +336,19 @@ class Attempts:
                 await self._hand_back(running, crashed=False)
             raise _Stopped(why)
         finally:
-            if not task.done():
-                task.cancel()
-                # Whatever the work still runs into, its attempt has ended for another reason.
-                with contextlib.suppress(
-                    asyncio.CancelledError,
-                    QueryFailed,
-                    EngineCrashed,
-                    EngineUnavailable,
-                    StoreRefused,
-                    StoreUnavailable,
-                    DatabaseUnavailable,
-                ):
-                    await task
+            # Where it has answered already, both do nothing.
+            task.cancel()
+            # Whatever the work still runs into, its attempt has ended for another reason.
+            with contextlib.suppress(
+                asyncio.CancelledError,
+                QueryFailed,
+                EngineCrashed,
+                EngineUnavailable,
+                StoreRefused,
+                StoreUnavailable,
+                DatabaseUnavailable,
+            ):
+                await task
 
     async def _give_up(self, running: Running, why: Stop) -> bool:
         match why:

@@ -5,6 +5,7 @@ and what they let go can never be announced any more, for its attempt's token is
 terminal, or gone.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -118,18 +119,14 @@ WHERE NOT EXISTS (SELECT FROM query_results q WHERE q.id = i.query_id)
 """
 
 READ_OUTLIVED = """
-SELECT q.id::text AS query_id, q.output_location AS location, r.files
-FROM query_runs r JOIN query_results q ON q.id = r.query_id
-WHERE r.deadline IS NULL AND r.queued_at <= now() - make_interval(secs => %(seconds)s)
-ORDER BY r.queued_at
-LIMIT %(limit)s
-"""
-
-# An admission that began before its query was deleted, and ended after, has made the row anew.
-READ_REBORN = """
-SELECT d.query_id::text FROM deleted_ids d
-WHERE d.deleted_at > now() - interval '1 day' AND EXISTS (SELECT FROM query_results q WHERE q.id = d.query_id)
-LIMIT %(limit)s
+WITH old AS (
+    SELECT query_id, files FROM query_runs
+    WHERE deadline IS NULL AND queued_at <= now() - make_interval(secs => %(seconds)s)
+    ORDER BY queued_at
+    LIMIT %(limit)s
+)
+SELECT q.id::text AS query_id, q.output_location AS location, old.files
+FROM old JOIN query_results q ON q.id = old.query_id
 """
 
 
@@ -149,11 +146,23 @@ LOCK_LEASES = "SELECT FROM query_leases WHERE query_id = ANY(%(query_ids)s::uuid
 
 REMEMBER = """
 INSERT INTO deleted_ids (query_id)
+SELECT query_id FROM unnest(%(query_ids)s::uuid[]) AS i(query_id) ORDER BY query_id
+ON CONFLICT DO NOTHING
+"""
+# Of rows that have outlived their time only the young ones can be asked for again: where rows are kept for days.
+REMEMBER_YOUNG = """
+INSERT INTO deleted_ids (query_id)
 SELECT q.id FROM query_results q
-WHERE q.id = ANY(%(query_ids)s::uuid[]) AND (%(all)s OR q.created_at > now() - make_interval(days => %(days)s))
+WHERE q.id = ANY(%(query_ids)s::uuid[]) AND q.created_at > now() - make_interval(days => %(days)s)
 ORDER BY q.id
 ON CONFLICT DO NOTHING
 """
+# An admission looks for deleted ids and inserts in one statement, by one snapshot. One that took its snapshot before
+# the ids were kept could insert after their rows are gone: so keeping them waits until none is under way, and those
+# that come wait in turn, for milliseconds. If one hangs, we let go, so that the others don't hang with it.
+LIMIT_WAITING = "SET LOCAL lock_timeout = '1s'"
+LOCK_ADMISSIONS_OUT = "LOCK TABLE deleted_ids IN ACCESS EXCLUSIVE MODE"
+_BETWEEN_WAITS_SECONDS = 0.5
 
 # What waits for the relay is not told any more: each event becomes a tombstone. Its row stays, for rows leave by the
 # relay alone: one that Kafka has and that is missing here looks to it like a database that was restored. What the relay
@@ -313,15 +322,22 @@ async def read_outlived(connection: Connection, seconds: float) -> list[StoredRe
         return await cursor.fetchall()
 
 
-async def read_reborn(connection: Connection) -> list[str]:
-    """Deleted queries that stand in the database again, at most 500."""
-    cursor = await connection.execute(READ_REBORN, {"limit": _BATCH})
-    return [row[0] for row in await cursor.fetchall()]
-
-
 async def remember_deleted(connection: Connection, query_ids: Sequence[str]) -> None:
-    """Keep the ids, so that no redelivery is admitted from now on."""
-    await connection.execute(REMEMBER, {"query_ids": list(query_ids), "all": True, "days": REMEMBERED_DAYS})
+    """Keep the ids. No admission makes their rows anew from now on, and none is about to.
+
+    Waits for the admissions under way, which take milliseconds.
+    """
+    while True:
+        try:
+            async with connection.transaction():
+                await connection.execute(LIMIT_WAITING)
+                await connection.execute(LOCK_ADMISSIONS_OUT)
+                await connection.execute(REMEMBER, {"query_ids": list(query_ids)})
+        except psycopg.errors.LockNotAvailable:
+            # New admissions have waited behind us: let them through before the next try.
+            await asyncio.sleep(_BETWEEN_WAITS_SECONDS)
+        else:
+            return
 
 
 async def delete_queries(
@@ -338,7 +354,7 @@ async def delete_queries(
         # Each statement sees what was committed before the lock was had.
         await connection.execute(LOCK_ROWS, keys)
         await connection.execute(LOCK_LEASES, keys)
-        await connection.execute(REMEMBER, keys | {"all": audit, "days": REMEMBERED_DAYS})
+        await connection.execute(REMEMBER_YOUNG, keys | {"days": REMEMBERED_DAYS})
         await connection.execute(UNTELL, keys)
         cancellations = await connection.execute(DELETE_CANCELLATIONS, keys)
         entries = (await connection.execute(DELETE_AUDIT, keys)).rowcount if audit else 0

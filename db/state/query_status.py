@@ -68,7 +68,7 @@ WITH input AS (
 )
 UPDATE tasks t SET status = i.status, updated_at = now()
 FROM input i JOIN locked ON locked.id = i.task_id
-WHERE t.id = locked.id
+WHERE t.id = locked.id AND t.org_id = i.org_id
 """
 
 READ_OFFSETS = """

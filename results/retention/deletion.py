@@ -74,9 +74,6 @@ async def delete_for_good(rules: DeletionRules, uploader: Uploader, scope: Scope
         await deletion.delete_rows()
         await deletion.delete_belongings()
         await deletion.delete_objects()
-        # An admission that had begun before its query was deleted may have made the row anew.
-        if await deletion.delete_rows():
-            await deletion.delete_objects()
         return deletion.deleted
 
 
@@ -107,12 +104,11 @@ class _Deletion:
             await asyncio.sleep(_LOOK_SECONDS)
             unfinished = await read_unfinished(self._connection, self._scope)
 
-    async def delete_rows(self) -> int:
-        """Delete queries with all that hangs on them, and write their tombstones; how many."""
-        before = self.deleted.queries
+    async def delete_rows(self) -> None:
+        """Delete queries with all that hangs on them, and write their tombstones."""
         while batch := await read_queries(self._connection, self._scope):
             query_ids = [result.query_id for result in batch]
-            # Committed before the rows go: an admission that begins from now on refuses them.
+            # Committed before the rows go: a redelivery is refused from now on.
             await remember_deleted(self._connection, query_ids)
             # Their rows say in which bucket they lie; those without a row are found below their org's prefix.
             self.deleted.objects += await delete_results(self._uploader, batch)
@@ -121,7 +117,6 @@ class _Deletion:
             self.deleted.queries += rows
             self.deleted.pii_access_log += entries
             self.deleted.query_cancellations += cancellations
-        return self.deleted.queries - before
 
     async def delete_belongings(self) -> None:
         """Delete what else the scope owns."""

@@ -31,7 +31,6 @@ from db.data.retention import (
     opened_sweep,
     read_now,
     read_outlived,
-    read_reborn,
     read_sweep,
     try_lock,
     write_sweep,
@@ -180,9 +179,10 @@ class _Sweep:
         """Rows that have outlived their time, with their tombstones; what they still point to goes first."""
         while outlived := await read_outlived(self._connection, self._rules.row_seconds):
             await delete_results(self._uploader, outlived)
-            self.swept.rows += await self._bury([result.query_id for result in outlived], audit=False)
-        while reborn := await read_reborn(self._connection):
-            self.swept.rows += await self._bury(reborn, audit=True)
+            query_ids = [result.query_id for result in outlived]
+            tombstones = make_tombstones(query_ids, await read_now(self._connection))
+            rows, _, _ = await delete_queries(self._connection, tombstones, audit=False)
+            self.swept.rows += rows
 
     async def forget(self) -> None:
         """Notes that nobody can need any more."""
@@ -202,11 +202,6 @@ class _Sweep:
             unknown_seconds=self._rules.result_seconds,
         )
         return [page.listed[place] for place in sorted(places)]
-
-    async def _bury(self, query_ids: Sequence[str], *, audit: bool) -> int:
-        tombstones = make_tombstones(query_ids, await read_now(self._connection))
-        rows, _, _ = await delete_queries(self._connection, tombstones, audit=audit)
-        return rows
 
 
 async def delete_results(uploader: Uploader, results: Sequence[StoredResult]) -> int:

@@ -48,8 +48,8 @@ _BROKER_SESSION_SECONDS = 12.0
 _PASS_SECONDS = 10.0
 # A service that is not back after this is the next fault's business, and in the end the run's.
 _BACK_SECONDS = 60.0
-# Replicas catch up within seconds; a busy machine may take its time.
-_IN_SYNC_SECONDS = 40.0
+# Replicas catch up within seconds; a starved machine may take its time, and until then the fault has not ended.
+_IN_SYNC_SECONDS = 120.0
 _START_SECONDS = 90.0
 _LOOK_SECONDS = 0.05
 _HOUR = 3600.0
@@ -415,7 +415,8 @@ class Faults:
             partitions = [partition for topic in topics for partition in topic.partitions.values()]
             return all(len(each.isrs) == len(each.replicas) and each.leader > 0 for each in partitions)
 
-        self._until(in_sync, _IN_SYNC_SECONDS)
+        if not self._until(in_sync, _IN_SYNC_SECONDS):
+            raise NotBack("the brokers' replicas did not come back")
         with suppress(KafkaException, TimeoutError):
             admin.elect_leaders(ElectionType.PREFERRED).result(10)
 

@@ -36,6 +36,7 @@ _ORGS = 8
 _SUCCEEDED = frozenset({"Succeeded"})
 # Enough for a query of seconds to live through an outage of 20 s and several attempts.
 _PATIENT_SECONDS = 90
+_LEAST_DEADLINE_SECONDS = 60.0
 # A task for each query of a run, twice as many as are expected: bursts come on top of the rate.
 _TASKS_TO_QUERIES = 2.0
 # How many of the latest requests are remembered, to be sent again or contradicted.
@@ -96,7 +97,8 @@ class _Query:
             output_format=self.fields["output_format"],
             canary=self.canary,
             sent_at=self.accepted_at,
-            deadline_seconds=float(self.draft.seconds),
+            # Its time limit counts from the start of an attempt; in the queue it may wait for minutes.
+            deadline_seconds=max(float(self.draft.seconds), _LEAST_DEADLINE_SECONDS),
             outcomes=self.draft.outcomes | ({"QUERY_CANCELLED"} if self.cancelled else frozenset()),
             columns=self.draft.columns,
             content=self.draft.content,

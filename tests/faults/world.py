@@ -192,7 +192,8 @@ def _find_leavings(folders: Iterable[Path], query_ids: Iterable[str]) -> list[Pa
 
 
 def _search_files(paths: Iterable[Path], canaries: Canaries) -> list[Leak]:
-    return [Leak(path.name, canary) for path in paths for canary in sorted(canaries.find_in_file(path))]
+    # Services' logs may have one name in a folder each.
+    return [Leak("/".join(path.parts[-2:]), canary) for path in paths for canary in sorted(canaries.find_in_file(path))]
 
 
 _TABLES = """

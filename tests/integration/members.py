@@ -4,13 +4,14 @@ import asyncio
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, ClassVar, NamedTuple
 
-from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from queryd.subscription import Partition, Record, Subscription, SubscriptionLost
-from tests.integration.records import PATIENCE_SECONDS
+from tests.integration.records import PATIENCE_SECONDS, until
 
 # As short as members stay in their groups on a busy machine, whose polls come a second late at times.
 MAX_POLL_SECONDS = 6.0
@@ -133,7 +134,15 @@ class Group:
     async def committed(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
         """The committed offsets; 0 where there is none."""
         wanted = [TopicPartition(*partition) for partition in partitions]
-        found = await asyncio.to_thread(self._reader.committed, wanted, PATIENCE_SECONDS)
+        found: list[TopicPartition] = []
+
+        async def answered() -> bool:
+            # A coordinator that has just come says for a moment that it is none.
+            with suppress(KafkaException):
+                found.extend(await asyncio.to_thread(self._reader.committed, wanted, PATIENCE_SECONDS))
+            return bool(found)
+
+        await until(answered)
         return {partition: max(0, offset) for partition, offset in _offsets(found).items()}
 
     def commit(self, offsets: dict[Partition, int]) -> None:
@@ -174,7 +183,13 @@ class Member:
     async def _work(self) -> None:
         await self.subscription.open()
         while not self._leaves:
-            self._pending += await self.subscription.poll()
+            try:
+                self._pending += await self.subscription.poll()
+            except SubscriptionLost:
+                # On a busy machine the broker may not tell in time from where to read.
+                await self.subscription.close()
+                self.subscription = Subscription(self._group.config(self.name), self._group.topics)
+                await self.subscription.open()
             self.finish_some()
             await self._polls.wait()
 

@@ -108,12 +108,13 @@ def test_a_handed_back_query_starts_again_within_two_seconds_and_restarts_are_no
     fleet: Fleet,
 ) -> None:
     restarts = 5
+    # All who will take it over are there from the beginning: waiting for each to start would take longer.
+    fleet.man(1 + restarts)
     fleet.arm(Failpoint.CHILD_BEFORE, "STOP")
     query = fleet.client.submit(SQL, org_id=ORG)
     held = fleet.await_held()
     handed_back: list[datetime] = []
     for restart in range(restarts):
-        fleet.man(2)
         if restart < restarts - 1:
             fleet.arm(Failpoint.CHILD_BEFORE, "STOP")
         held.executor.terminate()
@@ -165,17 +166,16 @@ def test_three_crashes_of_its_own_fail_a_query_and_its_neighbours_never_notice(f
 
 
 def test_sql_that_kills_its_whole_worker_three_times_is_a_crash_of_its_own(fleet: Fleet) -> None:
+    fleet.man(4)
     fleet.arm(Failpoint.CHILD_BEFORE, "STOP")
     query = fleet.client.submit(SQL, org_id=ORG)
     held = fleet.await_held()
     for kill in range(3):
-        fleet.man(2)
         if kill < 2:
             fleet.arm(Failpoint.CHILD_BEFORE, "STOP")
         held.executor.kill()
         if kill < 2:
             held = fleet.await_held(held.child)
-    fleet.man(2)
     event = query.wait(PATIENCE_SECONDS)
     assert (event.status, event.error_code, event.attempt) == (Status.FAILED, ErrorCode.ENGINE_CRASHED, 3)
     assert _steps(fleet, query) == [

@@ -19,7 +19,8 @@ _NO_EVENTS = "ALTER TABLE outbox ADD CONSTRAINT no_events CHECK (false) NOT VALI
 _EVENTS_AGAIN = "ALTER TABLE outbox DROP CONSTRAINT no_events"
 _INSERT = (
     "INSERT INTO outbox (shard, event_id, query_id, type, payload, headers) "
-    "VALUES (0, %(id)s, %(id)s, 'test', 'payload', jsonb_build_object('ce_id', %(id)s::text)) RETURNING position"
+    "VALUES (0, %(id)s::uuid, %(id)s::uuid, 'test', 'payload', jsonb_build_object('ce_id', %(id)s::text)) "
+    "RETURNING position"
 )
 
 

@@ -24,7 +24,7 @@ from consumers.executor.story import QueryFacts
 from consumers.projector import Projector
 from db.connection import DatabaseUnavailable, DataPool, StatePool, make_pool
 from db.data.datasets import NewDataset, upsert_dataset
-from db.data.retention import Find, Scope, judge, opened_sweep, read_sweep, remember_deleted, try_lock
+from db.data.retention import Find, Scope, judge, opened_sweep, read_sweep, try_lock
 from db.data.runs import RunState, read_deleted
 from db.data.saved_queries import insert_saved
 from db.migrations.upgrade import upgrade_data, upgrade_state
@@ -51,7 +51,7 @@ from tests.integration.queries import (
     opened_pool,
     read_row,
 )
-from tests.integration.records import prepare_topics, read_topic, until
+from tests.integration.records import PATIENCE_SECONDS, prepare_topics, read_topic, until
 from tests.servers.kafka import Kafka
 
 _DAY = 24 * 3600.0
@@ -676,15 +676,6 @@ async def test_a_young_row_that_went_is_not_run_again_by_a_redelivery(place: Pla
     assert await read_row(place.pool, attempt.query_id) is None
 
 
-async def test_a_row_that_an_admission_made_anew_goes_again(place: Place) -> None:
-    reborn = await place.start()
-    async with place.pool.connection() as connection:
-        await remember_deleted(connection, [reborn.query_id])
-    assert (await place.sweep()).rows == 1
-    assert await read_row(place.pool, reborn.query_id) is None
-    assert await place.tombstones() == [reborn.query_id]
-
-
 async def test_tombstones_reach_the_status_topic_and_the_state_database_forgets(
     place: Place, kafka: Kafka, state_url: str
 ) -> None:
@@ -992,6 +983,21 @@ async def _is_waited_for(place: Place) -> bool:
         row = await (await connection.execute("SELECT count(*) FROM pg_locks WHERE NOT granted")).fetchone()
         assert row is not None
         return int(row[0]) > 0
+
+
+async def test_an_admission_under_way_is_waited_for_and_none_that_hangs_holds_up_the_others(place: Place) -> None:
+    attempt = await place.start()
+    async with place.pool.connection() as hanging:
+        # As an admission does that has not inserted yet.
+        assert await read_deleted(hanging, [attempt.query_id]) == set()
+        deleting = asyncio.create_task(place.delete(Scope(attempt.facts.org_id)))
+        await until(lambda: _is_waited_for(place), _failing(deleting))
+        # Others are admitted meanwhile, and the row stands while the first may still insert it.
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await place.announce()
+        assert await read_row(place.pool, attempt.query_id) is not None
+        assert not deleting.done()
+    assert (await deleting).queries == 1
 
 
 async def test_a_saved_query_that_others_have_run_goes_and_their_rows_stay(place: Place) -> None:
