@@ -32,6 +32,12 @@ class PartitionOffsets:
         """A record's effect is durable. Finishing twice changes nothing."""
         self._unfinished_bytes -= self._unfinished.pop(offset, 0)
 
+    def is_over(self, offset: int, start: int | None) -> bool:
+        """True when the record at `offset` is finished, or will not come any more: it lies below what was received, or
+        below `start`, where reading began; None is the earliest record, whichever that is."""
+        reached = self._after_last if self._after_last is not None else start
+        return reached is not None and offset < reached and offset not in self._unfinished
+
     @property
     def unfinished(self) -> tuple[int, int]:
         """How many received records are not finished, and their bytes."""

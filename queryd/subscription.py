@@ -96,9 +96,10 @@ Revoked = Callable[[set[Partition]], Awaitable[None]]
 
 @dataclass(slots=True)
 class _Assigned:
-    """One partition during one assignment."""
+    """One partition during one assignment; `start` is where reading began, None at the earliest record."""
 
     epoch: int
+    start: int | None
     offsets: PartitionOffsets = field(default_factory=PartitionOffsets)
 
 
@@ -178,6 +179,15 @@ class Subscription:
         """True while the assignment that delivered the record lasts."""
         held = self._assigned.get((record.topic, record.partition))
         return held is not None and held.epoch == record.epoch
+
+    def is_over(self, topic: str, partition: int, offset: int) -> bool:
+        """True when this member holds the partition, and the record there is finished or will not come any more.
+
+        False says that it is in work here or still to come, or that the partition is another member's.
+        """
+        with self._lock:
+            held = self._assigned.get((topic, partition))
+            return held is not None and held.offsets.is_over(offset, held.start)
 
     async def poll(self) -> list[Record]:
         """Up to 500 records; an empty list after 100 ms without any.
@@ -342,8 +352,9 @@ class Subscription:
             start = self._find_start(consumer, partitions)
             with self._lock:
                 epoch = next(_EPOCHS)
-                for partition in partitions:
-                    self._assigned[partition.topic, partition.partition] = _Assigned(epoch)
+                for partition in start:
+                    first = partition.offset if partition.offset >= 0 else None
+                    self._assigned[partition.topic, partition.partition] = _Assigned(epoch, first)
             consumer.incremental_assign(start)
             if paused := [partition for partition in start if partition.topic in self._paused]:
                 consumer.pause(paused)

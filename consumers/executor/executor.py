@@ -140,7 +140,7 @@ class Executor:
             asyncio.create_task(self._admit_for_ever(), name="admission"),
             asyncio.create_task(self._leases.renew_for_ever(), name="leases"),
             asyncio.create_task(self._watch_for_ever(), name="watch"),
-            asyncio.create_task(self._reaper.reap_for_ever(), name="reaper"),
+            asyncio.create_task(self._reaper.reap_for_ever(self._is_over), name="reaper"),
             asyncio.create_task(self._retention.sweep_for_ever(), name="retention"),
             asyncio.create_task(self._cancel_news.listen_for_ever(), name="cancel news"),
             *(
@@ -307,6 +307,9 @@ class Executor:
     def count_behind(self) -> dict[Partition, int]:
         """How many records of each partition held are not finished."""
         return self.subscription.lags()
+
+    def _is_over(self, topic: str, partition: int, offset: int) -> bool:
+        return self.subscription.is_over(topic, partition, offset)
 
     # Rebalance and shutdown.
 

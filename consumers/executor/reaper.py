@@ -3,7 +3,8 @@ gone."""
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import structlog
 
@@ -22,8 +23,12 @@ _log = structlog.get_logger("queryd.reaper")
 
 # How often each executor looks: a query past its deadline is ended within this time. One indexed read.
 _SECONDS = 5.0
-_BATCH = 100
+_BATCH = 1_000
 _TAKE_OVER_SECONDS = 5.0
+# A query whose record's partition nobody has had for this long, because its topic was deleted, say, ends all the same.
+_FORSAKEN_SECONDS = 3600.0
+
+IsOver = Callable[[str, int, int], bool]
 
 
 class Reaper:
@@ -36,21 +41,32 @@ class Reaper:
         self._clock = clock
         self._transitions = transitions
 
-    async def reap_for_ever(self) -> None:
-        """Look every few seconds, with jitter so that executors don't look together."""
+    async def reap_for_ever(self, is_over: IsOver) -> None:
+        """Look every few seconds, with jitter so that executors don't look together. `is_over` as for `reap`."""
         while True:
             await asyncio.sleep(_SECONDS * random.uniform(0.7, 1.0))  # noqa: S311 — jitter, not a secret
-            await until_available(self.reap, "postgres data")
+            await until_available(partial(self.reap, is_over), "postgres data")
 
-    async def reap(self) -> int:
-        """End what is overdue now; returns how many were found. Raises `DatabaseUnavailable`."""
+    async def reap(self, is_over: IsOver) -> int:
+        """End what is overdue now; returns how many were found. Raises `DatabaseUnavailable`.
+
+        `is_over` answers for a topic, a partition and an offset whether the record there will not be delivered any
+        more, see `Subscription.is_over`: a query that was left behind waits for its record for as long as Kafka is
+        away, and for a slot for as long as all are busy.
+        """
         async with transaction(self._pool) as connection:
             await self._clock.check(connection)
             if elapsed() - self._clock.reached_since < ASKED_AGAIN_SECONDS:
                 # Whoever was kept from renewing or finishing by the database comes first.
                 return 0
-            overdue = await read_overdue(connection, _BATCH, self._grace)
-        await self.end(overdue)
+            found = await read_overdue(connection, _BATCH, grace=self._grace, forsaken=_FORSAKEN_SECONDS)
+        overdue = [
+            each.query_id
+            for each in found
+            if not each.left_behind or is_over(each.topic, each.partition, each.record_offset)
+        ]
+        if overdue:
+            await self.end(overdue)
         return len(overdue)
 
     async def end(self, query_ids: Sequence[str]) -> None:

@@ -62,21 +62,34 @@ WHERE r.query_id = ANY(%(query_ids)s::uuid[])
 READ_DELETED = "SELECT query_id::text FROM deleted_ids WHERE query_id = ANY(%(query_ids)s::uuid[])"
 
 # Queries that nobody runs and whose time is over, or that were cancelled; the oldest first, so that a backlog is worked
-# off in order. One that was left behind by its worker is the next attempt's for a while: only if none comes, its
-# message is gone.
+# off in order. One that was left behind by its worker is the next attempt's, unless its message is gone: `left_behind`
+# says that this must be found out, and is false again of what has been left for `forsaken` seconds.
 READ_OVERDUE = """
 WITH due AS (
-    SELECT query_id, deadline FROM query_runs
+    SELECT query_id FROM query_runs
     WHERE deadline <= __NOW__ AND (attempt = 0 OR deadline <= __NOW__ - make_interval(secs => %(grace)s))
     UNION
-    SELECT query_id, deadline FROM query_runs WHERE cancelled AND deadline IS NOT NULL
+    SELECT query_id FROM query_runs WHERE cancelled AND deadline IS NOT NULL
 )
-SELECT due.query_id::text
-FROM due LEFT JOIN query_leases l ON l.query_id = due.query_id
+SELECT r.query_id::text AS query_id, r.topic, r.partition, r.record_offset,
+       r.attempt > 0 AND NOT r.cancelled AND r.deadline > __NOW__ - make_interval(secs => %(forsaken)s) AS left_behind
+FROM due JOIN query_runs r ON r.query_id = due.query_id LEFT JOIN query_leases l ON l.query_id = due.query_id
 WHERE l.query_id IS NULL OR l.expires_at <= __NOW__
-ORDER BY due.deadline
+ORDER BY r.deadline
 LIMIT %(limit)s
 """.replace("__NOW__", STEADY_NOW)
+
+
+@dataclass(frozen=True, slots=True)
+class Overdue:
+    """A query to be ended, with its record's coordinates. `left_behind`: only if its record will not come any more."""
+
+    query_id: str
+    topic: str
+    partition: int
+    record_offset: int
+    left_behind: bool
+
 
 # What an event about a query needs beside the step itself, for a worker that has no request in memory.
 READ_CANONICAL = """
@@ -127,13 +140,14 @@ async def read_deleted(connection: Connection, query_ids: Iterable[str]) -> set[
     return {row[0] for row in await cursor.fetchall()}
 
 
-async def read_overdue(connection: Connection, limit: int, grace: float) -> list[str]:
-    """Ids of queries past their deadline, or cancelled, that no live lease holds.
+async def read_overdue(connection: Connection, limit: int, *, grace: float, forsaken: float) -> list[Overdue]:
+    """Queries past their deadline, or cancelled, that no live lease holds.
 
-    `grace` in seconds is for those that were started once and not cancelled.
+    `grace` and `forsaken` in seconds are for those that were started once and not cancelled.
     """
-    cursor = await connection.execute(READ_OVERDUE, {"limit": limit, "grace": grace})
-    return [row[0] for row in await cursor.fetchall()]
+    async with connection.cursor(row_factory=class_row(Overdue)) as cursor:
+        await cursor.execute(READ_OVERDUE, {"limit": limit, "grace": grace, "forsaken": forsaken})
+        return await cursor.fetchall()
 
 
 async def read_canonical(connection: Connection, query_ids: Iterable[str]) -> dict[str, CanonicalRow]:

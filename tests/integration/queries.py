@@ -194,6 +194,11 @@ def make_failure(
     return fail(facts, state, failure, now=state.read_at, token=token, still_renewal=still_renewal)
 
 
+def is_over(_topic: str, _partition: int, _offset: int) -> bool:
+    """No record will be delivered any more."""
+    return True
+
+
 async def expire_lease(pool: DataPool, query_id: str) -> None:
     """The lease's time is over on the database's clock."""
     await _change(pool, "UPDATE query_leases SET expires_at = now() - interval '1 ms' WHERE query_id = %s", query_id)

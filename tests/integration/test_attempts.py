@@ -31,6 +31,7 @@ from tests.integration.queries import (
     Worker,
     ask_to_cancel,
     expire_lease,
+    is_over,
     make_claim,
     make_failure,
     make_record,
@@ -505,7 +506,7 @@ async def test_the_reaper_ends_overdue_queries_that_nobody_holds_and_nothing_els
     rows = {name: await read_row(worker.pool, query_id) for name, query_id in ids.items()}
     stories = {name: await read_story(worker.pool, query_id) for name, query_id in ids.items()}
 
-    assert await Reaper(worker.pool, worker.clock, worker.transitions, 15.0).reap() == 3
+    assert await Reaper(worker.pool, worker.clock, worker.transitions, 15.0).reap(is_over) == 3
 
     reaped = {
         "overdue": (2, "QUEUE_TIMEOUT", 0),
@@ -524,14 +525,43 @@ async def test_the_reaper_ends_overdue_queries_that_nobody_holds_and_nothing_els
         event = (await read_events(worker.pool, query_id))[-1].event
         assert (event.error_code, event.error_message) == (code, row.error_message)
         assert (await worker.read(query_id)).lease_token is None
-    assert await Reaper(worker.pool, worker.clock, worker.transitions, 15.0).reap() == 0
+    assert await Reaper(worker.pool, worker.clock, worker.transitions, 15.0).reap(is_over) == 0
+
+
+async def test_what_was_left_behind_waits_for_its_record_while_that_may_come(worker: Worker) -> None:
+    query = await worker.admit_new()
+    await worker.start(query.facts)
+    await expire_lease(worker.pool, query.facts.query_id)
+    await pass_deadline(worker.pool, query.facts.query_id)
+    record = query.record
+    asked: list[tuple[str, int, int]] = []
+
+    def still_comes(topic: str, partition: int, offset: int) -> bool:
+        asked.append((topic, partition, offset))
+        return False
+
+    reaper = Reaper(worker.pool, worker.clock, worker.transitions, 15.0)
+    # An hour has passed since its deadline, in the test's helper: what waits for longer is forsaken.
+    await _change_deadline(worker.pool, query.facts.query_id, "+ interval '10 min'")
+    assert await reaper.reap(still_comes) == 0
+    assert asked == [(record.topic, record.partition, record.offset)]
+    await _change_deadline(worker.pool, query.facts.query_id, "- interval '1 hour'")
+    assert await reaper.reap(still_comes) == 1
+    assert await read_story(worker.pool, query.facts.query_id) == [_QUEUED, (2, "Running", 1), (3, "Failed", 1)]
+
+
+async def _change_deadline(pool: DataPool, query_id: str, by: str) -> None:
+    async with pool.connection() as connection:
+        await connection.execute(
+            f"UPDATE query_runs SET deadline = deadline {by} WHERE query_id = %s".encode(), [query_id]
+        )
 
 
 async def test_the_reaper_lets_those_go_first_whom_an_outage_kept_from_finishing(worker: Worker) -> None:
     query = await worker.admit_new()
     await pass_deadline(worker.pool, query.facts.query_id)
     # This process has just found the database.
-    assert await Reaper(worker.pool, DatabaseClock(), worker.transitions, 15.0).reap() == 0
+    assert await Reaper(worker.pool, DatabaseClock(), worker.transitions, 15.0).reap(is_over) == 0
     assert await read_story(worker.pool, query.facts.query_id) == [_QUEUED]
 
 
@@ -539,7 +569,7 @@ async def test_reapers_of_two_processes_end_a_query_once(worker: Worker, other: 
     queries = [await worker.admit_new() for _ in range(10)]
     for query in queries:
         await pass_deadline(worker.pool, query.facts.query_id)
-    await asyncio.gather(*(Reaper(who.pool, who.clock, who.transitions, 15.0).reap() for who in (worker, other)))
+    await asyncio.gather(*(Reaper(who.pool, who.clock, who.transitions, 15.0).reap(is_over) for who in (worker, other)))
     for query in queries:
         assert await read_story(worker.pool, query.facts.query_id) == [_QUEUED, (2, "Failed", 0)]
 
@@ -547,7 +577,7 @@ async def test_reapers_of_two_processes_end_a_query_once(worker: Worker, other: 
 async def test_the_reapers_event_tells_the_same_as_the_admissions(worker: Worker) -> None:
     query = await worker.admit_new(mode=Mode.BATCH, task_id=new_id())
     await pass_deadline(worker.pool, query.facts.query_id)
-    await Reaper(worker.pool, worker.clock, worker.transitions, 15.0).reap()
+    await Reaper(worker.pool, worker.clock, worker.transitions, 15.0).reap(is_over)
     first, last = [stored.event for stored in await read_events(worker.pool, query.facts.query_id)]
     same = ("org_id", "user_id", "task_id", "mode", "sql_hash", "output_format", "saved_query_id")
     assert [getattr(first, name) for name in same] == [getattr(last, name) for name in same]

@@ -24,6 +24,7 @@ from queryd.publisher import Publisher
 from queryd.topics import read_topic_identity
 from tests.integration.queries import (
     Worker,
+    is_over,
     make_failure,
     make_record,
     make_request,
@@ -83,7 +84,7 @@ async def _code(worker: Worker, query_id: str) -> tuple[str, str | None]:
 async def test_a_queued_query_is_ended_and_its_story_says_so(worker: Worker) -> None:
     query = await worker.admit_new()
     assert await _cancel(worker, query.facts.query_id, query.facts.org_id) is CancelOutcome.ACCEPTED
-    await _reaper(worker).reap()
+    await _reaper(worker).reap(is_over)
     assert await _code(worker, query.facts.query_id) == ("Failed", "QUERY_CANCELLED")
     assert await read_story(worker.pool, query.facts.query_id) == [_QUEUED, (2, "Failed", 0)]
 
@@ -93,7 +94,7 @@ async def test_a_cancel_before_its_request_waits_for_it(worker: Worker) -> None:
     assert await _cancel(worker, request.query_id, request.org_id) is CancelOutcome.EARLY
     await worker.admit(make_record(request))
     assert (await worker.read(request.query_id)).cancelled
-    await _reaper(worker).reap()
+    await _reaper(worker).reap(is_over)
     assert await _code(worker, request.query_id) == ("Failed", "QUERY_CANCELLED")
 
 
@@ -102,7 +103,7 @@ async def test_a_running_query_cannot_succeed_any_more_and_ends_cancelled(worker
     running = await worker.start(query.facts)
     assert await _cancel(worker, query.facts.query_id, query.facts.org_id) is CancelOutcome.ACCEPTED
     # While its lease lives nobody else may end it.
-    assert await _reaper(worker).reap() == 0
+    assert await _reaper(worker).reap(is_over) == 0
     state = await worker.finish(query.facts, running)
     assert state is not None
     assert (state.status, state.cancelled, state.sequence) == ("Running", True, running.sequence)
@@ -114,7 +115,7 @@ async def test_a_query_that_its_worker_left_behind_is_ended(worker: Worker) -> N
     query = await worker.admit_new()
     await worker.hand_back(await worker.start(query.facts))
     assert await _cancel(worker, query.facts.query_id, query.facts.org_id) is CancelOutcome.ACCEPTED
-    assert await _reaper(worker).reap() == 1
+    assert await _reaper(worker).reap(is_over) == 1
     assert await _code(worker, query.facts.query_id) == ("Failed", "QUERY_CANCELLED")
 
 
@@ -123,7 +124,7 @@ async def test_a_finished_query_stays_as_it_is(worker: Worker) -> None:
     await worker.finish(query.facts, await worker.start(query.facts))
     before = await read_row(worker.pool, query.facts.query_id)
     assert await _cancel(worker, query.facts.query_id, query.facts.org_id) is CancelOutcome.FINISHED
-    await _reaper(worker).reap()
+    await _reaper(worker).reap(is_over)
     assert await read_row(worker.pool, query.facts.query_id) == before
     assert await read_story(worker.pool, query.facts.query_id) == [_QUEUED, _RUNNING, (3, "Succeeded", 1)]
 

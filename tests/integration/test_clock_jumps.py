@@ -16,7 +16,7 @@ from db.connection import DataPool
 from db.migrations.upgrade import upgrade_data
 from service.embedded.postgres import Postgres
 from tests.faults.cluster import install_clock, shift_database_clock
-from tests.integration.queries import Worker, opened_pool, read_row, read_story
+from tests.integration.queries import Worker, is_over, opened_pool, read_row, read_story
 from tests.integration.records import until
 
 _HOUR = 3600.0
@@ -55,7 +55,7 @@ async def _jump(url: str, seconds: float) -> None:
 
 
 async def _reap(worker: Worker) -> int:
-    return await Reaper(worker.pool, worker.clock, worker.transitions, 15.0).reap()
+    return await Reaper(worker.pool, worker.clock, worker.transitions, 15.0).reap(is_over)
 
 
 async def _change(pool: DataPool, statement: str, query_id: str) -> None:

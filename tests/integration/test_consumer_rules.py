@@ -36,7 +36,7 @@ pytestmark = pytest.mark.needs_kafka
 
 # Every member's poll blocks a thread for up to 100 ms, and no member may wait for another's.
 _THREADS = 32
-_STORM_SECONDS = 12.0
+_STORM_SECONDS = 9.0
 # How often the storm looks whether a committed offset has moved back or passed what is finished.
 _WATCH_SECONDS = 0.1
 

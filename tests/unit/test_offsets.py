@@ -164,3 +164,16 @@ def test_a_million_finished_records_behind_one_long_query_cost_nothing() -> None
     assert partition.unfinished == (1, 10)
     partition.finish(0)
     assert partition.take_commit() == 100_000
+
+
+def test_a_record_is_over_once_it_is_finished_or_lies_below_what_was_read() -> None:
+    offsets = PartitionOffsets()
+    # Nothing was received: only where reading began says anything.
+    assert not offsets.is_over(5, None)
+    assert not offsets.is_over(5, 5)
+    assert offsets.is_over(4, 5)
+    for offset in (5, 7):
+        offsets.receive(offset, 1)
+    assert [offsets.is_over(offset, 5) for offset in range(4, 9)] == [True, False, True, False, False]
+    offsets.finish(5)
+    assert [offsets.is_over(offset, 5) for offset in range(4, 9)] == [True, True, True, False, False]
