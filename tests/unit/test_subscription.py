@@ -138,6 +138,9 @@ async def test_a_restart_reads_on_from_the_finished_prefix(
     if protocol is QUICK_GROUP:
         async with _opened(cluster, topic, group) as subscription:
             assert _values(await _read(subscription, 6)) == ["4", "5", "6", "7", "8", "9"]
+            # What lies before the committed offset will not come any more; what came is in work.
+            assert [subscription.is_over(topic, 0, offset) for offset in (3, 4, 9, 10)] == [True, False, False, False]
+            assert not subscription.is_over(topic, 1, 0)
 
 
 async def test_what_was_polled_and_not_finished_is_never_committed(cluster: Cluster, topic: str, group: str) -> None:
