@@ -41,7 +41,7 @@ faults soak: $(VENV)/dev-installed
 	@exec $(BIN)/python -m tests.faults.run --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 bench: $(VENV)/dev-installed
-	@$(BIN)/python -m bench.small_queries $(ARGS)
+	@$(BIN)/python -m bench $(ARGS)
 
 clean:
 	rm -rf $(VENV) .queryd .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

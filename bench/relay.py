@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -181,14 +181,14 @@ def _run_kafka(bootstrap: str | None, folder: Path, lifeline: Lifeline) -> Itera
         yield broker.bootstrap
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the comparison and print it; with `--json` as one line on stdout, and nothing after it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--events", type=int, default=30_000, help="events in a run")
     parser.add_argument("--runs", type=int, default=3, help="runs of each")
     parser.add_argument("--bootstrap", help="a Kafka with transactions to use instead of starting one")
     parser.add_argument("--json", action="store_true", help="one line of JSON")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     with run_servers(arguments.bootstrap) as (url, kafka):
         found = asyncio.run(
             compare(url, kafka, arguments.events, arguments.runs, lambda line: print(line, file=sys.stderr, flush=True))

@@ -139,14 +139,14 @@ def compare(stack: Stack, count: int, runs: int, report: Callable[[str], None]) 
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the comparison and print it; with `--json` as one line on stdout, and nothing after it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--queries", type=int, default=500, help="queries in a run")
     parser.add_argument("--runs", type=int, default=3, help="runs of each")
     parser.add_argument("--bootstrap", help="a Kafka to use instead of the embedded broker")
     parser.add_argument("--json", action="store_true", help="one line of JSON")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     with run_stack(arguments.bootstrap) as stack:
         found = compare(stack, arguments.queries, arguments.runs, lambda line: print(line, file=sys.stderr, flush=True))
     if arguments.json:

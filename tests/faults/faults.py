@@ -31,9 +31,9 @@ from tests.servers.tcp_proxy import TcpProxy
 ROWS = range(1, 7)
 
 # A fault begins this often: more than 100 in ten minutes, and most of them overlap with another.
-_APART_SECONDS = 4.6
+_APART_SECONDS = 4.0
 # How many may be under way: with more, nothing works long enough to break.
-_AT_ONCE = 5
+_AT_ONCE = 6
 # Of 25 faults, how many are of each row of the table: the first has 44 kinds, the others four to eight.
 _SHARES = {1: 9, 2: 3, 3: 3, 4: 4, 5: 3, 6: 3}
 # What is stopped outlives its lease by this, so that its work is somebody else's when it wakes.

@@ -26,8 +26,8 @@ from tests.acceptance.workload import Dataset
 from tests.faults.cluster import Cluster
 from tests.faults.evidence import SentMalformed, SentQuery
 
-# Requests a second: 3,000 in ten minutes need five, and two cores with three brokers on them can do some ten.
-RATE = 6.5
+# Requests a second: 3,000 in ten minutes need five, and outages hold the load back for a quarter of the time.
+RATE = 7.5
 PARTITIONS = 6
 CANCELLATIONS = "query.cancellations"
 

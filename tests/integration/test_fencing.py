@@ -136,7 +136,14 @@ def _read_hand_back(executor: Service, query: QueryHandle) -> datetime:
     return datetime.fromisoformat(line["timestamp"])
 
 
-# Crashes.
+# Crashes, and what is none.
+
+
+def test_a_querys_own_error_is_never_tried_again(fleet: Fleet) -> None:
+    query = fleet.client.submit("SELECT CAST('no number' AS INTEGER)", org_id=ORG)
+    event = query.wait(PATIENCE_SECONDS)
+    assert (event.status, event.error_code, event.attempt) == (Status.FAILED, ErrorCode.QUERY_ERROR, 1)
+    assert _steps(fleet, query) == [(Status.QUEUED, 0), (Status.RUNNING, 1), (Status.FAILED, 1)]
 
 
 def test_three_crashes_of_its_own_fail_a_query_and_its_neighbours_never_notice(fleet: Fleet) -> None:

@@ -5,6 +5,7 @@ past a proxy, so that there the client is told of a failure after the broker has
 """
 
 import asyncio
+import itertools
 import os
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -43,6 +44,9 @@ from tests.servers.kafka import Kafka
 from tests.servers.tcp_proxy import TcpProxy, Trigger
 
 _MIB = 1024 * 1024
+
+# The tests share a broker, and a relay is named there by the first of its shards: here by one that no query has.
+_names = itertools.count(1_000)
 
 # What becomes of a request whose answer the client never gets.
 _Losing = Callable[[TcpProxy, bytes], Trigger]
@@ -185,7 +189,7 @@ async def test_a_postgres_that_accepts_and_never_answers_is_waited_for(place: Pl
 
 async def _publish(url: str, kafka: Kafka, shard: int, direct: DataPool, *, transactions: bool) -> None:
     """A relay until the outbox is empty and it has begun to wait for more."""
-    rules = RelayRules(url, prepare_topics(kafka), transactions, (shard,))
+    rules = RelayRules(url, prepare_topics(kafka), transactions, (next(_names), shard))
     ready = asyncio.Event()
     relay = Relay(rules, ready.set)
     running = asyncio.create_task(relay.run())

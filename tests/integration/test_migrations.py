@@ -9,6 +9,7 @@ from typing import Any, LiteralString
 import psycopg
 import pytest
 
+from db.data.versions.v0004_relay_batches import _RELAY_BATCHES
 from db.migrations.upgrade import _UPGRADE_LOCK, upgrade_data, upgrade_state
 from db.state.platform import create_platform_tables
 
@@ -147,6 +148,16 @@ def test_an_upgrade_keeps_the_outboxs_generation_and_what_waits_in_it(data_url: 
     before = _read_rows(data_url, ["outbox", "outbox_state"])
     upgrade_data(data_url)
     assert _read_rows(data_url, ["outbox", "outbox_state"]) == before
+
+
+def test_a_relay_that_published_before_batches_were_counted_is_known_to_have_published(data_url: str) -> None:
+    upgrade_data(data_url)
+    with psycopg.connect(data_url) as connection:
+        # As the first release left it.
+        connection.execute("DROP TABLE relay_batches")
+        connection.execute("UPDATE outbox_state SET publishers = '{queryd-relay-0}'")
+        connection.execute(_RELAY_BATCHES)
+        assert connection.execute("SELECT relay, batches FROM relay_batches").fetchall() == [("queryd-relay-0", 0)]
 
 
 @pytest.mark.parametrize("which", ["upgrade_data", "upgrade_state"])

@@ -311,6 +311,25 @@ async def test_a_lost_ledger_stops_the_relay(place: Place) -> None:
 
 
 @needs_kafka
+async def test_a_relay_that_was_reset_as_documented_publishes_what_still_waits(place: Place) -> None:
+    await _insert(place, _tell_stories(place.shard, queries=1))
+    await _publish_all(place, transactions=True)
+    await _commit_ledger(place, None)
+    events = await _insert(place, _tell_stories(place.shard, queries=1))
+    await _assert_stops(place, LedgerUnreadable)
+    relay = f"queryd-relay-{place.shard}"
+    admin = AdminClient(prepare_topics(place.kafka))
+    [answer] = admin.delete_consumer_groups([relay]).values()
+    await asyncio.to_thread(answer.result, PATIENCE_SECONDS)
+    async with place.pool.connection() as connection:
+        await connection.execute("DELETE FROM relay_batches WHERE relay = %s", [relay])
+    await _publish_all(place, transactions=True)
+    events += await _insert(place, _tell_stories(place.shard, queries=1))
+    await _publish_all(place, transactions=True)
+    await _assert_published_once(place, events)
+
+
+@needs_kafka
 async def test_a_group_offset_of_somebody_else_stops_the_relay(place: Place) -> None:
     await _insert(place, _tell_stories(place.shard, queries=1))
     await _publish_all(place, transactions=True)
