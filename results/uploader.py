@@ -56,9 +56,7 @@ class Uploader:
 
         Raises `StoreUnavailable` and `StoreRefused`; another object at that key is refused and stays as it is.
         """
-        answer = await self.ask(
-            {"bucket": self._bucket, "path": str(path), "key": key, "content_type": content_type}
-        )
+        answer = await self.ask({"bucket": self._bucket, "path": str(path), "key": key, "content_type": content_type})
         return StoredObject(key, answer["bytes"], answer["etag"], answer["sha256"])
 
     async def ask(self, message: Message) -> Message:
