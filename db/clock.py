@@ -2,8 +2,9 @@
 
 A worker's wall clock decides nothing, so it may jump as it likes. The database's own may jump as well: leases, limits
 and waiting are therefore counted on a steady clock, the server's time less the sum of its jumps, which is kept in
-`steady_clock`. Every process measures the steady clock against its own monotonic one before it judges by it; the first
-to see a jump corrects it for all.
+`steady_clock`. Every process knows the steady time by its own monotonic clock, and gives it to every statement that
+judges or sets a time; it checks that knowledge against the database again and again, and the first to see a jump
+corrects the sum for all.
 """
 
 import asyncio
@@ -17,9 +18,6 @@ from db.connection import Connection
 from telemetry.events import LogEvent
 
 _log = structlog.get_logger("queryd.clock")
-
-# The steady time within a statement of ours.
-STEADY_NOW = "(SELECT now() - skew FROM steady_clock WHERE only_row)"
 
 READ_CLOCK = "SELECT clock_timestamp(), skew FROM steady_clock WHERE only_row"
 # Whoever saw the same jump and was first has changed the skew already.
@@ -49,28 +47,29 @@ class JumpDetector:
         # Remote time less ours lies between these, as of `_seen_at` on our clock.
         self._least = self._most = 0.0
         self._seen_at: float | None = None
+        self._jumped = False
 
     def observe(self, remote: float, sent: float, received: float) -> float | None:
         """A reading that was taken between `sent` and `received`; the jump in seconds, if there was one.
 
-        After a jump the next reading starts anew.
+        Until the next reading, which is then taken as it is, `now` goes on as if there had been none.
         """
         least, most = remote - received, remote - sent
-        jump = self._compare(least, most, received)
+        jump = None if self._jumped else self._compare(least, most, received)
         if jump is not None:
-            self._seen_at = None
+            self._jumped = True
             return jump
-        if self._seen_at is not None:
+        if self._seen_at is not None and not self._jumped:
             # What was known before still holds, but for the drift since: a slow answer must not blur it.
             drift = _DRIFT * (received - self._seen_at)
             narrower = max(least, self._least - drift), min(most, self._most + drift)
             if narrower[0] <= narrower[1]:
                 least, most = narrower
-        self._least, self._most, self._seen_at = least, most, received
+        self._least, self._most, self._seen_at, self._jumped = least, most, received, False
         return None
 
     def now(self) -> float | None:
-        """The remote time, if it was ever read since the last jump."""
+        """The remote time, if it was ever read."""
         return None if self._seen_at is None else elapsed() + (self._least + self._most) / 2
 
     def _compare(self, least: float, most: float, received: float) -> float | None:
@@ -104,7 +103,10 @@ class DatabaseClock:
         return _to_millis(self._told + timedelta(seconds=elapsed() - self._told_at))
 
     def steady_now(self) -> datetime:
-        """The database's steady time, UTC, in milliseconds: by it, all times in `query_runs` are counted."""
+        """The database's steady time, UTC, in milliseconds: by it, leases and all times in `query_runs` are counted.
+
+        To be taken at each try of a statement anew.
+        """
         seconds = self._steady.now()
         return self.now() if seconds is None else _to_millis(datetime.fromtimestamp(seconds, UTC))
 
@@ -117,9 +119,9 @@ class DatabaseClock:
         return self._reached_since
 
     async def check(self, connection: Connection) -> None:
-        """To be awaited before anything is judged by the database's clock: a jump is found and made up for.
+        """Compare what we know with what the database says: a jump is found and made up for.
 
-        On a connection of the judging statement's own, so that nothing can jump in between but within milliseconds.
+        To be awaited once before `steady_now` is used, and often from then on.
         """
         async with self._checking:
             while (found := await self._observe(connection)) is not None:

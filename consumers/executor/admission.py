@@ -152,8 +152,9 @@ async def admit(
             connection,
             [birth.query for birth in first.values()],
             [event for birth in first.values() for event in birth.events],
+            clock.steady_now(),
         )
-        states = await read_states(connection, first)
+        states = await read_states(connection, first, clock.steady_now())
         missing = first.keys() - states.keys()
         deleted = await read_deleted(connection, missing) if missing else set()
     failpoint(Failpoint.ADMIT_AFTER)

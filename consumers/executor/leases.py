@@ -92,9 +92,7 @@ class Leases:
         asked = list(self._held.values())
         renewals = [Renewal(lease.query_id, lease.token, self._lease_seconds) for lease in asked]
         async with statement(self._pool) as connection:
-            # A lease that is renewed by a clock that has jumped back would look dead once the jump is made up for.
-            await self._clock.check(connection)
-            kept = await renew(connection, renewals)
+            kept = await renew(connection, renewals, self._clock.steady_now())
         for lease in asked:
             # An attempt that ended while the answer was on its way has nothing to lose any more.
             if lease.token not in self._held or lease.ending:

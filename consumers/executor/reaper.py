@@ -59,7 +59,9 @@ class Reaper:
             if elapsed() - self._clock.reached_since < ASKED_AGAIN_SECONDS:
                 # Whoever was kept from renewing or finishing by the database comes first.
                 return 0
-            found = await read_overdue(connection, _BATCH, grace=self._grace, forsaken=_FORSAKEN_SECONDS)
+            found = await read_overdue(
+                connection, _BATCH, self._clock.steady_now(), grace=self._grace, forsaken=_FORSAKEN_SECONDS
+            )
         overdue = [
             each.query_id
             for each in found
@@ -73,7 +75,7 @@ class Reaper:
         """End those of the queries that nobody holds; they are overdue or cancelled. Raises `DatabaseUnavailable`."""
         async with transaction(self._pool) as connection:
             await self._clock.check(connection)
-            states = await read_states(connection, query_ids)
+            states = await read_states(connection, query_ids, self._clock.steady_now())
             rows = await read_canonical(connection, query_ids)
         await asyncio.gather(
             *(

@@ -148,14 +148,17 @@ class Transitions:
             return await self._read(connection, query_ids)
 
     async def _claim(self, claims: Sequence[Claim]) -> list[RunState | None]:
-        return await self._move(lambda connection: claim(connection, claims), [item.query_id for item in claims])
+        async def move(connection: Connection) -> None:
+            await claim(connection, claims, self._clock.steady_now())
+
+        return await self._move(move, [item.query_id for item in claims])
 
     async def _end(self, endings: Sequence[Ending]) -> list[RunState | None]:
         moved = 0
 
         async def move(connection: Connection) -> None:
             nonlocal moved
-            moved = await end(connection, endings)
+            moved = await end(connection, endings, self._clock.steady_now())
 
         states = await self._move(move, [item.query_id for item in endings])
         self._count(endings, states, moved)
@@ -195,7 +198,7 @@ class Transitions:
         return [states.get(query_id) for query_id in query_ids]
 
     async def _read(self, connection: Connection, query_ids: Sequence[str]) -> dict[str, RunState]:
-        states = await read_states(connection, query_ids) if query_ids else {}
+        states = await read_states(connection, query_ids, self._clock.steady_now()) if query_ids else {}
         if states:
             self._clock.tell(max(state.read_at for state in states.values()))
         return states

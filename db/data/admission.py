@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from psycopg.types.json import Jsonb
 
-from db.clock import STEADY_NOW
 from db.connection import Connection
 from db.data.outbox import NewEvent
 from db.rows import to_arrays
@@ -44,7 +44,7 @@ class NewQuery:
 # A known id changes nothing, whoever sends it again: `new` has only the rows that this statement made.
 INSERT_QUERIES = """
 WITH input AS (
-    SELECT i.*, __NOW__ - make_interval(secs => i.waited_seconds) AS queued_at,
+    SELECT i.*, %(steady_now)s - make_interval(secs => i.waited_seconds) AS queued_at,
            EXISTS (SELECT FROM query_cancellations c
                    WHERE c.query_id = i.query_id AND c.org_id = i.org_id) AS cancelled
     FROM unnest(
@@ -83,7 +83,7 @@ FROM unnest(
 ) AS e(shard, event_id, query_id, sequence, type, payload, headers)
 JOIN new ON new.id = e.query_id
 ORDER BY e.query_id, e.sequence
-""".replace("__NOW__", STEADY_NOW)
+"""
 
 # Which saved queries the callers may run, and their text. One that is not visible is simply not there. The key-share
 # lock keeps a row from being removed before the result that refers to it is committed.
@@ -112,9 +112,11 @@ class SavedLookup:
     roles: tuple[str, ...]
 
 
-async def insert_queries(connection: Connection, queries: Sequence[NewQuery], events: Sequence[NewEvent]) -> None:
-    """Insert the queries that are not there yet, each with its events."""
-    arrays: dict[str, Any] = to_arrays(NewQuery, queries)
+async def insert_queries(
+    connection: Connection, queries: Sequence[NewQuery], events: Sequence[NewEvent], steady_now: datetime
+) -> None:
+    """Insert the queries that are not there yet, each with its events; `steady_now` as `db.clock` tells it."""
+    arrays: dict[str, Any] = to_arrays(NewQuery, queries) | {"steady_now": steady_now}
     arrays |= {
         f"event_{name}".replace("event_event_", "event_"): values
         for name, values in to_arrays(NewEvent, events).items()

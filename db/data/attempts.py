@@ -3,15 +3,17 @@ happens. A batch may hold two wishes for one query (a slot's and the reaper's, s
 
 A batch's ids are sorted and locked in order, so that two workers' batches can't deadlock; a claim skips what another
 worker has locked. The change and its event are one statement: an event's position is drawn after its query's row lock.
+
+Deadlines and leases are counted by `steady_now`, see `db.clock`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from psycopg.types.json import Jsonb
 
-from db.clock import STEADY_NOW
 from db.connection import Connection
 from db.rows import to_arrays
 
@@ -51,7 +53,7 @@ WITH input AS (
     SELECT r.query_id
     FROM query_runs r JOIN input i USING (query_id)
     -- The deadline of a Running query was that of an attempt that nobody holds any more: the next has its own.
-    WHERE r.sequence = i.sequence AND (r.deadline > __NOW__ OR r.attempt > 0 AND r.deadline IS NOT NULL)
+    WHERE r.sequence = i.sequence AND (r.deadline > %(steady_now)s OR r.attempt > 0 AND r.deadline IS NOT NULL)
       AND NOT r.cancelled
       AND NOT EXISTS (SELECT FROM query_cancellations c
                       JOIN query_results q ON q.id = c.query_id AND q.org_id = c.org_id
@@ -62,13 +64,13 @@ WITH input AS (
     SELECT i.query_id, l.renewal, l.query_id IS NOT NULL AS left_behind
     FROM locked JOIN input i USING (query_id)
     LEFT JOIN query_leases l USING (query_id)
-    WHERE l.query_id IS NULL OR l.expires_at <= __NOW__ OR l.renewal = i.still_renewal
+    WHERE l.query_id IS NULL OR l.expires_at <= %(steady_now)s OR l.renewal = i.still_renewal
 ), moved AS (
     UPDATE query_runs r
     SET sequence = r.sequence + 1, attempt = r.attempt + 1, token = i.token, engine = i.engine,
         crashes = r.crashes + dead.left_behind::int,
-        started_at = coalesce(r.started_at, __NOW__),
-        deadline = __NOW__ + make_interval(secs => i.run_seconds), last_event = i.payload
+        started_at = coalesce(r.started_at, %(steady_now)s),
+        deadline = %(steady_now)s + make_interval(secs => i.run_seconds), last_event = i.payload
     FROM input i JOIN dead USING (query_id)
     WHERE r.query_id = i.query_id
     RETURNING r.query_id
@@ -76,7 +78,7 @@ WITH input AS (
     UPDATE query_results q SET status = 'Running', updated_at = now() FROM moved WHERE q.id = moved.query_id
 ), leased AS (
     INSERT INTO query_leases AS l (query_id, token, worker, renewal, expires_at)
-    SELECT i.query_id, i.token, i.worker, 0, __NOW__ + make_interval(secs => i.lease_seconds)
+    SELECT i.query_id, i.token, i.worker, 0, %(steady_now)s + make_interval(secs => i.lease_seconds)
     FROM input i JOIN moved USING (query_id)
     ON CONFLICT (query_id) DO UPDATE
     SET token = excluded.token, worker = excluded.worker, renewal = l.renewal + 1, expires_at = excluded.expires_at
@@ -85,7 +87,7 @@ INSERT INTO outbox (shard, event_id, query_id, type, payload, headers)
 SELECT i.shard, i.event_id, i.query_id, 'QueryStatusChanged', i.payload, i.headers
 FROM input i JOIN moved USING (query_id)
 ORDER BY i.query_id
-""".replace("__NOW__", STEADY_NOW)
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,7 @@ WITH input AS (
     LEFT JOIN query_leases l USING (query_id)
     WHERE r.sequence = i.sequence
       AND CASE WHEN i.token IS NOT NULL THEN r.token = i.token
-               ELSE l.query_id IS NULL OR l.expires_at <= __NOW__ OR l.renewal = i.still_renewal END
+               ELSE l.query_id IS NULL OR l.expires_at <= %(steady_now)s OR l.renewal = i.still_renewal END
     ORDER BY i.query_id, i.token IS NULL, i.wish
 ), moved AS (
     UPDATE query_runs r
@@ -160,7 +162,7 @@ INSERT INTO outbox (shard, event_id, query_id, type, payload, headers)
 SELECT i.shard, i.event_id, i.query_id, 'QueryStatusChanged', i.payload, i.headers
 FROM allowed i JOIN moved USING (query_id)
 ORDER BY i.query_id
-""".replace("__NOW__", STEADY_NOW)
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,13 +184,13 @@ WITH input AS (
     ORDER BY l.query_id FOR UPDATE OF l
 )
 UPDATE query_leases l
-SET renewal = l.renewal + 1, expires_at = __NOW__ + make_interval(secs => i.lease_seconds)
+SET renewal = l.renewal + 1, expires_at = %(steady_now)s + make_interval(secs => i.lease_seconds)
 FROM input i JOIN locked USING (query_id)
 WHERE l.query_id = i.query_id
 RETURNING l.query_id::text,
     EXISTS (SELECT FROM query_cancellations c JOIN query_results q ON q.id = c.query_id AND q.org_id = c.org_id
             WHERE c.query_id = l.query_id)
-""".replace("__NOW__", STEADY_NOW)
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,19 +221,21 @@ DELETE FROM query_leases l USING given WHERE l.query_id = given.query_id
 """
 
 
-async def claim(connection: Connection, claims: Sequence[Claim]) -> None:
+async def claim(connection: Connection, claims: Sequence[Claim], steady_now: datetime) -> None:
     """Claim what can be claimed; who succeeded is read back by token."""
-    await connection.execute(CLAIM, to_arrays(Claim, claims))
+    arrays: dict[str, Any] = to_arrays(Claim, claims) | {"steady_now": steady_now}
+    await connection.execute(CLAIM, arrays)
 
 
-async def end(connection: Connection, endings: Sequence[Ending]) -> int:
+async def end(connection: Connection, endings: Sequence[Ending], steady_now: datetime) -> int:
     """End what may be ended, and say how many that were; who succeeded is read back by sequence and token."""
-    return (await connection.execute(END, to_arrays(Ending, endings))).rowcount
+    arrays: dict[str, Any] = to_arrays(Ending, endings) | {"steady_now": steady_now}
+    return (await connection.execute(END, arrays)).rowcount
 
 
-async def renew(connection: Connection, renewals: Sequence[Renewal]) -> dict[str, bool]:
+async def renew(connection: Connection, renewals: Sequence[Renewal], steady_now: datetime) -> dict[str, bool]:
     """The queries whose lease is still ours, each with whether its cancellation was asked for."""
-    arrays: dict[str, Any] = to_arrays(Renewal, renewals)
+    arrays: dict[str, Any] = to_arrays(Renewal, renewals) | {"steady_now": steady_now}
     return dict(await (await connection.execute(RENEW, arrays)).fetchall())
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from psycopg.rows import class_row
 
-from db.clock import STEADY_NOW
 from db.connection import Connection
 
 
@@ -48,16 +47,17 @@ READ_STATES = """
 SELECT q.id::text AS query_id, q.org_id::text AS org_id, q.status, q.sql_hash,
        q.saved_query_id::text AS saved_query_id, r.fingerprint, r.topic, r.partition, r.record_offset, r.traceparent,
        r.sequence, r.attempt, r.crashes, r.token::text AS token, r.queued_at, r.started_at,
-       r.attempt = 0 AND coalesce(r.deadline <= __NOW__, false) AS overdue,
+       r.attempt = 0 AND coalesce(r.deadline <= %(steady_now)s, false) AS overdue,
        r.cancelled OR EXISTS (SELECT FROM query_cancellations c
                               WHERE c.query_id = q.id AND c.org_id = q.org_id) AS cancelled,
-       l.token::text AS lease_token, l.renewal AS lease_renewal, coalesce(l.expires_at > __NOW__, false) AS lease_alive,
+       l.token::text AS lease_token, l.renewal AS lease_renewal,
+       coalesce(l.expires_at > %(steady_now)s, false) AS lease_alive,
        clock_timestamp() AS read_at
 FROM query_runs r
 JOIN query_results q ON q.id = r.query_id
 LEFT JOIN query_leases l ON l.query_id = r.query_id
 WHERE r.query_id = ANY(%(query_ids)s::uuid[])
-""".replace("__NOW__", STEADY_NOW)
+"""
 
 READ_DELETED = "SELECT query_id::text FROM deleted_ids WHERE query_id = ANY(%(query_ids)s::uuid[])"
 
@@ -67,17 +67,19 @@ READ_DELETED = "SELECT query_id::text FROM deleted_ids WHERE query_id = ANY(%(qu
 READ_OVERDUE = """
 WITH due AS (
     SELECT query_id FROM query_runs
-    WHERE deadline <= __NOW__ AND (attempt = 0 OR deadline <= __NOW__ - make_interval(secs => %(grace)s))
+    WHERE deadline <= %(steady_now)s
+      AND (attempt = 0 OR deadline <= %(steady_now)s - make_interval(secs => %(grace)s))
     UNION
     SELECT query_id FROM query_runs WHERE cancelled AND deadline IS NOT NULL
 )
 SELECT r.query_id::text AS query_id, r.topic, r.partition, r.record_offset,
-       r.attempt > 0 AND NOT r.cancelled AND r.deadline > __NOW__ - make_interval(secs => %(forsaken)s) AS left_behind
+       r.attempt > 0 AND NOT r.cancelled
+       AND r.deadline > %(steady_now)s - make_interval(secs => %(forsaken)s) AS left_behind
 FROM due JOIN query_runs r ON r.query_id = due.query_id LEFT JOIN query_leases l ON l.query_id = due.query_id
-WHERE l.query_id IS NULL OR l.expires_at <= __NOW__
+WHERE l.query_id IS NULL OR l.expires_at <= %(steady_now)s
 ORDER BY r.deadline
 LIMIT %(limit)s
-""".replace("__NOW__", STEADY_NOW)
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +129,10 @@ class CanonicalRow:
 READ_FILES = "SELECT files FROM query_runs WHERE query_id = %(query_id)s"
 
 
-async def read_states(connection: Connection, query_ids: Iterable[str]) -> dict[str, RunState]:
-    """The states of the queries that exist, by id."""
+async def read_states(connection: Connection, query_ids: Iterable[str], steady_now: datetime) -> dict[str, RunState]:
+    """The states of the queries that exist, by id, judged by the steady time, see `db.clock`."""
     async with connection.cursor(row_factory=class_row(RunState)) as cursor:
-        await cursor.execute(READ_STATES, {"query_ids": list(query_ids)})
+        await cursor.execute(READ_STATES, {"query_ids": list(query_ids), "steady_now": steady_now})
         return {state.query_id: state for state in await cursor.fetchall()}
 
 
@@ -140,13 +142,16 @@ async def read_deleted(connection: Connection, query_ids: Iterable[str]) -> set[
     return {row[0] for row in await cursor.fetchall()}
 
 
-async def read_overdue(connection: Connection, limit: int, *, grace: float, forsaken: float) -> list[Overdue]:
+async def read_overdue(
+    connection: Connection, limit: int, steady_now: datetime, *, grace: float, forsaken: float
+) -> list[Overdue]:
     """Queries past their deadline, or cancelled, that no live lease holds.
 
     `grace` and `forsaken` in seconds are for those that were started once and not cancelled.
     """
     async with connection.cursor(row_factory=class_row(Overdue)) as cursor:
-        await cursor.execute(READ_OVERDUE, {"limit": limit, "grace": grace, "forsaken": forsaken})
+        limits = {"limit": limit, "steady_now": steady_now, "grace": grace, "forsaken": forsaken}
+        await cursor.execute(READ_OVERDUE, limits)
         return await cursor.fetchall()
 
 

@@ -201,7 +201,7 @@ def is_over(_topic: str, _partition: int, _offset: int) -> bool:
 
 async def expire_lease(pool: DataPool, query_id: str) -> None:
     """The lease's time is over on the database's clock."""
-    await _change(pool, "UPDATE query_leases SET expires_at = now() - interval '1 ms' WHERE query_id = %s", query_id)
+    await _change(pool, "UPDATE query_leases SET expires_at = now() - interval '1 s' WHERE query_id = %s", query_id)
 
 
 async def pass_deadline(pool: DataPool, query_id: str) -> None:

@@ -120,7 +120,7 @@ async def test_a_claim_does_not_wait_for_another_workers_claim(worker: Worker, o
     query = await worker.admit_new()
     token = new_id()
     async with worker.pool.connection() as connection:
-        await claim(connection, [make_claim(query.facts, query.state, token)])
+        await claim(connection, [make_claim(query.facts, query.state, token)], worker.clock.steady_now())
         # Not committed yet.
         async with asyncio.timeout(_STATEMENT_SECONDS):
             seen = await other.claim(query.facts, query.state, new_id())
@@ -910,7 +910,7 @@ async def _save(pool: DataPool, org_id: str, user_id: str, visibility: str) -> s
 async def _renew(worker: Worker, *states: RunState) -> dict[str, bool]:
     renewals = [Renewal(state.query_id, state.token or str(uuid.UUID(int=0)), 600.0) for state in states]
     async with worker.pool.connection() as connection:
-        return await renew(connection, renewals)
+        return await renew(connection, renewals, worker.clock.steady_now())
 
 
 async def _count(pool: DataPool, table: str) -> int:

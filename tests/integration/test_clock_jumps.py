@@ -129,6 +129,29 @@ async def test_a_lease_is_renewed_on_the_steady_clock(url: str, workers: tuple[W
     assert not (await other.read(query.facts.query_id)).lease_alive
 
 
+@pytest.mark.parametrize("jump", _JUMPS)
+async def test_what_is_written_before_the_jump_is_noticed_is_counted_right(
+    url: str, workers: tuple[Worker, Worker], jump: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, other = workers
+
+    async def notice_nothing(_connection: object) -> None:
+        """The jump comes after this check."""
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker.clock, "check", notice_nothing)
+        await _jump(url, jump)
+        waiting, running = await worker.admit_new(), await worker.admit_new()
+        await worker.start(running.facts)
+    for each in workers:
+        assert not (await each.read(waiting.facts.query_id)).overdue
+        assert (await each.read(running.facts.query_id)).lease_alive
+    await _change(worker.pool, _PASS_LEASE, running.facts.query_id)
+    await _change(worker.pool, _PASS_DEADLINE, waiting.facts.query_id)
+    assert (await other.read(waiting.facts.query_id)).overdue
+    assert not (await other.read(running.facts.query_id)).lease_alive
+
+
 async def test_what_many_see_is_corrected_once(url: str, workers: tuple[Worker, Worker]) -> None:
     await _jump(url, _HOUR)
     await asyncio.gather(*(each.transitions.read([]) for each in workers for _ in range(5)))

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from datetime import datetime
 from typing import Any, cast
 
 import fastavro
@@ -248,7 +249,7 @@ class Database:
         }
 
     async def insert_queries(
-        self, _connection: object, queries: Sequence[NewQuery], events: Sequence[NewEvent]
+        self, _connection: object, queries: Sequence[NewQuery], events: Sequence[NewEvent], _steady_now: datetime
     ) -> None:
         self.queries = list(queries)
         self.events = [decode_status(event.payload) for event in events]
@@ -257,7 +258,9 @@ class Database:
                 kept = {name: getattr(query, name) for name in _KEPT}
                 self.states[query.query_id] = make_state(**kept)
 
-    async def read_states(self, _connection: object, query_ids: Iterable[str]) -> dict[str, RunState]:
+    async def read_states(
+        self, _connection: object, query_ids: Iterable[str], _steady_now: datetime
+    ) -> dict[str, RunState]:
         return {query_id: self.states[query_id] for query_id in query_ids if query_id in self.states}
 
     async def read_deleted(self, _connection: object, query_ids: Iterable[str]) -> set[str]:

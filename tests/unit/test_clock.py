@@ -19,6 +19,16 @@ def test_a_jump_is_found_and_measured(jump: float) -> None:
     assert second == pytest.approx(jump, abs=0.1)
 
 
+def test_until_it_is_corrected_a_jump_changes_nothing() -> None:
+    detector = JumpDetector()
+    now = elapsed()
+    assert detector.observe(1000.0, now, now) is None
+    assert detector.observe(4600.0, now, now) is not None
+    told = detector.now()
+    assert told is not None
+    assert 1000.0 <= told < 1060.0
+
+
 def test_after_a_jump_the_next_reading_starts_anew() -> None:
     assert _watch((1000.0, 10.0, 10.0), (4605.0, 15.0, 15.0), (1006.0, 16.0, 16.0))[2] is None
 
