@@ -4,13 +4,15 @@ A worker's wall clock decides nothing, so it may jump as it likes. The database'
 and waiting are therefore counted on a steady clock, the server's time less the sum of its jumps, which is kept in
 `steady_clock`. Every process knows the steady time by its own monotonic clock, and gives it to every statement that
 judges or sets a time; it checks that knowledge against the database again and again, and the first to see a jump
-corrects the sum for all.
+corrects the sum for all. Where two of them disagree, who has watched for longer is right: a newcomer may have looked
+for the first time between a jump and its correction.
 """
 
 import asyncio
 import sys
 import time
 from datetime import UTC, datetime, timedelta
+from typing import Any, LiteralString
 
 import structlog
 
@@ -19,10 +21,14 @@ from telemetry.events import LogEvent
 
 _log = structlog.get_logger("queryd.clock")
 
-READ_CLOCK = "SELECT clock_timestamp(), skew FROM steady_clock WHERE only_row"
+# Not undone by a rollback: no two processes have the same rank.
+DRAW_RANK = "SELECT nextval('steady_clock_ranks')"
+READ_CLOCK = "SELECT clock_timestamp(), skew, corrected_by FROM steady_clock WHERE only_row"
 # Whoever saw the same jump and was first has changed the skew already.
 CORRECT = """
-UPDATE steady_clock SET skew = skew + make_interval(secs => %(jump)s), updated_at = now() WHERE skew = %(seen)s
+UPDATE steady_clock
+SET skew = skew + make_interval(secs => %(jump)s), corrected_by = %(rank)s, updated_at = now()
+WHERE skew = %(seen)s
 """
 
 # A jump below this harms nobody: no lease is that short, and limits are counted in seconds.
@@ -33,6 +39,9 @@ _DRIFT = 0.001
 # Executors look at the database twice a second. When this long has passed from one look to the next, it was out of
 # reach, and may have been so for others.
 _OUTAGE_SECONDS = 3.0
+# After an outage a pool may take 10 s to try again, and the retries above it 5 s: by then every process has looked, and
+# the eldest has corrected what jumped meanwhile.
+_SETTLED_SECONDS = 20.0
 
 
 def elapsed() -> float:
@@ -47,26 +56,28 @@ class JumpDetector:
         # Remote time less ours lies between these, as of `_seen_at` on our clock.
         self._least = self._most = 0.0
         self._seen_at: float | None = None
-        self._jumped = False
 
     def observe(self, remote: float, sent: float, received: float) -> float | None:
         """A reading that was taken between `sent` and `received`; the jump in seconds, if there was one.
 
-        Until the next reading, which is then taken as it is, `now` goes on as if there had been none.
+        What shows a jump is not believed: `now` goes on as if there had been none, until `adopt`.
         """
         least, most = remote - received, remote - sent
-        jump = None if self._jumped else self._compare(least, most, received)
+        jump = self._compare(least, most, received)
         if jump is not None:
-            self._jumped = True
             return jump
-        if self._seen_at is not None and not self._jumped:
+        if self._seen_at is not None:
             # What was known before still holds, but for the drift since: a slow answer must not blur it.
             drift = _DRIFT * (received - self._seen_at)
             narrower = max(least, self._least - drift), min(most, self._most + drift)
             if narrower[0] <= narrower[1]:
                 least, most = narrower
-        self._least, self._most, self._seen_at, self._jumped = least, most, received, False
+        self._least, self._most, self._seen_at = least, most, received
         return None
+
+    def adopt(self, remote: float, sent: float, received: float) -> None:
+        """Believe a reading, whatever was known before."""
+        self._least, self._most, self._seen_at = remote - received, remote - sent, received
 
     def now(self) -> float | None:
         """The remote time, if it was ever read."""
@@ -92,6 +103,9 @@ class DatabaseClock:
         # A reading from before a correction must not be compared with one from after it.
         self._checking = asyncio.Lock()
         self._checked_at = self._reached_since = elapsed()
+        self._rank: int | None = None
+        # The skew that was seen last: another one was set by another process.
+        self._skew: timedelta | None = None
 
     def tell(self, now: datetime) -> None:
         """The database has just said what time it is."""
@@ -111,6 +125,11 @@ class DatabaseClock:
         return self.now() if seconds is None else _to_millis(datetime.fromtimestamp(seconds, UTC))
 
     @property
+    def settled(self) -> bool:
+        """True once the database has been in reach for so long that whoever knows better has corrected the time."""
+        return elapsed() - self.reached_since >= _SETTLED_SECONDS
+
+    @property
     def reached_since(self) -> float:
         """Since when, on `elapsed`'s clock, the database has been in reach without a break as far as we can tell.
 
@@ -124,23 +143,38 @@ class DatabaseClock:
         To be awaited once before `steady_now` is used, and often from then on.
         """
         async with self._checking:
-            while (found := await self._observe(connection)) is not None:
-                jump, skew = found
-                _log.warning(LogEvent.CLOCK_JUMPED, seconds=round(jump, 1))
-                await connection.execute(CORRECT, {"jump": jump, "seen": skew})
+            if self._rank is None:
+                self._rank = (await _read_row(connection, DRAW_RANK))[0]
+            while not await self._agree(connection, self._rank):
+                pass
 
-    async def _observe(self, connection: Connection) -> tuple[float, timedelta] | None:
+    async def _agree(self, connection: Connection, rank: int) -> bool:
+        """One look: true if it shows what we know. Else somebody has corrected, or we have: look again."""
         sent = elapsed()
-        row = await (await connection.execute(READ_CLOCK)).fetchone()
-        assert row is not None
-        told, skew = row
+        told, skew, corrected_by = await _read_row(connection, READ_CLOCK)
         received = elapsed()
         if received - self._checked_at > _OUTAGE_SECONDS:
             self._reached_since = received
         self._checked_at = received
         self.tell(told)
-        jump = self._steady.observe((told - skew).timestamp(), sent, received)
-        return None if jump is None else (jump, skew)
+        reading = (told - skew).timestamp(), sent, received
+        jump = self._steady.observe(*reading)
+        by_elder = skew != self._skew and corrected_by < rank
+        self._skew = skew
+        if jump is None:
+            return True
+        if by_elder:
+            self._steady.adopt(*reading)
+            return True
+        _log.warning(LogEvent.CLOCK_JUMPED, seconds=round(jump, 1))
+        await connection.execute(CORRECT, {"jump": jump, "seen": skew, "rank": rank})
+        return False
+
+
+async def _read_row(connection: Connection, statement: LiteralString) -> Any:
+    row = await (await connection.execute(statement)).fetchone()
+    assert row is not None
+    return row
 
 
 def _to_millis(moment: datetime) -> datetime:

@@ -17,7 +17,7 @@ import structlog
 
 from access.grants import authorize
 from consumers.executor.admission import Admitted
-from consumers.executor.endings import CANCELLED, Failure, Success, fail, overdue_failure, succeed
+from consumers.executor.endings import CANCELLED, Failure, Success, fail, succeed
 from consumers.executor.leases import Lease, Leases, Stop
 from consumers.executor.story import QueryFacts, tell
 from consumers.executor.transitions import RowRefused, Transitions
@@ -375,8 +375,6 @@ def _find_failure(state: RunState, sql: str | None, still_renewal: int | None) -
         return CANCELLED
     if sql is None:
         return Failure(ErrorCode.SAVED_QUERY_NOT_FOUND, "the saved query has changed since it was admitted")
-    if state.overdue:
-        return overdue_failure(Status(state.status))
     if state.crashes + left_behind >= MAX_CRASHES:
         return Failure(ErrorCode.ENGINE_CRASHED, f"the query's process died {MAX_CRASHES} times")
     return None

@@ -217,8 +217,8 @@ class Executor:
                 refused.append((record, _UNSTORABLE))
             case Done():
                 self.subscription.finish(record)
-            # Whether a lease is dead is the watch's to say.
-            case Admitted() if verdict.state.lease_token is not None:
+            # Whether a lease is dead is the watch's to say, and what has waited for too long is the reaper's to end.
+            case Admitted() if verdict.state.lease_token is not None or verdict.state.overdue:
                 self._park(verdict)
             case Admitted():
                 self._schedule(verdict)

@@ -11,10 +11,10 @@ import structlog
 from consumers.executor.endings import CANCELLED, fail, overdue_failure
 from consumers.executor.story import QueryFacts
 from consumers.executor.transitions import RowRefused, Transitions
-from db.clock import DatabaseClock, elapsed
+from db.clock import DatabaseClock
 from db.connection import DataPool, transaction
 from db.data.runs import RunState, read_canonical, read_overdue, read_states
-from db.retrying import ASKED_AGAIN_SECONDS, until_available
+from db.retrying import until_available
 from queryd.events import Status
 from telemetry.events import LogEvent
 from telemetry.traces import SpanName, span
@@ -56,8 +56,9 @@ class Reaper:
         """
         async with transaction(self._pool) as connection:
             await self._clock.check(connection)
-            if elapsed() - self._clock.reached_since < ASKED_AGAIN_SECONDS:
-                # Whoever was kept from renewing or finishing by the database comes first.
+            if not self._clock.settled:
+                # Whoever was kept from renewing or finishing by the database comes first, and who knows better what
+                # time it is.
                 return 0
             found = await read_overdue(
                 connection, _BATCH, self._clock.steady_now(), grace=self._grace, forsaken=_FORSAKEN_SECONDS

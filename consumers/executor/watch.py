@@ -1,8 +1,9 @@
 """Watching queries that somebody else holds, or that nobody may hold any more.
 
-A lease is dead when the database's clock has passed its expiry, or when its renewal number has stood still for its
-whole length on our own monotonic clock: a database clock that jumps back must not keep a dead worker alive. While the
-database is out of reach nobody can renew; once it is back, holders have a moment to do so before they count as dead.
+A lease is dead when its renewal number has stood still on our own monotonic clock: for its whole length, or for longer
+than a holder waits between two renewals where the steady clock has passed its expiry. No clock alone takes a lease from a
+holder that renews it. While the database is out of reach nobody can renew; once it is back, holders have a moment to do
+so before they count as dead.
 """
 
 from collections.abc import Collection
@@ -35,6 +36,8 @@ class Watch:
 
     def __init__(self, lease_seconds: float) -> None:
         self._lease_seconds = lease_seconds
+        # Renewed every third of a lease, or when it is tried again after an outage.
+        self._renewed_within = max(lease_seconds / 3 + 1.0, ASKED_AGAIN_SECONDS)
         self._watched: dict[str, _Watched] = {}
 
     def __len__(self) -> int:
@@ -79,15 +82,17 @@ class Watch:
 
     def _judge(self, watched: _Watched, state: RunState, reached_since: float) -> Takeable | None:
         query = replace(watched.query, state=state)
-        if state.lease_token is None:
-            return Takeable(query, None)
-        if elapsed() - reached_since < ASKED_AGAIN_SECONDS:
+        if state.overdue:
+            # The reaper's to end, which makes sure of the time.
             return None
-        if not state.lease_alive:
+        if state.lease_token is None:
             return Takeable(query, None)
         if state.lease_renewal != watched.renewal:
             watched.renewal, watched.since = state.lease_renewal, elapsed()
             return None
-        if elapsed() - max(watched.since, reached_since) > self._lease_seconds:
+        stood_still = elapsed() - max(watched.since, reached_since)
+        if not state.lease_alive and stood_still >= self._renewed_within:
+            return Takeable(query, None)
+        if stood_still > self._lease_seconds:
             return Takeable(query, state.lease_renewal)
         return None

@@ -210,7 +210,9 @@ class Member:
         self._polls.set()
 
     async def leave(self) -> None:
-        """Close; what is pending is left to whoever comes next."""
+        """Close; what is pending is left to whoever comes next. Leaving twice is leaving once."""
+        if self._leaves:
+            return
         self._leaves = True
         self._polls.set()
         await self.task

@@ -98,7 +98,7 @@ class SettledClock(DatabaseClock):
 
     @property
     def reached_since(self) -> float:
-        return 0.0
+        return -1e9
 
 
 class Worker:

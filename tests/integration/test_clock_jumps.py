@@ -161,6 +161,40 @@ async def test_what_many_see_is_corrected_once(url: str, workers: tuple[Worker, 
     assert _read_skew(url) == pytest.approx(0.0, abs=2.0)
 
 
+@pytest.mark.parametrize("jump", _JUMPS)
+async def test_of_two_who_disagree_the_elder_is_right(url: str, workers: tuple[Worker, Worker], jump: float) -> None:
+    elder, other = workers
+    await _jump(url, jump)
+    await elder.transitions.read([])
+    # The clock is put right, and a newcomer looks for the first time before anybody has noticed.
+    await _jump(url, 0.0)
+    newcomer = Worker(other.pool)
+    await newcomer.transitions.read([])
+    for each in (elder, newcomer, elder, newcomer, other):
+        await each.transitions.read([])
+    assert _read_skew(url) == pytest.approx(0.0, abs=2.0)
+    told = [each.clock.steady_now() for each in (elder, newcomer, other)]
+    assert max(told) - min(told) < timedelta(seconds=2)
+
+
+@pytest.mark.parametrize("jump", _JUMPS)
+async def test_what_a_newcomer_corrects_wrongly_the_elder_puts_right(
+    url: str, workers: tuple[Worker, Worker], jump: float
+) -> None:
+    elder, other = workers
+    await _jump(url, jump)
+    newcomer = Worker(other.pool)
+    await newcomer.transitions.read([])
+    # To the newcomer the wrong time is the true one: it corrects first.
+    await _jump(url, 0.0)
+    await newcomer.transitions.read([])
+    for each in (elder, newcomer, elder, newcomer):
+        await each.transitions.read([])
+    assert _read_skew(url) == pytest.approx(0.0, abs=2.0)
+    told = [each.clock.steady_now() for each in (elder, newcomer)]
+    assert max(told) - min(told) < timedelta(seconds=2)
+
+
 async def test_who_comes_after_a_jump_counts_as_the_others_do(url: str, workers: tuple[Worker, Worker]) -> None:
     worker, other = workers
     await _jump(url, _HOUR)

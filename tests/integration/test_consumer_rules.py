@@ -9,7 +9,7 @@ import random
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from typing import NamedTuple
 
 import pytest
@@ -204,39 +204,53 @@ async def _write_for_a_while(kafka: Kafka, partitions: list[Partition]) -> int:
 
 
 async def _storm(group: Group, partitions: list[Partition], rng: random.Random, writing: "asyncio.Task[int]") -> None:
-    members, stalled, numbers = [Member(group, f"{group.name}-0", rng.randrange(2**32))], list[Member](), 0
+    members, stalled = list[Member](), list[Member]()
     watching = asyncio.create_task(_watch(group, partitions))
-    while not writing.done():
-        await asyncio.sleep(rng.uniform(0.1, 1.2))
-        deed = rng.choice(["join", "leave", "stall", "wake"])
-        if deed == "join" and len(members) < 4:
-            numbers += 1
-            members.append(Member(group, f"{group.name}-{numbers}", rng.randrange(2**32)))
-        elif deed == "leave" and len(members) > 1:
-            await members.pop(rng.randrange(len(members))).leave()
-        elif deed == "stall" and len(members) > 1 and len(stalled) < 2:
-            stalled.append(members.pop(rng.randrange(len(members))))
-            stalled[-1].stall()
-        elif deed == "wake" and stalled:
-            members.append(stalled.pop(0))
-            members[-1].wake()
-    end = await writing
 
     async def complete() -> bool:
-        return await group.committed(partitions) == dict.fromkeys(partitions, end)
+        return await group.committed(partitions) == dict.fromkeys(partitions, await writing)
 
-    await until(complete, watching, *(member.task for member in members))
-    assert {partition: sorted(group.effects.by[partition]) for partition in partitions} == {
-        partition: list(range(end)) for partition in partitions
-    }
-    # Whoever is still stalled is dead by now for the others. What it then does must not count, nor its farewell.
-    for zombie in stalled:
-        zombie.finish_some()
-    await asyncio.gather(*(member.leave() for member in [*stalled, *members]))
+    async with AsyncExitStack() as leaving:
+
+        def join() -> None:
+            members.append(Member(group, str(uuid.uuid4()), rng.randrange(2**32)))
+            leaving.push_async_callback(members[-1].leave)
+
+        join()
+        while not writing.done():
+            await asyncio.sleep(rng.uniform(0.1, 1.2))
+            await _do_something(rng, members, stalled, join)
+        await until(complete, watching, *(member.task for member in members))
+        end = await writing
+        assert {partition: sorted(group.effects.by[partition]) for partition in partitions} == {
+            partition: list(range(end)) for partition in partitions
+        }
+        # Whoever is still stalled is dead by now for the others. What it then does must not count, nor its farewell.
+        for zombie in stalled:
+            zombie.finish_some()
     watching.cancel()
     with suppress(asyncio.CancelledError):
         await watching
     assert await complete()
+
+
+async def _do_something(
+    rng: random.Random, members: list[Member], stalled: list[Member], join: Callable[[], None]
+) -> None:
+    # librdkafka never expels a member of a KIP-848 group that stalls before its first assignment was handed over.
+    settled = [member for member in members if rebalances(member.name)]
+    match rng.choice(["join", "leave", "stall", "wake"]):
+        case "join" if len(members) < 4:
+            join()
+        case "leave" if len(members) > 1:
+            await members.pop(rng.randrange(len(members))).leave()
+        case "stall" if len(members) > 1 and len(stalled) < 2 and settled:
+            stalled.append(rng.choice(settled))
+            members.remove(stalled[-1])
+            stalled[-1].stall()
+        case "wake" if stalled:
+            members.append(stalled.pop(0))
+            members[-1].wake()
 
 
 async def _watch(group: Group, partitions: list[Partition]) -> None:

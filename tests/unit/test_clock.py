@@ -29,8 +29,19 @@ def test_until_it_is_corrected_a_jump_changes_nothing() -> None:
     assert 1000.0 <= told < 1060.0
 
 
-def test_after_a_jump_the_next_reading_starts_anew() -> None:
+def test_after_a_jump_what_is_true_again_is_no_jump() -> None:
     assert _watch((1000.0, 10.0, 10.0), (4605.0, 15.0, 15.0), (1006.0, 16.0, 16.0))[2] is None
+
+
+def test_what_is_adopted_is_believed() -> None:
+    detector = JumpDetector()
+    now = elapsed()
+    detector.observe(1000.0, now, now)
+    detector.adopt(4600.0, now, now)
+    told = detector.now()
+    assert told is not None
+    assert 4600.0 <= told < 4660.0
+    assert detector.observe(4605.0, now + 5, now + 5) is None
 
 
 @pytest.mark.parametrize("taken_at", [15.0, 25.0, 35.0])

@@ -12,8 +12,10 @@ from db.retrying import ASKED_AGAIN_SECONDS
 from tests.unit.samples import ORG_ID, make_admitted, make_state
 
 LEASE_SECONDS = 15.0
+# A third of the lease, and a moment.
+RENEWED_WITHIN = 6.0
 # The database has been in reach for longer than anything here lasts.
-_LONG_AGO = 0.0
+_LONG_AGO = -1e9
 HELD: dict[str, Any] = {"status": "Running", "lease_token": "token", "lease_renewal": 7, "lease_alive": True}
 
 
@@ -50,9 +52,12 @@ def test_a_living_lease_is_left_alone(clock: Clock) -> None:
     assert len(vigil) == 1
 
 
-def test_a_lease_past_its_expiry_may_be_taken(clock: Clock) -> None:
+def test_a_lease_past_its_expiry_may_be_taken_once_a_holder_would_have_renewed_it(clock: Clock) -> None:
     vigil = Watch(LEASE_SECONDS)
     query = _parked(vigil)
+    clock.now += RENEWED_WITHIN - 0.1
+    assert _observe(vigil, _state(query, lease_alive=False)) == ([], [])
+    clock.now += 0.1
     finished, takeable = _observe(vigil, _state(query, lease_alive=False))
     assert finished == []
     assert [(taken.query.facts, taken.still_renewal) for taken in takeable] == [(query.facts, None)]
@@ -116,6 +121,7 @@ def test_after_an_outage_what_was_handed_back_may_be_taken_at_once(clock: Clock)
 def test_what_is_taken_over_is_judged_by_what_stands_now(clock: Clock) -> None:
     vigil = Watch(LEASE_SECONDS)
     query = _parked(vigil)
+    clock.now += RENEWED_WITHIN
     states = _state(query, lease_alive=False, sequence=5, attempt=3, crashes=2)
     (taken,) = _observe(vigil, states)[1]
     assert taken == Takeable(taken.query, None)
@@ -136,6 +142,22 @@ def test_a_query_that_is_gone_leaves_the_watch_as_finished(clock: Clock) -> None
     vigil = Watch(LEASE_SECONDS)
     query = _parked(vigil)
     assert _observe(vigil, {}) == ([query], [])
+
+
+def test_a_lease_that_is_renewed_is_alive_whatever_the_clock_says(clock: Clock) -> None:
+    vigil = Watch(LEASE_SECONDS)
+    query = _parked(vigil)
+    for renewal in range(8, 40):
+        clock.now += LEASE_SECONDS / 3
+        assert _observe(vigil, _state(query, lease_renewal=renewal, lease_alive=False)) == ([], [])
+
+
+def test_what_has_waited_for_too_long_is_left_to_the_reaper(clock: Clock) -> None:
+    vigil = Watch(LEASE_SECONDS)
+    query = _parked(vigil)
+    waiting = {"status": "Queued", "lease_token": None, "lease_renewal": None, "lease_alive": False}
+    assert _observe(vigil, _state(query, **waiting, overdue=True)) == ([], [])
+    assert vigil.queries == [query]
 
 
 def test_a_query_handed_back_may_be_taken_at_once(clock: Clock) -> None:

@@ -16,10 +16,14 @@ CREATE INDEX idx_query_runs_cancelled ON query_runs(query_id) WHERE cancelled AN
 
 # steady_clock: how far the server's clock has jumped since the tables were made. `now() - skew` goes on steadily, and
 # all deadlines, leases and waiting times are counted by it; times that people read are plain `now()`.
+# corrected_by: the rank of the process that has set the skew last. A lower rank has watched for longer.
 _STEADY_CLOCK = """
+CREATE SEQUENCE steady_clock_ranks;
+
 CREATE TABLE steady_clock (
     only_row BOOLEAN PRIMARY KEY DEFAULT true CHECK (only_row),
     skew INTERVAL NOT NULL DEFAULT '0',
+    corrected_by BIGINT NOT NULL DEFAULT 0,
     updated_at TIMESTAMPTZ NOT NULL DEFAULT now()
 );
 
