@@ -21,6 +21,9 @@ from telemetry.events import LogEvent
 
 _log = structlog.get_logger("queryd.clock")
 
+# The steady time within a statement, for one that is in no hurry: a jump that nobody has corrected yet is in it.
+STEADY_NOW = "(SELECT now() - skew FROM steady_clock WHERE only_row)"
+
 # Not undone by a rollback: no two processes have the same rank.
 DRAW_RANK = "SELECT nextval('steady_clock_ranks')"
 READ_CLOCK = "SELECT clock_timestamp(), skew, corrected_by FROM steady_clock WHERE only_row"
@@ -37,8 +40,10 @@ _SLACK_SECONDS = 2.0
 _DRIFT = 0.001
 
 # Executors look at the database twice a second. When this long has passed from one look to the next, it was out of
-# reach, and may have been so for others.
-_OUTAGE_SECONDS = 3.0
+# reach, and may have been so for others: as long as the shortest wait between two renewals of a common lease.
+_OUTAGE_SECONDS = 5.0
+# A machine that stalls again and again says nothing about the database: after this long it counts as settled anyway.
+_LONGEST_UNSETTLED_SECONDS = 300.0
 # After an outage a pool may take 10 s to try again, and the retries above it 5 s: by then every process has looked, and
 # the eldest has corrected what jumped meanwhile.
 _SETTLED_SECONDS = 20.0
@@ -102,7 +107,7 @@ class DatabaseClock:
         self._steady = JumpDetector()
         # A reading from before a correction must not be compared with one from after it.
         self._checking = asyncio.Lock()
-        self._checked_at = self._reached_since = elapsed()
+        self._checked_at = self._reached_since = self._unsettled_since = elapsed()
         self._rank: int | None = None
         # The skew that was seen last: another one was set by another process.
         self._skew: timedelta | None = None
@@ -127,7 +132,8 @@ class DatabaseClock:
     @property
     def settled(self) -> bool:
         """True once the database has been in reach for so long that whoever knows better has corrected the time."""
-        return elapsed() - self.reached_since >= _SETTLED_SECONDS
+        now = elapsed()
+        return now - self.reached_since >= _SETTLED_SECONDS or now - self._unsettled_since >= _LONGEST_UNSETTLED_SECONDS
 
     @property
     def reached_since(self) -> float:
@@ -140,7 +146,8 @@ class DatabaseClock:
     async def check(self, connection: Connection) -> None:
         """Compare what we know with what the database says: a jump is found and made up for.
 
-        To be awaited once before `steady_now` is used, and often from then on.
+        To be awaited once before `steady_now` is used, and often from then on; in a transaction as its first statement,
+        which is committed by itself.
         """
         async with self._checking:
             if self._rank is None:
@@ -154,12 +161,14 @@ class DatabaseClock:
         told, skew, corrected_by = await _read_row(connection, READ_CLOCK)
         received = elapsed()
         if received - self._checked_at > _OUTAGE_SECONDS:
+            if self._checked_at - self._reached_since >= _SETTLED_SECONDS:
+                self._unsettled_since = received
             self._reached_since = received
         self._checked_at = received
         self.tell(told)
         reading = (told - skew).timestamp(), sent, received
         jump = self._steady.observe(*reading)
-        by_elder = skew != self._skew and corrected_by < rank
+        by_elder = self._skew is not None and skew != self._skew and corrected_by < rank
         self._skew = skew
         if jump is None:
             return True
@@ -168,6 +177,9 @@ class DatabaseClock:
             return True
         _log.warning(LogEvent.CLOCK_JUMPED, seconds=round(jump, 1))
         await connection.execute(CORRECT, {"jump": jump, "seen": skew, "rank": rank})
+        # At once, whatever becomes of the caller's transaction: what is seen of the skew must not be rolled back, and
+        # nobody else's correction must wait.
+        await connection.commit()
         return False
 
 

@@ -26,6 +26,9 @@ from telemetry.metrics import Metrics
 _CLOSE_SECONDS = 1
 # Then the server is cancelled: nothing that it does is worth waiting for.
 _GIVE_UP_SECONDS = 2.0
+# A probe and a scraper at a time. Out of file descriptors, asyncio tries so many accepts in a row and logs each:
+# uvicorn's own 2,048 were as many lines in a second.
+_BACKLOG = 16
 
 
 class State(StrEnum):
@@ -105,6 +108,7 @@ async def serving(app: Starlette, listener: socket.socket) -> AsyncIterator[None
             lifespan="off",
             ws="none",
             timeout_graceful_shutdown=_CLOSE_SECONDS,
+            backlog=_BACKLOG,
         )
     )
     task = asyncio.create_task(server.serve([listener]), name="http")

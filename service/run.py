@@ -120,7 +120,7 @@ async def _require_data(settings: Settings) -> None:
 
 
 async def _announce(executor: Executor, health: Health) -> None:
-    await executor.subscription.wait_assigned()
+    await executor.intake.wait_assigned()
     health.announce()
 
 

@@ -18,6 +18,7 @@ from consumers.executor.admission import Admitted, Done, Legible, Refused, Rules
 from consumers.executor.ages import RecordAges
 from consumers.executor.attempt import Attempts
 from consumers.executor.cancel_news import CancelNews
+from consumers.executor.intake import Intake
 from consumers.executor.leases import Leases, Stop
 from consumers.executor.reaper import Reaper
 from consumers.executor.schedule import FairQueue
@@ -30,7 +31,7 @@ from engines.protocol import Engine
 from producers.dead_letters import DeadCode, DeadLetter, DeadLetters
 from queryd.events import Mode
 from queryd.publisher import Publisher
-from queryd.subscription import Partition, Record, Subscription, SubscriptionLost
+from queryd.subscription import Partition, Record
 from results.retention.sweep import Retention
 from results.uploader import Uploader
 from telemetry.events import LogEvent
@@ -42,8 +43,6 @@ _log = structlog.get_logger("queryd.executor")
 _ADMISSION = 500
 # A handed-back query's next attempt starts within 2 s, so the watch looks twice a second; one statement for all.
 _WATCH_SECONDS = 0.5
-# A consumer that fails at once would otherwise be made anew as fast as the machine can.
-_RESUBSCRIBE_SECONDS = 1.0
 # Results waiting for the store or the finish, per lane: bounds what lies in scratch while S3 or Postgres is slow.
 _UNFINISHED_RESULTS = 32
 # Handing back is one transaction; longer than this the database is away, and the leases run out by themselves.
@@ -119,11 +118,7 @@ class Executor:
         self._running: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
         self._failure: BaseException | None = None
-        self._subscription_config = subscription_config
-        self.subscription = self._make_subscription()
-
-    def _make_subscription(self) -> Subscription:
-        return Subscription(self._subscription_config, self._lane_of_topic.keys(), revoked=self._forget_partitions)
+        self.intake = Intake(subscription_config, self._lane_of_topic, self._forget_partitions)
 
     def stop(self) -> None:
         """Ask `run` to drain and return."""
@@ -134,13 +129,16 @@ class Executor:
         self._publisher.open()
         await self._engine.start()
         await self._uploader.start()
-        await self.subscription.open()
+        await self.intake.open()
         loops = [
-            asyncio.create_task(self._take_in(), name="intake"),
+            *(
+                asyncio.create_task(self.intake.follow(topic, self._take_in), name=f"intake {topic}")
+                for topic in self.intake.topics
+            ),
             asyncio.create_task(self._admit_for_ever(), name="admission"),
             asyncio.create_task(self._leases.renew_for_ever(), name="leases"),
             asyncio.create_task(self._watch_for_ever(), name="watch"),
-            asyncio.create_task(self._reaper.reap_for_ever(self._is_over), name="reaper"),
+            asyncio.create_task(self._reaper.reap_for_ever(self.intake.is_over), name="reaper"),
             asyncio.create_task(self._retention.sweep_for_ever(), name="retention"),
             asyncio.create_task(self._cancel_news.listen_for_ever(), name="cancel news"),
             *(
@@ -161,25 +159,10 @@ class Executor:
 
     # Poll and admit.
 
-    async def _take_in(self) -> None:
-        """The poll goes on whatever admission waits for; what lies between them is bounded by the window."""
-        while True:
-            try:
-                self._arrived.extend(await self.subscription.poll())
-            except SubscriptionLost as error:
-                _log.warning(LogEvent.SUBSCRIPTION_LOST, reason=str(error))
-                await self._subscribe_anew()
-            if self._arrived:
-                self._has_arrived.set()
-
-    async def _subscribe_anew(self) -> None:
-        """Nothing that a consumer that failed still says can be relied on: another takes its place."""
-        lost = self.subscription
-        await self._forget_partitions(set(lost.assignment))
-        await _guarded("leave the group", lost.close())
-        await asyncio.sleep(_RESUBSCRIBE_SECONDS)
-        self.subscription = self._make_subscription()
-        await self.subscription.open()
+    def _take_in(self, records: Sequence[Record]) -> None:
+        """What lies between the poll and admission is bounded by the window."""
+        self._arrived.extend(records)
+        self._has_arrived.set()
 
     async def _admit_for_ever(self) -> None:
         while True:
@@ -187,7 +170,7 @@ class Executor:
             self._has_arrived.clear()
             while self._arrived:
                 batch = [self._arrived.popleft() for _ in range(min(len(self._arrived), _ADMISSION))]
-                await self._admit_records([record for record in batch if self.subscription.owns(record)])
+                await self._admit_records([record for record in batch if self.intake.owns(record)])
 
     async def _admit_records(self, records: Sequence[Record]) -> None:
         legible: list[Legible] = []
@@ -216,7 +199,7 @@ class Executor:
             case RowRefused():
                 refused.append((record, _UNSTORABLE))
             case Done():
-                self.subscription.finish(record)
+                self.intake.finish(record)
             # Whether a lease is dead is the watch's to say, and what has waited for too long is the reaper's to end.
             case Admitted() if verdict.state.lease_token is not None or verdict.state.overdue:
                 self._park(verdict)
@@ -228,7 +211,7 @@ class Executor:
         async with self._burying:
             await self._dead_letters.send([DeadLetter(record, why.code, why.reason) for record, why in refused])
         for record, _ in refused:
-            self.subscription.finish(record)
+            self.intake.finish(record)
 
     # Schedule and run.
 
@@ -268,11 +251,11 @@ class Executor:
             executed.set()
 
     async def _attempt(self, query: Admitted, executed: Callable[[], None]) -> None:
-        if not self.subscription.owns(query.record):
-            return
         still_renewal = self._still_renewals.pop(query.facts.query_id, None)
+        if not self.intake.owns(query.record):
+            return
         if await self._attempts.run(query, still_renewal, executed):
-            self.subscription.finish(query.record)
+            self.intake.finish(query.record)
         elif not self._stopping.is_set():
             self._park(query)
 
@@ -286,18 +269,17 @@ class Executor:
             states = await until_available(partial(self._transitions.read, asked), "postgres data")
             finished, takeable = self._watch.observe(asked, states, self._clock.reached_since)
             for query in finished:
-                self.subscription.finish(query.record)
+                self.intake.finish(query.record)
             for taken in takeable:
                 self._take_over(taken)
 
     def _park(self, query: Admitted) -> None:
         """Watch a query until it is finished or may be taken; what is another worker's record now is its to watch."""
-        if self.subscription.owns(query.record):
+        if self.intake.owns(query.record):
             self._watch.park(query)
 
     def _take_over(self, taken: Takeable) -> None:
-        if taken.still_renewal is not None:
-            self._still_renewals[taken.query.facts.query_id] = taken.still_renewal
+        self._still_renewals[taken.query.facts.query_id] = taken.still_renewal
         self._schedule(taken.query)
 
     def count_waiting(self) -> dict[str, int]:
@@ -306,10 +288,7 @@ class Executor:
 
     def count_behind(self) -> dict[Partition, int]:
         """How many records of each partition held are not finished."""
-        return self.subscription.lags()
-
-    def _is_over(self, topic: str, partition: int, offset: int) -> bool:
-        return self.subscription.is_over(topic, partition, offset)
+        return self.intake.lags()
 
     # Rebalance and shutdown.
 
@@ -340,7 +319,7 @@ class Executor:
         self._stopping.set()
         keep = [task for task in loops if task.get_name() == "leases" and not task.done()]
         await _end_tasks([task for task in loops if task not in keep])
-        await _guarded("leave the group", self.subscription.close())
+        await _guarded("leave the group", self.intake.close())
         await _guarded("drain", self._drain())
         await _guarded("flush", self._publisher.close())
         await _guarded("engine", self._engine.close())

@@ -83,6 +83,8 @@ class Reaper:
                 self._end(QueryFacts.from_row(rows[query_id], state.traceparent), state)
                 for query_id, state in states.items()
                 if query_id in rows and not state.lease_alive and not Status(state.status).terminal
+                # Between the two reads somebody may have begun it anew.
+                if state.cancelled or state.late
             )
         )
 

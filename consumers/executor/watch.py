@@ -1,9 +1,9 @@
 """Watching queries that somebody else holds, or that nobody may hold any more.
 
-A lease is dead when its renewal number has stood still on our own monotonic clock: for its whole length, or for longer
-than a holder waits between two renewals where the steady clock has passed its expiry. No clock alone takes a lease from a
-holder that renews it. While the database is out of reach nobody can renew; once it is back, holders have a moment to do
-so before they count as dead.
+A lease is dead when its renewal number has stood still on our own monotonic clock: for its whole length, or, where the
+steady clock has passed its expiry, for longer than a holder waits between two renewals. No clock alone takes a lease
+from a holder that renews it. While the database is out of reach nobody can renew; once it is back, holders have a
+moment to do so before they count as dead.
 """
 
 from collections.abc import Collection

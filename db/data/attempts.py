@@ -144,10 +144,15 @@ WITH input AS (
 ), moved AS (
     UPDATE query_runs r
     SET sequence = r.sequence + 1, deadline = NULL, files = i.files, last_event = i.payload,
-        expires_at = now() + make_interval(secs => i.retention_seconds)
+        expires_at = %(steady_now)s + make_interval(secs => i.retention_seconds)
     FROM allowed i
     -- The cancel that locked the row first is seen here, for the row is read again after the wait for its lock.
-    WHERE r.query_id = i.query_id AND r.sequence = i.sequence AND (i.status <> 'Succeeded' OR NOT r.cancelled)
+    -- One that came so early that it did not see the row is found where it was noted.
+    WHERE r.query_id = i.query_id AND r.sequence = i.sequence
+      AND (i.status <> 'Succeeded'
+           OR NOT r.cancelled AND NOT EXISTS (SELECT FROM query_cancellations c
+                                              JOIN query_results q ON q.id = c.query_id AND q.org_id = c.org_id
+                                              WHERE c.query_id = r.query_id))
     RETURNING r.query_id
 ), results AS (
     UPDATE query_results q

@@ -61,7 +61,7 @@ WITH input AS (
     ON CONFLICT DO NOTHING
 )
 SELECT query_id::text, org_id::text, outcome,
-       CASE WHEN outcome = 'accepted' THEN pg_notify('queryd_cancelled', query_id::text) END
+       CASE WHEN outcome IN ('accepted', 'early') THEN pg_notify('queryd_cancelled', query_id::text) END
 FROM told
 """
 

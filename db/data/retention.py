@@ -16,6 +16,7 @@ import psycopg
 from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
+from db.clock import STEADY_NOW
 from db.connection import Connection, conninfo, unavailable_told_apart
 from db.rows import to_arrays
 
@@ -45,7 +46,7 @@ SET position = excluded.position, finished_at = coalesce(excluded.finished_at, s
 EXPIRE = """
 WITH due AS (
     SELECT r.query_id, r.files FROM query_runs r
-    WHERE r.expires_at <= now() AND r.files <> '[]'
+    WHERE r.expires_at <= __NOW__ AND r.files <> '[]'
     ORDER BY r.expires_at
     LIMIT %(limit)s
     FOR UPDATE SKIP LOCKED
@@ -56,7 +57,7 @@ UPDATE query_results q SET output_location = NULL, updated_at = now()
 FROM due JOIN query_results was ON was.id = due.query_id
 WHERE q.id = due.query_id
 RETURNING due.query_id::text, was.output_location AS location, due.files
-"""
+""".replace("__NOW__", STEADY_NOW)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,13 +122,13 @@ WHERE NOT EXISTS (SELECT FROM query_results q WHERE q.id = i.query_id)
 READ_OUTLIVED = """
 WITH old AS (
     SELECT query_id, files FROM query_runs
-    WHERE deadline IS NULL AND queued_at <= now() - make_interval(secs => %(seconds)s)
+    WHERE deadline IS NULL AND queued_at <= __NOW__ - make_interval(secs => %(seconds)s)
     ORDER BY queued_at
     LIMIT %(limit)s
 )
 SELECT q.id::text AS query_id, q.output_location AS location, old.files
 FROM old JOIN query_results q ON q.id = old.query_id
-"""
+""".replace("__NOW__", STEADY_NOW)
 
 
 @dataclass(frozen=True, slots=True)

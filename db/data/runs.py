@@ -15,8 +15,8 @@ class RunState:
     """A query as the database has it, at `read_at` of the database's clock.
 
     `lease_alive` is judged by that clock alone; an observer that has seen `lease_renewal` stand still for a whole lease
-    knows better. `overdue` means that it has waited in the queue for too long. `queued_at` and `started_at` are on the
-    steady clock, see `db.clock`.
+    knows better. `late` means that its deadline has passed, `overdue` that it has waited in the queue for too long.
+    `queued_at` and `started_at` are on the steady clock, see `db.clock`.
     """
 
     query_id: str
@@ -36,6 +36,7 @@ class RunState:
     queued_at: datetime
     started_at: datetime | None
     overdue: bool
+    late: bool
     cancelled: bool
     lease_token: str | None
     lease_renewal: int | None
@@ -48,6 +49,7 @@ SELECT q.id::text AS query_id, q.org_id::text AS org_id, q.status, q.sql_hash,
        q.saved_query_id::text AS saved_query_id, r.fingerprint, r.topic, r.partition, r.record_offset, r.traceparent,
        r.sequence, r.attempt, r.crashes, r.token::text AS token, r.queued_at, r.started_at,
        r.attempt = 0 AND coalesce(r.deadline <= %(steady_now)s, false) AS overdue,
+       coalesce(r.deadline <= %(steady_now)s, false) AS late,
        r.cancelled OR EXISTS (SELECT FROM query_cancellations c
                               WHERE c.query_id = q.id AND c.org_id = q.org_id) AS cancelled,
        l.token::text AS lease_token, l.renewal AS lease_renewal,

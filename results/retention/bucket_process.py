@@ -49,7 +49,13 @@ class BucketSweeper:
     def _delete(self, bucket: str, keys: list[str]) -> Message:
         """Delete at most a page; what is gone already is deleted too."""
         wanted = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
-        left = self._s3.delete_objects(Bucket=bucket, Delete=wanted).get("Errors", ())
+        try:
+            left = self._s3.delete_objects(Bucket=bucket, Delete=wanted).get("Errors", ())
+        except ClientError as error:
+            # With an earlier setting's bucket its objects have gone as well.
+            if _code(error) != "NoSuchBucket":
+                raise
+            left = ()
         if left:
             # A code is one of S3's words; the keys and messages stay here.
             codes = sorted({str(each.get("Code", "unknown")) for each in left})
@@ -61,9 +67,13 @@ class BucketSweeper:
             try:
                 self._s3.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id)
             except ClientError as error:
-                if error.response.get("Error", {}).get("Code") != "NoSuchUpload":
+                if _code(error) != "NoSuchUpload":
                     raise
         return {"aborted": len(uploads)}
+
+
+def _code(error: ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code"))
 
 
 def _page(answer: Any, found: list[list[str]], more: dict[str, str] | None) -> Message:

@@ -10,6 +10,7 @@ import psycopg
 import pytest
 
 from consumers.cancellations import Cancellations
+from consumers.executor.admission import Admitted
 from consumers.executor.cancel_news import CancelNews
 from consumers.executor.leases import Lease, Leases, Stop
 from consumers.executor.reaper import Reaper
@@ -196,6 +197,28 @@ async def test_a_cancel_that_waits_for_a_finish_comes_too_late(worker: Worker, d
     state = await finishing
     assert state is not None
     assert state.status == "Succeeded"
+
+
+async def test_an_early_cancel_that_commits_after_the_claim_still_wins(worker: Worker, data_url: str) -> None:
+    blocker, request = await worker.admit_new(), make_request()
+    asked = [_ask(blocker.facts.query_id, blocker.facts.org_id), _ask(request.query_id, request.org_id)]
+
+    async def ask() -> dict[tuple[str, str], CancelOutcome]:
+        async with statement(worker.pool) as connection:
+            return await cancel(connection, asked)
+
+    async with await psycopg.AsyncConnection.connect(data_url) as blocking:
+        # The batch of cancels waits for another query's row, and sees nothing of what is admitted meanwhile.
+        await blocking.execute("SELECT FROM query_runs WHERE query_id = %s FOR UPDATE", [blocker.facts.query_id])
+        asking = asyncio.create_task(ask())
+        await _wait_for_lock(data_url)
+        [query] = await worker.admit(make_record(request))
+        assert isinstance(query, Admitted)
+        running = await worker.start(query.facts)
+    assert (await asking)[request.query_id, request.org_id] is CancelOutcome.EARLY
+    state = await worker.finish(query.facts, running)
+    assert state is not None
+    assert (state.status, state.cancelled) == ("Running", True)
 
 
 async def _wait_for_lock(url: str, waiting: int = 1) -> None:

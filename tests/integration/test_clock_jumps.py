@@ -9,14 +9,16 @@ from datetime import timedelta
 import psycopg
 import pytest
 
+from consumers.executor import admission
 from consumers.executor.leases import Lease, Leases
 from consumers.executor.reaper import Reaper
+from db import clock
 from db.clock import READ_CLOCK
-from db.connection import DataPool
+from db.connection import Connection, DatabaseUnavailable, DataPool
 from db.migrations.upgrade import upgrade_data
 from service.embedded.postgres import Postgres
 from tests.faults.cluster import install_clock, shift_database_clock
-from tests.integration.queries import Worker, is_over, opened_pool, read_row, read_story
+from tests.integration.queries import Worker, is_over, make_record, make_request, opened_pool, read_row, read_story
 from tests.integration.records import until
 
 _HOUR = 3600.0
@@ -24,6 +26,9 @@ _JUMPS = (_HOUR, -_HOUR)
 
 # More time passes than a query of these tests may wait or run, and than a lease of theirs lasts.
 _PASS_DEADLINE = "UPDATE query_runs SET deadline = deadline - interval '660 s' WHERE query_id = %s"
+_WAITING_CORRECTION = (
+    "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%UPDATE steady_clock%'"
+)
 _PASS_LEASE = "UPDATE query_leases SET expires_at = expires_at - interval '660 s' WHERE query_id = %s"
 
 
@@ -193,6 +198,75 @@ async def test_what_a_newcomer_corrects_wrongly_the_elder_puts_right(
     assert _read_skew(url) == pytest.approx(0.0, abs=2.0)
     told = [each.clock.steady_now() for each in (elder, newcomer)]
     assert max(told) - min(told) < timedelta(seconds=2)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+async def test_a_correction_stands_although_the_admission_that_made_it_fails(
+    url: str, workers: tuple[Worker, Worker], first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = await workers[0].admit_new()
+    await _jump(url, _HOUR)
+
+    async def lose_connection(connection: Connection, *_: object) -> None:
+        await connection.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(admission, "insert_queries", lose_connection)
+        with pytest.raises(DatabaseUnavailable):
+            await workers[first].admit(make_record(make_request()))
+    for each in (workers[first], workers[1 - first], workers[first]):
+        await each.transitions.read([])
+        assert await _reap(each) == 0
+    assert _read_skew(url) == pytest.approx(_HOUR, abs=2.0)
+    assert await read_story(workers[0].pool, waiting.facts.query_id) == [(1, "Queued", 0)]
+
+
+async def test_a_correction_that_breaks_is_made_again(url: str, workers: tuple[Worker, Worker]) -> None:
+    worker, other = workers
+    waiting = await worker.admit_new()
+    await _jump(url, _HOUR)
+    async with (
+        await psycopg.AsyncConnection.connect(url) as holder,
+        await psycopg.AsyncConnection.connect(url, autocommit=True) as killer,
+    ):
+        await holder.execute("SELECT FROM steady_clock FOR UPDATE")
+        correcting = asyncio.create_task(worker.transitions.read([]))
+
+        async def waits() -> bool:
+            return await (await killer.execute(_WAITING_CORRECTION)).fetchone() is not None
+
+        await until(waits)
+        await killer.execute(f"SELECT pg_terminate_backend(pid) FROM ({_WAITING_CORRECTION}) AS found".encode())
+        with pytest.raises(DatabaseUnavailable):
+            await correcting
+    for each in (worker, other, worker, other):
+        await each.transitions.read([])
+        assert await _reap(each) == 0
+    assert _read_skew(url) == pytest.approx(_HOUR, abs=2.0)
+    assert await read_story(worker.pool, waiting.facts.query_id) == [(1, "Queued", 0)]
+
+
+async def test_a_machine_that_slept_does_not_fight_the_others(
+    url: str, workers: tuple[Worker, Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept, awake = workers
+    asleep = {id(slept): 700.0}
+    real, asking = clock.elapsed, [id(awake)]
+    # The own clocks of a virtual machine may stand still while it is paused: to it, the database's has jumped.
+    monkeypatch.setattr(clock, "elapsed", lambda: real() - asleep.get(asking[0], 0.0))
+
+    async def look(who: Worker) -> float:
+        asking[0] = id(who)
+        await who.transitions.read([])
+        return _read_skew(url)
+
+    skews = [await look(who) for who in (slept, awake) * 4]
+    assert len(set(skews[2:])) == 1
+    # Who has slept counts as all others do, and what it begins is not over for them.
+    asking[0] = id(slept)
+    query = await slept.admit_new()
+    asking[0] = id(awake)
+    assert not (await awake.read(query.facts.query_id)).late
 
 
 async def test_who_comes_after_a_jump_counts_as_the_others_do(url: str, workers: tuple[Worker, Worker]) -> None:

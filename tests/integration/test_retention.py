@@ -1140,3 +1140,32 @@ async def test_the_uploaders_process_is_asked_for_nothing_that_it_does_not_know(
     with pytest.raises(StoreUnavailable):
         await place.uploader.ask({"sweep": "everything", "bucket": place.bucket})
     assert await Bucket(place.uploader, place.bucket).delete([]) == 0
+
+
+# A bucket or a clock of earlier times.
+
+
+async def test_results_of_a_bucket_that_is_gone_hold_up_neither_a_deletion_nor_the_sweep(place: Place) -> None:
+    deleted, stuck, other = await place.announce(), await place.announce(), await place.announce()
+    for attempt in (deleted, stuck):
+        location = f"s3://gone-{new_id()[:8]}/{attempt.prefix}"
+        await place.change("UPDATE query_results SET output_location = %s WHERE id = %s", location, attempt.query_id)
+    await place.delete(Scope(deleted.facts.org_id))
+    assert await place.count("query_results") == 2
+    for attempt in (stuck, other):
+        await place.change(
+            "UPDATE query_runs SET queued_at = now() - interval '401 days', expires_at = now() + interval '9 days' "
+            "WHERE query_id = %s",
+            attempt.query_id,
+        )
+    await place.sweep()
+    assert await place.count("query_results") == 0
+
+
+async def test_a_clock_that_was_put_right_long_ago_makes_no_row_old(place: Place) -> None:
+    # The tables were made while the server's clock stood in the past.
+    await place.change("UPDATE steady_clock SET skew = interval '401 days' WHERE only_row = %s", True)
+    attempt = await place.announce()
+    await place.sweep()
+    assert await place.count("query_results") == 1
+    assert place.objects(attempt.prefix) == [attempt.key]

@@ -79,6 +79,7 @@ def make_state(**changes: Any) -> RunState:
         queued_at=NOW,
         started_at=None,
         overdue=False,
+        late=False,
         cancelled=False,
         lease_token=None,
         lease_renewal=None,

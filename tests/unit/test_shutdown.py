@@ -61,16 +61,16 @@ async def test_every_step_of_an_executors_shutdown_is_reached_although_each_fail
     parts["subscription_config"] = _NOBODY
     parts["rules"] = ExecutorRules(dict.fromkeys(Mode, 1), lease_seconds=15.0, drain_seconds=0.0)
     executor = Executor(**parts)
-    consumer = executor.subscription
+    leave_all = executor.intake.close
 
     async def leave() -> None:
-        asked.append("subscription.close")
-        await Subscription.close(consumer)
+        asked.append("intake.close")
+        await leave_all()
         raise RuntimeError
 
-    monkeypatch.setattr(consumer, "close", leave)
+    monkeypatch.setattr(executor.intake, "close", leave)
     await executor._shut_down([])
-    assert asked == ["subscription.close", "leases.stop_all", "publisher.close", "engine.close", "uploader.close"]
+    assert asked == ["intake.close", "leases.stop_all", "publisher.close", "engine.close", "uploader.close"]
 
 
 async def test_a_subscription_whose_last_commit_fails_still_leaves_its_group(
