@@ -5,6 +5,7 @@ own, whose group and topics they may break. `docs/consumer-rules.md` says which 
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,8 +52,10 @@ _SLOW = "SELECT count(*) FROM range(8000000) AS a(i) WHERE sqrt(i) * sin(i) > 10
 @pytest.fixture(scope="module")
 def own_kafka(kafka: Kafka, lifeline: Lifeline, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kafka]:
     """A broker that no other test knows: the executors' group and topics have fixed names."""
-    with brokers.run(kafka.kind, tmp_path_factory.mktemp("own-kafka"), lifeline) as broker:
+    directory = tmp_path_factory.mktemp("own-kafka")
+    with brokers.run(kafka.kind, directory, lifeline) as broker:
         yield broker
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 @dataclass(slots=True)
@@ -297,17 +300,17 @@ def _assigned_after_loss(log: list[dict[str, Any]]) -> bool:
     return any(event.startswith("assigned [(") for event in events[last_loss:])
 
 
-async def test_a_group_changes_its_protocol_while_it_works(place: Place) -> None:
-    """Rule 12: executors of the other protocol join those of the first, which then leave."""
+async def test_a_group_changes_its_protocol_once_the_last_of_the_old_has_left(place: Place) -> None:
+    """Rule 12: a broker may refuse members of the other protocol. They wait, and take over what was committed."""
     classic, consumer = ({"QUERYD_KAFKA_GROUP_PROTOCOL": protocol} for protocol in ("classic", "consumer"))
     with _executors(place, classic) as [old]:
         await old.until_ready()
         place.submit(30)
         with _executors(place, consumer) as [new]:
-            await new.until_ready()
             place.submit(30)
             await _until(place.all_succeeded)
             await old.end()
+            await new.until_ready()
             place.submit(30)
             await _until(place.all_succeeded)
             await new.end()
