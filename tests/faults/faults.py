@@ -306,7 +306,7 @@ class Faults:
                 self._wake_after(LEASE_SECONDS + source.uniform(*_BEYOND_LEASE))
             elif not place.value.startswith(("child", "uploader")):
                 self._await_one_back(endings)
-            return f"{what} by {place.value}"
+            return " ".join([what, "by", place.value, *self._find_ended(endings)])
 
         return act
 
@@ -330,6 +330,10 @@ class Faults:
 
     def _count_endings(self) -> dict[str, int]:
         return {service.name: len(service.endings) for service in self._cluster.services}
+
+    def _find_ended(self, endings: dict[str, int]) -> list[str]:
+        """The services that have ended since then."""
+        return [each.name for each in self._cluster.services if len(each.endings) > endings[each.name]]
 
     def _await_one_back(self, endings: dict[str, int]) -> None:
         """Wait until a service has ended since then and is back."""
@@ -606,9 +610,8 @@ class Faults:
             for _ in range(source.randrange(3, 6)):
                 self._join_and_leave(source.uniform(1.0, 3.0))
             return "a silent member"
-        for _ in range(2):
-            self._run_another_executor(source.uniform(2.0, 6.0))
-        return "another executor"
+        others = [self._run_another_executor(source.uniform(2.0, 6.0)) for _ in range(2)]
+        return " and ".join(others)
 
     def _join_and_leave(self, seconds: float) -> None:
         """A member that takes its partitions, does nothing for them, and leaves."""
@@ -632,7 +635,7 @@ class Faults:
             consumer.close()
         self._pause(0.5)
 
-    def _run_another_executor(self, seconds: float) -> None:
+    def _run_another_executor(self, seconds: float) -> str:
         service = self._cluster.make_service(f"executor-extra-{next(self._extra_numbers)}", "executor")
         self.extras.append(service)
         service.start()
@@ -641,6 +644,7 @@ class Faults:
             self._pause(seconds)
         finally:
             service.stop()
+        return service.name
 
 
 @contextmanager

@@ -26,8 +26,8 @@ from tests.acceptance.workload import Dataset
 from tests.faults.cluster import Cluster
 from tests.faults.evidence import SentMalformed, SentQuery
 
-# Requests a second: 3,000 in ten minutes need five, and outages hold the load back for a quarter of the time.
-RATE = 7.5
+# Requests a second: 3,000 in ten minutes need five, and outages hold the load back for a third of the time.
+RATE = 9.0
 PARTITIONS = 6
 CANCELLATIONS = "query.cancellations"
 
@@ -44,7 +44,7 @@ _RECENT = 400
 # While the brokers are away no more than this many wait for them, so that they don't come all at once.
 _MOST_UNACKNOWLEDGED = 40
 # Behind by so many requests, it sends faster by this factor.
-_LATE, _CATCHING_UP = 5, 1.5
+_LATE, _CATCHING_UP = 5, 2.0
 # Deliveries are reported within a poll; the loop polls at least this often.
 _POLL_SECONDS = 0.02
 # A failed delivery is tried again after this, by a new producer where the old one can't go on.

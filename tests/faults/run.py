@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -25,7 +25,8 @@ import psycopg
 from service.embedded.servers import Lifeline
 from tests.faults.checker import Verdict, judge
 from tests.faults.cluster import LEASE_SECONDS, Cluster, remove_folder
-from tests.faults.evidence import Evidence, Fault, SentQuery
+from tests.faults.crashes import allow_crashes, read_starts
+from tests.faults.evidence import Evidence, SentQuery
 from tests.faults.faults import ROWS, Faults
 from tests.faults.load import RATE, Load
 
@@ -36,7 +37,7 @@ _ACKNOWLEDGED_SECONDS = 60.0
 # I1's own limit is 60 s at most; what is not quiet by then is the checker's to name.
 _QUIET_SECONDS = 75.0
 # More unfinished queries than this would not be worked off in I1's time: the load waits until there are fewer.
-_MOST_OPEN = 150
+_MOST_OPEN = 200
 _LOOK_SECONDS = 0.5
 _SAY_SECONDS = 15.0
 # The database is there or it is not; a starved machine may need some time to say so.
@@ -47,9 +48,6 @@ _SWEPT_AFTER = 2 * LEASE_SECONDS + 1.0
 _GONE_SECONDS = 20.0
 # Each executor's scratch, where it can be a file system of its own: room for the large results of its slots.
 _SCRATCH_BYTES = 768 << 20
-# A query may end ENGINE_CRASHED only after so many faults that can have killed what ran it.
-_CRASHES = 3
-_CRASH_ROWS = frozenset({1, 5, 6})
 
 # From <sched.h>, <sys/mount.h>.
 _CLONE_NEWNS, _CLONE_NEWUSER = 0x0002_0000, 0x1000_0000
@@ -269,7 +267,9 @@ def _describe(cluster: Cluster) -> str:
 
 def _judge(run: Run, cluster: Cluster, load: Load, faults: Faults) -> tuple[Verdict, Sequence[SentQuery]]:
     run.say("judging")
-    queries = allow_crashes(load.sent, faults.recorded)
+    executors = [*cluster.of_kind("executor"), *faults.extras]
+    starts = read_starts({service.name: service.log for service in executors})
+    queries = allow_crashes(load.sent, faults.recorded, starts)
     evidence = Evidence(
         place=cluster.place,
         queries=queries,
@@ -280,21 +280,6 @@ def _judge(run: Run, cluster: Cluster, load: Load, faults: Faults) -> tuple[Verd
         scratch=tuple(cluster.scratch),
     )
     return judge(evidence), queries
-
-
-def allow_crashes(queries: Sequence[SentQuery], faults: Sequence[Fault]) -> tuple[SentQuery, ...]:
-    """Three deaths of what ran it end a query as ENGINE_CRASHED, and nobody can tell ours from its own doing."""
-
-    def met(query: SentQuery) -> int:
-        latest = query.sent_at + query.deadline_seconds + 60.0
-        return sum(
-            fault.row in _CRASH_ROWS and fault.started <= latest and fault.ended >= query.sent_at for fault in faults
-        )
-
-    return tuple(
-        replace(query, outcomes=query.outcomes | {"ENGINE_CRASHED"}) if met(query) >= _CRASHES else query
-        for query in queries
-    )
 
 
 def _report(run: Run, cluster: Cluster, faults: Faults, verdict: Verdict, queries: Sequence[SentQuery]) -> None:
