@@ -1,11 +1,15 @@
 """Dead letters: the original bytes, key and headers, with headers that say why, when and from where.
 
 A record that is read again after a crash must not become a second dead letter, so each is noted in Postgres before and
-after it is written. Where a crash left only the note before, the topic itself is read to find out.
+after it is written. Where only the note before is there, its writer is ended, see `producers.letter_box`, and the topic
+itself is read to find out what it had written.
 """
 
 import asyncio
-from collections.abc import Sequence
+import random
+import time
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -16,10 +20,11 @@ import structlog
 from confluent_kafka import KafkaException
 
 from db.connection import DataPool, transaction
-from db.data.dead_letters import Origin, intend, mark_sent
+from db.data.dead_letters import Origin, intend, mark_sent, take
 from db.retrying import until_available
 from processes.failpoints import Failpoint, failpoint
-from producers.read_back import EndNotReached, read_to_end
+from producers.letter_box import FencedBox, LetterBox, Outgoing, PlainBox, WriterLost
+from producers.read_back import EndNotReached, read_ends, read_to_end
 from queryd.events import Topic
 from queryd.publisher import NotDelivered, Publisher
 from queryd.subscription import Record
@@ -28,6 +33,11 @@ from telemetry.events import LogEvent
 from telemetry.metrics import METRICS
 
 _log = structlog.get_logger("queryd.dead_letters")
+
+# For so long a letter is tried, as any other record of ours.
+_PATIENCE_SECONDS = 60.0
+# Between two tries; with jitter, for whoever has ended our session may have done so because we had ended theirs.
+_PAUSE_SECONDS = 0.5
 
 _PREFIX = "queryd_dead_"
 _GROUP = "queryd-dead-letters-read-back"
@@ -54,71 +64,124 @@ class DeadLetters:
     """Writes dead letters. A record may be finished only after `send` has returned."""
 
     def __init__(
-        self, pool: DataPool, publisher: Publisher, kafka: dict[str, Any], topics: dict[str, TopicIdentity]
+        self,
+        pool: DataPool,
+        publisher: Publisher,
+        kafka: dict[str, Any],
+        topics: dict[str, TopicIdentity],
+        *,
+        transactions: bool,
     ) -> None:
-        """`topics` are the identities of the topics that records come from, by name."""
+        """`topics` are the identities of the topics that records come from, by name; `transactions` says whether the
+        broker has them, and the publisher serves where it has not."""
         self._pool = pool
         self._publisher = publisher
         self._kafka = kafka
         self._topics = topics
+        self._transactions = transactions
+        self._box: LetterBox | None = None
 
     async def send(self, letters: Sequence[DeadLetter]) -> None:
         """Write each once and wait for the broker; raises `NotDelivered`: then the consumer stops."""
         if not letters:
             return
         origins = {self._origin(letter.record): letter for letter in letters}
-        fresh, unsure = await until_available(partial(self._intend, list(origins)), "postgres data")
+        latest = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            try:
+                await self._try(origins)
+            except WriterLost as lost:
+                self._box = None
+                if time.monotonic() > latest:
+                    raise _give_up(lost) from lost
+                _log.warning(LogEvent.DEPENDENCY_UNAVAILABLE, dependency="kafka", reason=str(lost))
+                await asyncio.sleep(_PAUSE_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311 — jitter
+            except NotDelivered as error:
+                self._box = None
+                raise _give_up(error) from error
+            else:
+                return
+
+    async def _try(self, origins: Mapping[Origin, DeadLetter]) -> None:
+        # Opened before the note that names it: whoever finds the note can end the session.
+        box = await self._open_box()
+        fresh, unsure = await until_available(partial(self._intend, list(origins), box.writer), "postgres data")
         failpoint(Failpoint.DEAD_LETTER_INTENDED)
         if unsure:
-            fresh |= unsure - await asyncio.to_thread(self._read_back, unsure)
-        try:
-            await asyncio.gather(*(self._publish(origins[origin]) for origin in fresh))
-        except NotDelivered as error:
-            raise NotDelivered(
-                f"a dead letter can't be written to {Topic.DEAD_LETTERS.value}: {error}. "
-                "No record was passed over: put the topic right, then start again"
-            ) from error
+            await box.end({writer for writer in unsure.values() if writer})
+            written = await asyncio.to_thread(self._read_back, unsure.keys())
+            missing = {origin: writer for origin, writer in unsure.items() if origin not in written}
+            if missing:
+                taken = await until_available(partial(self._take, missing, box.writer), "postgres data")
+                if taken != missing.keys():
+                    raise WriterLost("another worker writes the same dead letters")
+                fresh |= taken
+        letters = [origins[origin] for origin in fresh]
+        if letters:
+            await box.put([_to_outgoing(letter) for letter in letters])
+        for letter in letters:
+            _tell(letter)
         failpoint(Failpoint.DEAD_LETTER_SENT)
         await until_available(partial(self._mark_sent, [*fresh, *unsure]), "postgres data")
+
+    async def _open_box(self) -> LetterBox:
+        if self._box is None:
+            self._box = await FencedBox.open(self._kafka) if self._transactions else PlainBox(self._publisher)
+        return self._box
 
     def _origin(self, record: Record) -> Origin:
         return Origin(self._topics[record.topic].topic_id, record.partition, record.offset)
 
-    async def _intend(self, origins: Sequence[Origin]) -> tuple[set[Origin], set[Origin]]:
+    async def _intend(self, origins: Sequence[Origin], writer: str) -> tuple[set[Origin], dict[Origin, str]]:
         async with transaction(self._pool) as connection:
-            return await intend(connection, origins)
+            return await intend(connection, origins, writer)
+
+    async def _take(self, unsure: Mapping[Origin, str], writer: str) -> set[Origin]:
+        async with transaction(self._pool) as connection:
+            return await take(connection, unsure, writer)
 
     async def _mark_sent(self, origins: Sequence[Origin]) -> None:
         async with transaction(self._pool) as connection:
             await mark_sent(connection, origins)
 
-    async def _publish(self, letter: DeadLetter) -> None:
-        record = letter.record
-        await self._publisher.publish(
-            Topic.DEAD_LETTERS, record.key, record.value, [*record.headers, *_explain(letter)]
-        )
-        METRICS.bury(letter.code.value)
-        _log.warning(
-            LogEvent.REQUEST_DEAD_LETTERED,
-            code=letter.code.value,
-            reason=letter.reason,
-            topic=record.topic,
-            partition=record.partition,
-            offset=record.offset,
-        )
-
-    def _read_back(self, wanted: set[Origin]) -> set[Origin]:
+    def _read_back(self, wanted: AbstractSet[Origin]) -> set[Origin]:
         """Which of the origins are in the dead-letter topic. Reads all of it: this happens only after a crash between
         a letter's write and its note, and the topic is short where it matters that this is quick. Raises `NotDelivered`
         when it can't be read."""
         ids = {name: identity.topic_id for name, identity in self._topics.items()}
         found: set[Origin] = set()
         try:
-            for message in read_to_end(self._kafka, _GROUP, Topic.DEAD_LETTERS, {}):
+            # What other writers have under way keeps what lies behind it from being read until it has ended.
+            ends = read_ends(self._kafka, Topic.DEAD_LETTERS) if self._transactions else {}
+            for message in read_to_end(self._kafka, _GROUP, Topic.DEAD_LETTERS, {}, ends):
                 found |= _read_origin(message.headers() or [], ids)
         except (EndNotReached, KafkaException) as error:
             raise NotDelivered("the dead letters' topic can't be read, so nobody knows what it holds") from error
-        return found & wanted
+        return found.intersection(wanted)
+
+
+def _give_up(error: Exception) -> NotDelivered:
+    return NotDelivered(
+        f"a dead letter can't be written to {Topic.DEAD_LETTERS.value}: {error}. "
+        "No record was passed over: put the topic right, then start again"
+    )
+
+
+def _to_outgoing(letter: DeadLetter) -> Outgoing:
+    record = letter.record
+    return Outgoing(record.key, record.value, [*record.headers, *_explain(letter)])
+
+
+def _tell(letter: DeadLetter) -> None:
+    METRICS.bury(letter.code.value)
+    _log.warning(
+        LogEvent.REQUEST_DEAD_LETTERED,
+        code=letter.code.value,
+        reason=letter.reason,
+        topic=letter.record.topic,
+        partition=letter.record.partition,
+        offset=letter.record.offset,
+    )
 
 
 def _read_origin(headers: Any, ids: dict[str, str]) -> set[Origin]:

@@ -1,10 +1,11 @@
 """Reading a topic to its end, to find out what an earlier process had written there before it died."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from confluent_kafka import Consumer, KafkaError, Message, TopicPartition
+from confluent_kafka import Consumer, IsolationLevel, KafkaError, Message, TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from queryd.outages import QUIET
 
@@ -21,8 +22,25 @@ class EndNotReached(Exception):
     """The broker went silent before the topic's end was read: what had been written is not known."""
 
 
-def read_to_end(config: dict[str, Any], group: str, topic: str, starts: Mapping[int, int]) -> Iterator[Message]:
-    """All records of a topic that nobody writes to meanwhile, from `starts` by partition (else from the earliest).
+def read_ends(config: dict[str, Any], topic: str) -> dict[int, int]:
+    """The offsets behind the last records of a topic, by partition, open transactions included. Blocks.
+
+    Raises `KafkaException`.
+    """
+    admin = AdminClient(config | QUIET)
+    partitions = admin.list_topics(topic, timeout=_BROKER_SECONDS).topics[topic].partitions
+    # The binding gives it no types.
+    latest: Callable[[], Any] = OffsetSpec.latest
+    wanted = {TopicPartition(topic, partition): latest() for partition in partitions}
+    found = admin.list_offsets(wanted, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=_BROKER_SECONDS)
+    return {place.partition: future.result().offset for place, future in found.items()}
+
+
+def read_to_end(
+    config: dict[str, Any], group: str, topic: str, starts: Mapping[int, int], ends: Mapping[int, int] | None = None
+) -> Iterator[Message]:
+    """All committed records of a topic, from `starts` by partition (else from the earliest), to `ends` at least: where
+    they end now by default, for a topic that nobody writes to meanwhile.
 
     Blocks. The end of a partition is where the broker's own answer to a fetch says that it is: unlike a watermark that
     is asked for, it is right on the embedded broker too. Raises `EndNotReached` and `KafkaException`.
@@ -41,8 +59,12 @@ def read_to_end(config: dict[str, Any], group: str, topic: str, starts: Mapping[
                     heard = time.monotonic()
                     yield message
                 elif error.code() == KafkaError._PARTITION_EOF:
-                    heard = time.monotonic()
-                    unread.discard(_partition(message))
+                    partition, end = _partition(message), message.offset()
+                    assert end is not None
+                    # An open transaction keeps what lies behind it back, until it has ended or its time is over.
+                    if end >= (ends or {}).get(partition, 0):
+                        heard = time.monotonic()
+                        unread.discard(partition)
             if time.monotonic() - heard > _SILENCE_SECONDS:
                 raise EndNotReached(f"{topic} could not be read to its end")
     finally:

@@ -13,7 +13,7 @@ from queryd.outages import QUIET, OutageLog
 # How long librdkafka tries to deliver one record, retries included, before it is reported as failed.
 _DELIVERY_MILLIS = 60_000
 # librdkafka's own limit, before compression; what a topic takes is the broker's to say.
-_MESSAGE_BYTES = 256 * 1024 * 1024
+MESSAGE_BYTES = 256 * 1024 * 1024
 # How long one poll for delivery reports blocks its thread; only a close waits for it.
 _POLL_SECONDS = 0.1
 
@@ -47,7 +47,7 @@ class Publisher:
                 "delivery.timeout.ms": _DELIVERY_MILLIS,
                 # A record that came compressed may be far larger than its topic's limit; it leaves compressed as well.
                 "compression.type": "zstd",
-                "message.max.bytes": _MESSAGE_BYTES,
+                "message.max.bytes": MESSAGE_BYTES,
                 "error_cb": self._outages.complain,
             }
         )

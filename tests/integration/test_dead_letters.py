@@ -1,9 +1,10 @@
 """Dead letters: what came in, untouched, why nobody could use it, and never twice."""
 
+import asyncio
 import itertools
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -15,6 +16,7 @@ from confluent_kafka import KafkaError, Message, Producer
 from db.connection import DataPool
 from db.migrations.upgrade import upgrade_data
 from producers.dead_letters import DeadCode, DeadLetter, DeadLetters
+from producers.letter_box import FencedBox, Outgoing, PlainBox
 from queryd.events import Topic
 from queryd.publisher import NotDelivered, Publisher
 from queryd.subscription import Record
@@ -25,6 +27,9 @@ from tests.servers.kafka import Kafka
 
 # Beyond the 1 MiB that a broker takes unless told otherwise.
 _TOO_LARGE = 20 * 1024 * 1024
+
+# Time for a reading that does not wait to be over.
+_UNDER_WAY_SECONDS = 3.0
 
 # The tests share the topic: no two records come from the same place.
 _offsets = itertools.count(123_456_789_012)
@@ -58,7 +63,7 @@ async def opened_dead_letters(place: Place) -> AsyncIterator[DeadLetters]:
     publisher = Publisher(config)
     publisher.open()
     try:
-        yield DeadLetters(place.pool, publisher, config, topics)
+        yield DeadLetters(place.pool, publisher, config, topics, transactions=place.kafka.transactions)
     finally:
         await publisher.close()
 
@@ -151,15 +156,16 @@ async def test_a_record_that_is_read_again_after_a_crash_is_one_letter(
     place: Place, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     letters = [_make_letter() for _ in range(3)]
-    publish = Publisher.publish
+    box = FencedBox if place.kafka.transactions else PlainBox
+    put = box.put
 
-    async def die(*args: Any) -> Any:
+    async def die(*args: Any) -> None:
         if moment == "when the broker has it":
-            await publish(*args)
+            await put(*args)
         raise _Crash
 
     with monkeypatch.context() as patched:
-        patched.setattr(Publisher, "publish", die)
+        patched.setattr(box, "put", die)
         async with opened_dead_letters(place) as crashed:
             with pytest.raises(_Crash):
                 await crashed.send(letters)
@@ -169,6 +175,61 @@ async def test_a_record_that_is_read_again_after_a_crash_is_one_letter(
         await restarted.send([*letters, fresh])
     for letter in (*letters, fresh):
         assert len(await _read_dead(place.kafka, letter)) == 1
+
+
+@pytest.mark.needs_kafka
+@pytest.mark.parametrize("at_once", [False, True], ids=["one after the other", "both at once"])
+async def test_a_writer_that_was_cut_off_and_is_back_writes_no_second_letter(
+    place: Place, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    """It has noted its letters and begun to write them; meanwhile their records have a new owner."""
+    letters = [_make_letter() for _ in range(3)]
+    put = FencedBox.put
+    begun, cut_off = asyncio.Event(), asyncio.Event()
+
+    async def wait_at_first(box: FencedBox, outgoing: Sequence[Outgoing]) -> None:
+        if not begun.is_set():
+            begun.set()
+            await cut_off.wait()
+        await put(box, outgoing)
+
+    monkeypatch.setattr(FencedBox, "put", wait_at_first)
+    async with opened_dead_letters(place) as zombie, opened_dead_letters(place) as owner:
+        woken = asyncio.create_task(zombie.send(letters))
+        await begun.wait()
+        if at_once:
+            cut_off.set()
+        await owner.send(letters)
+        cut_off.set()
+        # It learns that its session was ended, and finds the letters written.
+        await woken
+    for letter in letters:
+        assert len(await _read_dead(place.kafka, letter)) == 1
+
+
+@pytest.mark.needs_kafka
+async def test_a_reading_waits_for_what_another_writer_has_under_way(place: Place) -> None:
+    """An open transaction hides what lies behind it, which may be the very letter that is looked for."""
+    letter, other = _make_letter(), _make_letter()
+    config = prepare_topics(place.kafka)
+    blocking = Producer(config | {"transactional.id": new_id(), "transaction.timeout.ms": 60_000})
+    blocking.init_transactions()
+    blocking.begin_transaction()
+    for partition in blocking.list_topics(Topic.DEAD_LETTERS).topics[Topic.DEAD_LETTERS].partitions:
+        blocking.produce(Topic.DEAD_LETTERS, b"under way", partition=partition)
+    blocking.flush()
+    async with opened_dead_letters(place) as first:
+        await first.send([letter])
+    async with place.pool.connection() as connection:
+        await connection.execute("UPDATE dead_letters SET sent_at = NULL")
+    async with opened_dead_letters(place) as second:
+        sending = asyncio.create_task(second.send([letter, other]))
+        await asyncio.sleep(_UNDER_WAY_SECONDS)
+        assert not sending.done()
+        blocking.abort_transaction()
+        await sending
+    for sent in (letter, other):
+        assert len(await _read_dead(place.kafka, sent)) == 1
 
 
 # What can't be written.
