@@ -8,7 +8,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from db.connection import conninfo, unavailable_told_apart
 
-DATA_TABLES = ("query_results", "query_runs", "outbox")
+DATA_TABLES = ("query_results", "query_runs", "outbox", "dataset_grants")
 STATE_TABLES = ("query_status", "consumer_offsets", "tasks")
 
 WRITABLE = "SELECT current_setting('transaction_read_only') = 'off'"

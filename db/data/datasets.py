@@ -1,11 +1,16 @@
-"""Datasets: what SQL may name, who owns it and who may read it."""
+"""Datasets: what SQL may name, who owns it and who may read it. Names are compared as DuckDB does: without ASCII case.
+
+Whatever changes a dataset or its grants raises its version, so that nothing stays warm that was made for another.
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from psycopg.rows import class_row
 
 from db.connection import Connection
+from db.data.visibility import visible
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,43 +34,70 @@ class Dataset(NewDataset):
     version: int
 
 
-UPSERT = """
+_COLUMNS = """d.id::text, d.org_id::text, d.user_id::text, d.name, d.kind, d.location, d.visibility, d.pii_columns,
+       d.version"""
+
+# The unique index on the folded name is the only one on names: two commands at once end as one dataset.
+UPSERT = f"""
 INSERT INTO datasets AS d (org_id, user_id, name, kind, location, visibility, pii_columns)
 VALUES (%(org_id)s, %(user_id)s, %(name)s, %(kind)s, %(location)s, %(visibility)s, %(pii_columns)s)
-ON CONFLICT (org_id, name) DO UPDATE
-SET user_id = excluded.user_id, kind = excluded.kind, location = excluded.location,
+ON CONFLICT (org_id, lower(name COLLATE "C")) DO UPDATE
+SET user_id = excluded.user_id, name = excluded.name, kind = excluded.kind, location = excluded.location,
     visibility = excluded.visibility, pii_columns = excluded.pii_columns, version = d.version + 1, updated_at = now()
-RETURNING id::text, org_id::text, user_id::text, name, kind, location, visibility, pii_columns, version
-"""
+RETURNING {_COLUMNS}
+"""  # noqa: S608 - a text of ours
 
-LIST = """
-SELECT id::text, org_id::text, user_id::text, name, kind, location, visibility, pii_columns, version
-FROM datasets
-WHERE %(org_id)s::uuid IS NULL OR org_id = %(org_id)s::uuid
-ORDER BY org_id, name
-"""
+LIST = f"""
+SELECT {_COLUMNS}
+FROM datasets d
+WHERE %(org_id)s::uuid IS NULL OR d.org_id = %(org_id)s::uuid
+ORDER BY d.org_id, lower(d.name COLLATE "C")
+"""  # noqa: S608
 
-# An org's own dataset hides a public one of the same name.
-READ_GRANTED = """
-SELECT DISTINCT ON (name)
-       id::text, org_id::text, user_id::text, name, kind, location, visibility, pii_columns, version
-FROM datasets
-WHERE visibility = 'public'
-   OR (org_id = %(org_id)s
-       AND (visibility = 'org'
-            OR (visibility = 'private' AND user_id = %(user_id)s)
-            OR (visibility LIKE 'role:%%' AND substr(visibility, 6) = ANY(%(roles)s::text[]))))
-ORDER BY name, (org_id = %(org_id)s) DESC, org_id
+# One statement whatever is asked for: a name that the caller may not see costs what one that nobody has costs.
+# A grant to a user or a role counts in the owner's own org only: ids and slugs of another mean other people. It is
+# looked up from the org's datasets, so that what other orgs grant to roles of that slug costs nobody anything.
+# An own dataset hides others of its name. Of two foreign ones the one registered first stands, whoever grants or
+# publishes another later: so nobody can slip in under a name that is in use.
+READ_GRANTED = f"""
+SELECT DISTINCT ON (lower(d.name COLLATE "C")) {_COLUMNS}
+FROM (
+    SELECT v.* FROM datasets v
+    WHERE {visible("v")}
+       OR (v.org_id = %(org_id)s::uuid
+           AND ARRAY(SELECT g.grantee FROM dataset_grants g WHERE g.dataset_id = v.id) && %(insiders)s::text[])
+    UNION ALL
+    SELECT o.* FROM dataset_grants g JOIN datasets o ON o.id = g.dataset_id
+    WHERE g.grantee = 'org:' || %(org_id)s::uuid
+) AS d
+ORDER BY lower(d.name COLLATE "C"), (d.org_id = %(org_id)s::uuid) DESC, d.created_at, d.id
+"""  # noqa: S608
+
+_NAMED = 'd.org_id = %(org_id)s::uuid AND lower(d.name COLLATE "C") = lower(%(name)s COLLATE "C")'
+
+FIND = f"SELECT {_COLUMNS} FROM datasets d WHERE {_NAMED}"  # noqa: S608
+# Whoever changes the grants holds the row, so that the dataset can't be removed meanwhile.
+LOCK = f"{FIND} FOR UPDATE"
+DELETE = f"DELETE FROM datasets d WHERE {_NAMED} RETURNING {_COLUMNS}"  # noqa: S608
+
+READ_GRANTS = "SELECT grantee FROM dataset_grants WHERE dataset_id = %(id)s::uuid ORDER BY grantee"
+GRANT = """
+INSERT INTO dataset_grants (dataset_id, grantee)
+SELECT %(id)s::uuid, g.grantee FROM unnest(%(grantees)s::text[]) AS g(grantee)
+ON CONFLICT DO NOTHING
 """
+REVOKE = "DELETE FROM dataset_grants WHERE dataset_id = %(id)s::uuid AND grantee = ANY(%(grantees)s::text[])"
+RAISE_VERSION = f"""
+UPDATE datasets d SET version = d.version + 1, updated_at = now() WHERE d.id = %(id)s::uuid
+RETURNING {_COLUMNS}
+"""  # noqa: S608
 
 
 async def upsert_dataset(connection: Connection, dataset: NewDataset) -> Dataset:
-    """Register or replace."""
-    async with connection.cursor(row_factory=class_row(Dataset)) as cursor:
-        await cursor.execute(UPSERT, asdict(dataset))
-        stored = await cursor.fetchone()
-        assert stored is not None
-        return stored
+    """Register or replace. What is replaced keeps its grants."""
+    stored = await _fetch(connection, UPSERT, asdict(dataset))
+    assert stored is not None
+    return stored
 
 
 async def list_datasets(connection: Connection, org_id: str | None) -> list[Dataset]:
@@ -77,6 +109,50 @@ async def list_datasets(connection: Connection, org_id: str | None) -> list[Data
 
 async def read_granted(connection: Connection, org_id: str, user_id: str | None, roles: Sequence[str]) -> list[Dataset]:
     """Everything that the caller may read, one dataset a name."""
+    insiders = [f"role:{role}" for role in roles] + ([] if user_id is None else [f"user:{user_id}"])
+    caller = {"org_id": org_id, "user_id": user_id, "roles": list(roles), "insiders": insiders}
     async with connection.cursor(row_factory=class_row(Dataset)) as cursor:
-        await cursor.execute(READ_GRANTED, {"org_id": org_id, "user_id": user_id, "roles": list(roles)})
+        await cursor.execute(READ_GRANTED, caller)
         return await cursor.fetchall()
+
+
+async def find_dataset(connection: Connection, org_id: str, name: str) -> Dataset | None:
+    """The org's dataset of that name."""
+    return await _fetch(connection, FIND, {"org_id": org_id, "name": name})
+
+
+async def delete_dataset(connection: Connection, org_id: str, name: str) -> Dataset | None:
+    """Delete the org's dataset of that name with its grants; what it was."""
+    return await _fetch(connection, DELETE, {"org_id": org_id, "name": name})
+
+
+async def read_grants(connection: Connection, dataset_id: str) -> list[str]:
+    """To whom it was granted, sorted."""
+    cursor = await connection.execute(READ_GRANTS, {"id": dataset_id})
+    return [row[0] for row in await cursor.fetchall()]
+
+
+async def grant(connection: Connection, org_id: str, name: str, grantees: Sequence[str]) -> Dataset | None:
+    """Grant the org's dataset of that name, in the caller's transaction; None if there is none."""
+    return await _change_grants(connection, GRANT, org_id, name, grantees)
+
+
+async def revoke(connection: Connection, org_id: str, name: str, grantees: Sequence[str]) -> Dataset | None:
+    """Take grants back, in the caller's transaction; None if there is no such dataset."""
+    return await _change_grants(connection, REVOKE, org_id, name, grantees)
+
+
+async def _change_grants(
+    connection: Connection, change: str, org_id: str, name: str, grantees: Sequence[str]
+) -> Dataset | None:
+    dataset = await _fetch(connection, LOCK, {"org_id": org_id, "name": name})
+    if dataset is None:
+        return None
+    changed = await connection.execute(change, {"id": dataset.id, "grantees": list(grantees)})
+    return await _fetch(connection, RAISE_VERSION, {"id": dataset.id}) if changed.rowcount else dataset
+
+
+async def _fetch(connection: Connection, statement: str, values: dict[str, Any]) -> Dataset | None:
+    async with connection.cursor(row_factory=class_row(Dataset)) as cursor:
+        await cursor.execute(statement, values)
+        return await cursor.fetchone()

@@ -5,6 +5,8 @@ import uuid
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from access.datasets import NoSuchDataset
+from access.saved_queries import NoSuchSavedQuery
 from access.visibility import InvalidRegistration
 from db.connection import DatabaseUnavailable, DataPool
 from queryd.events import Invalid, parse_uuid
@@ -27,6 +29,8 @@ def with_data(work: Callable[[DataPool], Awaitable[_Answer]]) -> _Answer:
         return asyncio.run(run())
     except InvalidRegistration as error:
         complain(str(error), 2)
+    except (NoSuchDataset, NoSuchSavedQuery) as error:
+        complain(str(error))
     except DatabaseUnavailable as error:
         complain(f"Postgres data (QUERYD_DATA_URL) does not answer: {error}")
 
