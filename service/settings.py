@@ -14,6 +14,7 @@ from confluent_kafka.admin import AdminClient
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
+from access.limits import OrgLimits
 from processes.failpoints import FAILPOINTS_VARIABLE
 from processes.lifeline import LIFELINE_VARIABLE
 from queryd.events import Mode
@@ -25,6 +26,9 @@ ENV_FILE = STATE_DIRECTORY / "env"
 
 _CORES_A_SLOT = 2
 _GIB = 1024**3
+# Of the columns in `org_limits`.
+_MOST_INT = 2**31 - 1
+_MOST_BIGINT = 2**63 - 1
 _HOUR = 3600.0
 _DAY = 24 * _HOUR
 
@@ -97,6 +101,14 @@ class Settings(BaseSettings):
     # Listing a million objects takes minutes; nobody waits for what is swept.
     retention_interval: float = Field(default=_HOUR, ge=1)
 
+    # Of an org that has none of its own, see `queryd limits`; without a value there is no limit.
+    org_running_queries: int | None = Field(default=None, ge=1, le=_MOST_INT)
+    org_queued_queries: int | None = Field(default=None, ge=1, le=_MOST_INT)
+    org_timeout: int | None = Field(default=None, ge=1, le=_MOST_INT)
+    org_bytes_scanned: int | None = Field(default=1024 * _GIB, ge=1, le=_MOST_BIGINT)
+    org_result_bytes: int | None = Field(default=10 * _GIB, ge=1, le=_MOST_BIGINT)
+    org_result_rows: int | None = Field(default=None, ge=1, le=_MOST_BIGINT)
+
     relay_transactions: bool = True
     sql_hash_key: SecretStr | None = Field(default=None, min_length=16)
     # 0 is no server. `run all` and `up` take this port and the two that follow.
@@ -138,6 +150,17 @@ class Settings(BaseSettings):
     def kafka(self) -> dict[str, Any]:
         """librdkafka's configuration, for every client."""
         return {**self.kafka_options, "bootstrap.servers": self.kafka_bootstrap}
+
+    def org_limits(self) -> OrgLimits:
+        """What holds for an org that has no limits of its own."""
+        return OrgLimits(
+            running_queries=self.org_running_queries,
+            queued_queries=self.org_queued_queries,
+            timeout_seconds=self.org_timeout,
+            bytes_scanned=self.org_bytes_scanned,
+            result_bytes=self.org_result_bytes,
+            result_rows=self.org_result_rows,
+        )
 
     def slots(self) -> dict[Mode, int]:
         """Queries running at once in each lane."""

@@ -6,11 +6,14 @@ from datetime import datetime
 from time import monotonic
 from typing import Any
 
+from access.limits import OrgLimits, read_limits
+from consumers.executor.endings import Failure
 from consumers.executor.identity import fingerprint_request, hash_sql
 from consumers.executor.story import QueryFacts, tell
 from db.clock import DatabaseClock
-from db.connection import DataPool, transaction
+from db.connection import Connection, DataPool, transaction
 from db.data.admission import NewQuery, SavedLookup, insert_queries, resolve_saved
+from db.data.limits import find_surplus
 from db.data.outbox import NewEvent
 from db.data.runs import RunState, read_deleted, read_states
 from processes.failpoints import Failpoint, failpoint
@@ -39,6 +42,8 @@ class Rules:
     queue_seconds: dict[Mode, float]
     engines: frozenset[str]
     hash_key: str | None = field(repr=False)
+    # Of an org that has none of its own.
+    limits: OrgLimits = field(default_factory=OrgLimits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +62,19 @@ class Done:
 @dataclass(frozen=True, slots=True)
 class Admitted:
     """A query of ours to run, or to watch while another worker runs it. `sql` is None when the saved query that was
-    admitted is not to be had any more with the same text."""
+    admitted is not to be had any more with the same text. `limits` are its org's, as of its admission."""
 
     record: Record
     request: QueryRequested
     facts: QueryFacts
     state: RunState
+    limits: OrgLimits
     sql: str | None = field(repr=False)
 
 
 Verdict = Refused | Done | Admitted
+
+_OVER_QUOTA = Failure(ErrorCode.QUOTA_EXCEEDED, "the org has as many queries waiting as its limit allows")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +150,12 @@ async def admit(
         texts = await resolve_saved(
             connection, [lookup for place, item in enumerate(batch) if (lookup := _look_up(place, item)) is not None]
         )
+        limits = await read_limits(connection, {item.org_id for item in batch}, rules.limits)
+        failures = await _find_failures(connection, batch, texts, limits)
         births = []
         for place, item in enumerate(batch):
             with within(traced, place):
-                births.append(_give_birth(item, texts.get(place), clock.now(), rules))
+                births.append(_give_birth(item, texts.get(place), failures[place], clock.now(), rules))
         # Of two records with one id in one batch the first is the query's own.
         first = {birth.query.query_id: birth for birth in reversed(births)}
         await insert_queries(
@@ -163,7 +173,10 @@ async def admit(
     for query in (birth.query for birth in first.values()):
         if query.error_code is not None and _is_own(query, states.get(query.query_id)):
             METRICS.end_query(query.mode, query.error_code, total_seconds=query.waited_seconds)
-    return [_decide(birth, states.get(birth.query.query_id), birth.query.query_id in deleted) for birth in births]
+    return [
+        _decide(birth, states.get(birth.query.query_id), birth.query.query_id in deleted, limits[birth.item.org_id])
+        for birth in births
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,10 +197,9 @@ def _look_up(place: int, item: Legible) -> SavedLookup | None:
     return SavedLookup(place, request.saved_query_id, request.org_id, request.user_id, request.roles)
 
 
-def _give_birth(item: Legible, saved_text: str | None, now: datetime, rules: Rules) -> _Birth:
+def _give_birth(item: Legible, saved_text: str | None, failure: Failure | None, now: datetime, rules: Rules) -> _Birth:
     request = item.request
-    sql = saved_text if request is not None and request.saved_query_id is not None else item.fields["sql"]
-    code, message = _find_failure(item, sql)
+    sql = _choose_sql(item, saved_text)
     facts = QueryFacts(
         query_id=item.query_id,
         org_id=item.org_id,
@@ -205,7 +217,7 @@ def _give_birth(item: Legible, saved_text: str | None, now: datetime, rules: Rul
             output_format=request.output_format,
         )
     events = [tell(facts, sequence=1, previous=None, status=Status.QUEUED, attempt=0, now=now)]
-    if code is not None:
+    if failure is not None:
         events.append(
             tell(
                 facts,
@@ -214,8 +226,8 @@ def _give_birth(item: Legible, saved_text: str | None, now: datetime, rules: Rul
                 status=Status.FAILED,
                 attempt=0,
                 now=now,
-                error_code=code,
-                error_message=message,
+                error_code=failure.code,
+                error_message=failure.message,
             )
         )
     record = item.record
@@ -224,13 +236,13 @@ def _give_birth(item: Legible, saved_text: str | None, now: datetime, rules: Rul
         org_id=item.org_id,
         user_id=facts.user_id,
         mode=item.mode.value,
-        status=Status.QUEUED.value if code is None else Status.FAILED.value,
+        status=Status.QUEUED.value if failure is None else Status.FAILED.value,
         sql_hash=facts.sql_hash,
         saved_query_id=facts.saved_query_id,
         task_id=facts.task_id,
         output_format=None if facts.output_format is None else facts.output_format.value,
-        error_code=None if code is None else code.value,
-        error_message=message,
+        error_code=None if failure is None else failure.code.value,
+        error_message=None if failure is None else failure.message,
         fingerprint=item.fingerprint,
         topic=record.topic,
         partition=record.partition,
@@ -244,12 +256,43 @@ def _give_birth(item: Legible, saved_text: str | None, now: datetime, rules: Rul
     return _Birth(item, query, facts, events, sql)
 
 
-def _find_failure(item: Legible, sql: str | None) -> tuple[ErrorCode | None, str | None]:
+def _choose_sql(item: Legible, saved_text: str | None) -> str | None:
+    request = item.request
+    if request is not None and request.saved_query_id is not None:
+        return saved_text
+    sql: str | None = item.fields["sql"]
+    return sql
+
+
+async def _find_failures(
+    connection: Connection, batch: Sequence[Legible], texts: dict[int, str], limits: dict[str, OrgLimits]
+) -> list[Failure | None]:
+    """Why each of the batch's queries can never run, if it is new."""
+    failures = [_find_failure(item, _choose_sql(item, texts.get(place))) for place, item in enumerate(batch)]
+    # Of two records with one id the first is the query's own.
+    first: dict[str, tuple[Legible, Failure | None]] = {}
+    for item, failure in zip(batch, failures, strict=True):
+        first.setdefault(item.query_id, (item, failure))
+    waiting = [item for item, failure in first.values() if failure is None]
+    most: dict[str, int] = {
+        item.org_id: queued for item in waiting if (queued := limits[item.org_id].queued_queries) is not None
+    }
+    if not most:
+        return failures
+    wanted = [(item.query_id, item.org_id) for item in waiting if item.org_id in most]
+    surplus = await find_surplus(connection, wanted, most)
+    return [
+        _OVER_QUOTA if failure is None and item.query_id in surplus else failure
+        for item, failure in zip(batch, failures, strict=True)
+    ]
+
+
+def _find_failure(item: Legible, sql: str | None) -> Failure | None:
     if item.request is None:
-        return ErrorCode.INVALID_REQUEST, item.reason
+        return Failure(ErrorCode.INVALID_REQUEST, item.reason or "")
     if sql is None:
-        return ErrorCode.SAVED_QUERY_NOT_FOUND, "the saved query does not exist"
-    return None, None
+        return Failure(ErrorCode.SAVED_QUERY_NOT_FOUND, "the saved query does not exist")
+    return None
 
 
 def _is_own(query: NewQuery, state: RunState | None) -> bool:
@@ -258,7 +301,7 @@ def _is_own(query: NewQuery, state: RunState | None) -> bool:
     return state is not None and coordinates == (state.topic, state.partition, state.record_offset)
 
 
-def _decide(birth: _Birth, state: RunState | None, deleted: bool) -> Verdict:
+def _decide(birth: _Birth, state: RunState | None, deleted: bool, limits: OrgLimits) -> Verdict:
     item, record = birth.item, birth.item.record
     if item.request is None:
         # Every malformed record is a dead letter of its own, whatever stands under its id.
@@ -275,4 +318,4 @@ def _decide(birth: _Birth, state: RunState | None, deleted: bool) -> Verdict:
     facts = replace(
         birth.facts, sql_hash=state.sql_hash, saved_query_id=state.saved_query_id, traceparent=state.traceparent
     )
-    return Admitted(record=record, request=item.request, facts=facts, state=state, sql=sql)
+    return Admitted(record=record, request=item.request, facts=facts, state=state, limits=limits, sql=sql)

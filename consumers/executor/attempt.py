@@ -1,11 +1,12 @@
-"""One attempt at a query, top to bottom: claim, authorize, execute, store, finish."""
+"""One attempt at a query, top to bottom: claim, authorize, execute, audit, store, finish."""
 
 import asyncio
 import contextlib
+import json
 import shutil
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -15,15 +16,18 @@ from typing import Any, TypeVar
 
 import structlog
 
+from access.audit import PersonalRead, record_reads
 from access.grants import authorize
+from access.limits import least
 from consumers.executor.admission import Admitted
-from consumers.executor.endings import CANCELLED, Failure, Success, fail, succeed
+from consumers.executor.endings import CANCELLED, ErrorFile, Failure, Success, fail, succeed
 from consumers.executor.leases import Lease, Leases, Stop
 from consumers.executor.story import QueryFacts, tell
-from consumers.executor.transitions import RowRefused, Transitions
+from consumers.executor.transitions import Refusal, RowRefused, Transitions
 from db.clock import DatabaseClock
 from db.connection import DatabaseUnavailable, DataPool
 from db.data.attempts import Claim, Ending, HandBack
+from db.data.audit import AuditRefused
 from db.data.datasets import Dataset
 from db.data.runs import RunState
 from db.retrying import until_available
@@ -34,13 +38,14 @@ from engines.protocol import (
     Execution,
     Output,
     QueryFailed,
+    Read,
     Relation,
     RelationKind,
 )
 from processes.failpoints import Failpoint, failpoint
 from queryd.events import ErrorCode, Mode, ResultFile, Status
-from results.formats import content_type
-from results.location import file_name, prefix
+from results.formats import ERROR_CONTENT_TYPE, content_type
+from results.location import ERROR_FILE, file_name, prefix
 from results.uploader import StoreRefused, StoreUnavailable, Uploader
 from telemetry.events import LogEvent
 from telemetry.metrics import METRICS
@@ -92,7 +97,10 @@ class _Stopped(Exception):
 
 
 class Attempts:
-    """Runs attempts. `run` and `end_unclaimed` answer whether the query is terminal; if not, somebody must watch it."""
+    """Runs attempts. `run` and `end_unclaimed` answer whether the query is terminal; if not, somebody must watch it.
+
+    `run` may also answer that nothing has happened, for its org may not run more just now: then it must wait.
+    """
 
     def __init__(
         self,
@@ -113,7 +121,7 @@ class Attempts:
         self._uploader = uploader
         self._rules = rules
 
-    async def run(self, query: Admitted, still_renewal: int | None, executed: Callable[[], None]) -> bool:
+    async def run(self, query: Admitted, still_renewal: int | None, executed: Callable[[], None]) -> bool | Refusal:
         """One attempt. `executed` is called when the engine is free again and the result is still to be stored."""
         failure = _find_failure(query.state, query.sql, still_renewal)
         if failure is not None:
@@ -121,10 +129,14 @@ class Attempts:
         with span(SpanName.ATTEMPT, query.facts.traceparent, **_name(query.facts, query.state.attempt + 1)):
             return await self._attempt(query, still_renewal, executed)
 
-    async def _attempt(self, query: Admitted, still_renewal: int | None, executed: Callable[[], None]) -> bool:
+    async def _attempt(
+        self, query: Admitted, still_renewal: int | None, executed: Callable[[], None]
+    ) -> bool | Refusal:
         running = await self._claim(query, Lease(query.facts.query_id, str(uuid.uuid4())), still_renewal)
         if running is None:
             return False
+        if isinstance(running, Refusal):
+            return running
         failpoint(Failpoint.CLAIM_AFTER)
         with self._leases.hold(running.lease), METRICS.running(query.facts.mode.value):
             async with _removed_afterwards(running.scratch):
@@ -132,6 +144,7 @@ class Attempts:
                     outcome = await self._execute(running)
                     executed()
                     failpoint(Failpoint.EXECUTE_AFTER)
+                    outcome = await self._audit(running, outcome)
                     return await self._finish(running, await self._store(running, outcome))
                 except _Stopped as stopped:
                     return await self._give_up(running, stopped.why)
@@ -149,10 +162,9 @@ class Attempts:
     # Claim.
 
     @in_span(SpanName.CLAIM)
-    async def _claim(self, query: Admitted, lease: Lease, still_renewal: int | None) -> Running | None:
+    async def _claim(self, query: Admitted, lease: Lease, still_renewal: int | None) -> Running | Refusal | None:
         state, mode = query.state, query.facts.mode
-        wanted = query.request.timeout_seconds or self._rules.default_seconds[mode]
-        run_seconds = min(float(wanted), self._rules.longest_seconds[mode])
+        run_seconds = self._find_seconds(query)
         now = self._clock.now()
         queued_ms = _queued_ms(state, self._clock.steady_now())
         event = tell(
@@ -167,6 +179,7 @@ class Attempts:
         )
         claim = Claim(
             query_id=query.facts.query_id,
+            org_id=query.facts.org_id,
             sequence=state.sequence,
             token=lease.token,
             worker=self._rules.worker,
@@ -178,11 +191,14 @@ class Attempts:
             event_id=event.event_id,
             payload=event.payload,
             headers=event.headers,
+            limited=query.limits.running_queries is not None,
         )
         try:
             claimed = await self._transitions.claim(claim)
         except RowRefused:
             return None
+        if isinstance(claimed, Refusal):
+            return claimed
         if claimed is None or claimed.token != lease.token or Status(claimed.status).terminal:
             return None
         scratch = self._rules.scratch / f"{query.facts.query_id}-{claimed.attempt}"
@@ -193,9 +209,16 @@ class Attempts:
         _log.debug(LogEvent.QUERY_STARTED, **_names(running))
         return running
 
+    def _find_seconds(self, query: Admitted) -> float:
+        """How long the query may run: what it asks for, within its lane's and its org's limit."""
+        mode, limit = query.facts.mode, query.limits.timeout_seconds
+        wanted = float(query.request.timeout_seconds or self._rules.default_seconds[mode])
+        longest = self._rules.longest_seconds[mode]
+        return min(wanted, longest) if limit is None else min(wanted, longest, float(limit))
+
     # Authorize and execute.
 
-    async def _execute(self, running: Running) -> Output | Failure:
+    async def _execute(self, running: Running) -> Output | Failure | QueryFailed:
         query = running.query
         if query.sql is None:
             return Failure(ErrorCode.SAVED_QUERY_NOT_FOUND, "the saved query has changed since it was admitted")
@@ -206,18 +229,21 @@ class Attempts:
             return await authorize(self._pool, request.org_id, request.user_id, request.roles)
 
         granted = await self._unless_stopped(running, until_available(ask, "postgres data"))
+        most_rows = least(request.max_rows, query.limits.result_rows)
         execution = Execution(
             query_id=request.query_id,
             org_id=request.org_id,
             sql=query.sql,
             parameters=request.parameters,
             relations=tuple(_to_relation(dataset) for dataset in granted),
+            denied=_denied(granted, query.facts),
             output_format=request.output_format,
             scratch=running.scratch,
             timeout_seconds=running.run_seconds,
             # The engine counts one row further.
-            max_rows=None if request.max_rows is None else min(request.max_rows, _MOST_ROWS),
-            max_bytes=None,
+            max_rows=None if most_rows is None else min(most_rows, _MOST_ROWS),
+            max_bytes=query.limits.result_bytes,
+            max_bytes_scanned=least(request.max_bytes_scanned, query.limits.bytes_scanned),
         )
         try:
             await self._unless_stopped(running, make_scratch(running))
@@ -225,7 +251,7 @@ class Attempts:
         except OSError:
             return Failure(ErrorCode.ENGINE_UNAVAILABLE, "there was no scratch space within the time limit")
         except QueryFailed as failed:
-            return Failure(failed.code, failed.message)
+            return failed
         except EngineUnavailable:
             return Failure(ErrorCode.ENGINE_UNAVAILABLE, "a dataset's store could not be reached within the time limit")
 
@@ -239,34 +265,84 @@ class Attempts:
             give_up_after=_seconds_left(running),
         )
 
+    # Audit.
+
+    async def _audit(self, running: Running, outcome: Output | Failure | QueryFailed) -> Output | Failure:
+        """Record what was read of personal data, before any of it is released: a result, or an error that quotes it."""
+        reads = () if isinstance(outcome, Failure) else outcome.reads
+        if reads:
+            facts, token = running.query.facts, running.lease.token
+            record = partial(record_reads, self._pool, facts.query_id, token, [_to_personal(read) for read in reads])
+            try:
+                await self._unless_stopped(running, until_available(record, "postgres data"))
+            except AuditRefused as refused:
+                _log.error(LogEvent.AUDIT_REFUSED, reason=str(refused), **_names(running))
+                return Failure(ErrorCode.INTERNAL, "the read of personal data could not be recorded")
+        if isinstance(outcome, QueryFailed):
+            return Failure(outcome.code, outcome.message, outcome.detail)
+        return outcome
+
     # Store.
 
     async def _store(self, running: Running, outcome: Output | Failure) -> Success | Failure:
         if isinstance(outcome, Failure):
-            return outcome
-        facts, rules, output_format = running.query.facts, self._rules, running.query.request.output_format
-        where = prefix(facts.org_id, facts.query_id, running.attempt, running.lease.token)
-        key = where + file_name(output_format)
-
-        store = partial(self._uploader.store, outcome.path, key, content_type(output_format))
+            return outcome if outcome.detail is None else await self._store_error(running, outcome)
+        output_format = running.query.request.output_format
         try:
             with span(SpanName.STORE):
-                storing = until_available(store, "s3", unavailable=StoreUnavailable)
-                stored = await self._unless_stopped(running, storing)
+                file = await self._put(
+                    running, outcome.path, file_name(output_format), content_type(output_format), outcome.rows
+                )
         except StoreRefused as refused:
             _log.error(LogEvent.RESULT_REFUSED, reason=str(refused), **_names(running))
             return Failure(ErrorCode.INTERNAL, "the result store refused the result")
         failpoint(Failpoint.STORE_AFTER)
         return Success(
-            location=f"s3://{rules.bucket}/{where}",
-            file=ResultFile(stored.key, stored.bytes, outcome.rows, stored.etag, stored.sha256),
+            location=self._location(running),
+            file=file,
             columns=outcome.columns,
             bytes_scanned=outcome.bytes_scanned,
             duration_ms=_elapsed_ms(running),
             queued_ms=running.queued_ms,
             engine=self._engine.name,
-            retention=rules.retention,
+            retention=self._rules.retention,
         )
+
+    async def _store_error(self, running: Running, failure: Failure) -> Failure:
+        """The failure with its detail stored for the author; without, where that is not to be had in time."""
+        path = running.scratch / ERROR_FILE
+        try:
+            path.write_text(
+                json.dumps({"code": failure.code, "message": failure.message, "detail": failure.detail}),
+                encoding="utf-8",
+            )
+            file = await self._put(
+                running, path, ERROR_FILE, ERROR_CONTENT_TYPE, 0, give_up_after=_seconds_left(running)
+            )
+        except (OSError, StoreRefused, StoreUnavailable) as error:
+            _log.warning(LogEvent.ERROR_DETAIL_LOST, reason=type(error).__name__, **_names(running))
+            return failure
+        return replace(failure, error_file=ErrorFile(self._location(running), file, self._rules.retention))
+
+    async def _put(
+        self,
+        running: Running,
+        path: Path,
+        name: str,
+        media_type: str,
+        rows: int,
+        *,
+        give_up_after: float | None = None,
+    ) -> ResultFile:
+        """Put a file under the attempt's own prefix; raises `StoreRefused`, and `StoreUnavailable` at the end of
+        `give_up_after` seconds."""
+        store = partial(self._uploader.store, path, _prefix(running) + name, media_type)
+        storing = until_available(store, "s3", unavailable=StoreUnavailable, give_up_after=give_up_after)
+        stored = await self._unless_stopped(running, storing)
+        return ResultFile(stored.key, stored.bytes, rows, stored.etag, stored.sha256)
+
+    def _location(self, running: Running) -> str:
+        return f"s3://{self._rules.bucket}/{_prefix(running)}"
 
     # Finish.
 
@@ -399,6 +475,22 @@ async def make_scratch(running: Running) -> None:
     await until_available(make, "scratch", unavailable=OSError, give_up_after=_seconds_left(running))
 
 
+def _prefix(running: Running) -> str:
+    facts = running.query.facts
+    return prefix(facts.org_id, facts.query_id, running.attempt, running.lease.token)
+
+
+def _denied(granted: Sequence[Dataset], facts: QueryFacts) -> frozenset[str]:
+    """Who reads personal data must be somebody."""
+    if facts.user_id is not None or facts.task_id is not None:
+        return frozenset()
+    return frozenset(dataset.name for dataset in granted if dataset.pii_columns)
+
+
+def _to_personal(read: Read) -> PersonalRead:
+    return PersonalRead(read.relation, read.columns)
+
+
 def _seconds_left(running: Running) -> float:
     return running.started + running.run_seconds - time.monotonic()
 
@@ -409,6 +501,7 @@ def _to_relation(dataset: Dataset) -> Relation:
         kind=RelationKind(dataset.kind),
         location=dataset.location,
         version=f"{dataset.id}:{dataset.version}",
+        pii_columns=frozenset(dataset.pii_columns),
     )
 
 

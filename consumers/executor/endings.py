@@ -1,7 +1,8 @@
 """How a query ends: the row's and the event's side of it, made together so that they can't disagree."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
+from typing import Any
 
 from psycopg.types.json import Jsonb
 
@@ -19,11 +20,25 @@ _MAX_TYPE = 1_000
 
 
 @dataclass(frozen=True, slots=True)
+class ErrorFile:
+    """An attempt's `error.json` in the store. `location` is its prefix as a URL."""
+
+    location: str
+    file: ResultFile
+    retention: timedelta
+
+
+@dataclass(frozen=True, slots=True)
 class Failure:
-    """The query's own end: a code and one sentence without SQL or data."""
+    """The query's own end: a code and one sentence without SQL or data.
+
+    `detail` is the engine's own text, which may hold both; `error_file` is where it was stored for the author.
+    """
 
     code: ErrorCode
     message: str
+    detail: str | None = field(default=None, repr=False)
+    error_file: ErrorFile | None = None
 
 
 CANCELLED = Failure(ErrorCode.QUERY_CANCELLED, "the query was cancelled")
@@ -139,13 +154,27 @@ def _ending(
         duration_ms=duration_ms,
         error_code=None if failure is None else failure.code.value,
         error_message=None if failure is None else failure.message,
-        files=Jsonb([] if success is None else [asdict(success.file)]),
-        retention_seconds=None if success is None else success.retention.total_seconds(),
+        files=Jsonb(_list_files(failure, success)),
+        retention_seconds=_retention_seconds(failure, success),
         shard=event.shard,
         event_id=event.event_id,
         payload=event.payload,
         headers=event.headers,
     )
+
+
+def _list_files(failure: Failure | None, success: Success | None) -> list[dict[str, Any]]:
+    """What the row remembers of objects, to let them go in time. A failed query has no location to find them by."""
+    if success is not None:
+        return [asdict(success.file)]
+    if failure is not None and failure.error_file is not None:
+        return [asdict(failure.error_file.file) | {"location": failure.error_file.location}]
+    return []
+
+
+def _retention_seconds(failure: Failure | None, success: Success | None) -> float | None:
+    stored = success if success is not None else failure.error_file if failure is not None else None
+    return None if stored is None else stored.retention.total_seconds()
 
 
 def _fit(column: Column, number: int) -> Column:

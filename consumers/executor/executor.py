@@ -2,10 +2,12 @@
 
     poll → admit → schedule → claim → authorize → execute → store → finish → commit
 
-and each arrow is one function: `_take_in`, `_admit_records`, `FairQueue.put`, then `Attempts.run` from top to bottom.
+and each arrow is one function: `_take_in`, `_admit_batch`, `FairQueue.put`, then `Attempts.run` from top to bottom.
 """
 
 import asyncio
+import random
+import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -16,13 +18,14 @@ import structlog
 
 from consumers.executor.admission import Admitted, Done, Legible, Refused, Rules, Verdict, admit, read_record
 from consumers.executor.ages import RecordAges
+from consumers.executor.arrivals import Arrivals
 from consumers.executor.attempt import Attempts
 from consumers.executor.cancel_news import CancelNews
 from consumers.executor.intake import Intake
 from consumers.executor.leases import Leases, Stop
 from consumers.executor.reaper import Reaper
-from consumers.executor.schedule import FairQueue
-from consumers.executor.transitions import Batcher, RowRefused, Transitions
+from consumers.executor.schedule import FairQueue, Turn
+from consumers.executor.transitions import Batcher, Refusal, RowRefused, Transitions
 from consumers.executor.watch import Takeable, Watch
 from db.clock import DatabaseClock
 from db.connection import DataPool
@@ -39,12 +42,23 @@ from telemetry.traces import SpanAttribute, SpanName, Step, spans
 
 _log = structlog.get_logger("queryd.executor")
 
+# Requests read in one turn of the event loop, which takes some 2 ms: what runs needs the loop as well.
+_PORTION = 50
 # Requests in one admission transaction, which then takes some 50 ms.
 _ADMISSION = 500
 # A handed-back query's next attempt starts within 2 s, so the watch looks twice a second; one statement for all.
 _WATCH_SECONDS = 0.5
 # Results waiting for the store or the finish, per lane: bounds what lies in scratch while S3 or Postgres is slow.
 _UNFINISHED_RESULTS = 32
+# How long an org's queries wait here before the next is tried. Where its limit is reached: what ends here is known at
+# once, so this only says how late a place is noticed that another worker's query has left, at the price of one claim.
+# Where another worker is counting: that takes some milliseconds.
+_HELD_SECONDS = {Refusal.LIMIT: 0.5, Refusal.BUSY: 0.02}
+# Whoever's query ends here knows first that there is a place, and would have it for ever while others, who ask twice a
+# second, wait. So an org with a limit rests here after each of its queries, for this part of what the query took: after
+# long ones, which others would never catch the end of, until everybody has asked.
+_REST = 0.05
+_LONGEST_REST_SECONDS = 0.65
 # Handing back is one transaction; longer than this the database is away, and the leases run out by themselves.
 _HAND_BACK_SECONDS = 2.0
 
@@ -109,8 +123,9 @@ class Executor:
         self._lanes = {mode: Lane(mode, rules.slots[mode]) for mode in Mode}
         self._lane_of_topic = {mode.topic.value: self._lanes[mode] for mode in Mode}
         self._admissions: Batcher[Legible, Verdict] = Batcher(self._admit)
-        self._arrived: deque[Record] = deque()
+        self._unread: deque[Record] = deque()
         self._has_arrived = asyncio.Event()
+        self._arrivals = Arrivals()
         self._burying = asyncio.Lock()
         self._watch = Watch(rules.lease_seconds)
         # Why a parked query may be taken although its lease looks alive, by query id.
@@ -135,6 +150,7 @@ class Executor:
                 asyncio.create_task(self.intake.follow(topic, self._take_in), name=f"intake {topic}")
                 for topic in self.intake.topics
             ),
+            asyncio.create_task(self._read_for_ever(), name="reading"),
             asyncio.create_task(self._admit_for_ever(), name="admission"),
             asyncio.create_task(self._leases.renew_for_ever(), name="leases"),
             asyncio.create_task(self._watch_for_ever(), name="watch"),
@@ -161,31 +177,45 @@ class Executor:
 
     def _take_in(self, records: Sequence[Record]) -> None:
         """What lies between the poll and admission is bounded by the window."""
-        self._arrived.extend(records)
+        self._unread.extend(records)
         self._has_arrived.set()
 
-    async def _admit_for_ever(self) -> None:
+    async def _read_for_ever(self) -> None:
+        """Read what has arrived at once, whatever waits for admission: whose a request is stands inside it."""
         while True:
             await self._has_arrived.wait()
             self._has_arrived.clear()
-            while self._arrived:
-                batch = [self._arrived.popleft() for _ in range(min(len(self._arrived), _ADMISSION))]
-                await self._admit_records([record for record in batch if self.intake.owns(record)])
+            while self._unread:
+                await self._bury(await self._read(min(len(self._unread), _ADMISSION)))
 
-    async def _admit_records(self, records: Sequence[Record]) -> None:
-        legible: list[Legible] = []
+    async def _read(self, count: int) -> list[tuple[Record, Refused]]:
+        """Read so many records, and say which are none that can be admitted."""
         refused: list[tuple[Record, Refused]] = []
-        for record in records:
-            mode = self._lane_of_topic[record.topic].mode
-            match read_record(record, mode, self._admission_rules, self._ages.age_at_poll(record)):
-                case Refused() as refusal:
-                    refused.append((record, refusal))
-                case Legible() as item:
-                    legible.append(item)
-        if legible:
-            verdicts = await self._admissions.run_all(legible)
-            for item, verdict in zip(legible, verdicts, strict=True):
-                self._follow(item.record, verdict, refused)
+        for number in range(1, count + 1):
+            record = self._unread.popleft()
+            if self.intake.owns(record):
+                mode = self._lane_of_topic[record.topic].mode
+                match read_record(record, mode, self._admission_rules, self._ages.age_at_poll(record)):
+                    case Refused() as refusal:
+                        refused.append((record, refusal))
+                    case Legible() as item:
+                        self._arrivals.put(item)
+            if number % _PORTION == 0:
+                await asyncio.sleep(0)
+        return refused
+
+    async def _admit_for_ever(self) -> None:
+        while True:
+            batch = await self._arrivals.take(_ADMISSION)
+            await self._admit_batch([item for item in batch if self.intake.owns(item.record)])
+
+    async def _admit_batch(self, batch: Sequence[Legible]) -> None:
+        if not batch:
+            return
+        refused: list[tuple[Record, Refused]] = []
+        verdicts = await self._admissions.run_all(batch)
+        for item, verdict in zip(batch, verdicts, strict=True):
+            self._follow(item.record, verdict, refused)
         await self._bury(refused)
 
     async def _admit(self, batch: Sequence[Legible]) -> list[Verdict]:
@@ -208,6 +238,8 @@ class Executor:
 
     async def _bury(self, refused: Sequence[tuple[Record, Refused]]) -> None:
         """Dead letters, acknowledged before their records finish; if they can't be written, the executor stops."""
+        if not refused:
+            return
         async with self._burying:
             await self._dead_letters.send([DeadLetter(record, why.code, why.reason) for record, why in refused])
         for record, _ in refused:
@@ -218,7 +250,7 @@ class Executor:
     def _schedule(self, query: Admitted) -> None:
         if query.state.cancelled:
             # It only has to be ended, and need not wait for a slot.
-            self._start(self._attempt(query, _nothing))
+            self._start(self._end_cancelled(query))
         else:
             self._lanes[query.facts.mode].queue.put(query)
 
@@ -230,9 +262,9 @@ class Executor:
     async def _serve_slot(self, lane: Lane) -> None:
         while True:
             await lane.unfinished.acquire()
-            query = await lane.queue.take()
+            turn = await lane.queue.take()
             executed = asyncio.Event()
-            self._start(self._run(lane, query, executed))
+            self._start(self._run(lane, turn, executed))
             await executed.wait()
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
@@ -243,21 +275,40 @@ class Executor:
             self._failure = self._failure or error
             self._stopping.set()
 
-    async def _run(self, lane: Lane, query: Admitted, executed: asyncio.Event) -> None:
+    async def _run(self, lane: Lane, turn: Turn, executed: asyncio.Event) -> None:
         try:
-            await self._attempt(query, executed.set)
+            refusal = await self._attempt(turn.query, executed.set)
+            if refusal is not None and self.intake.owns(turn.query.record):
+                # Jitter, so that workers don't go on asking together.
+                lane.queue.put_back(turn, _HELD_SECONDS[refusal] * random.uniform(0.75, 1.25))  # noqa: S311
         finally:
             lane.unfinished.release()
             executed.set()
 
-    async def _attempt(self, query: Admitted, executed: Callable[[], None]) -> None:
-        still_renewal = self._still_renewals.pop(query.facts.query_id, None)
+    async def _end_cancelled(self, query: Admitted) -> None:
+        # Claims may be refused, and this is none.
+        assert await self._attempt(query, _nothing) is None
+
+    async def _attempt(self, query: Admitted, executed: Callable[[], None]) -> Refusal | None:
+        query_id = query.facts.query_id
+        still_renewal = self._still_renewals.pop(query_id, None)
         if not self.intake.owns(query.record):
-            return
-        if await self._attempts.run(query, still_renewal, executed):
+            return None
+        started = time.monotonic()
+        answer = await self._attempts.run(query, still_renewal, executed)
+        if isinstance(answer, Refusal):
+            if still_renewal is not None:
+                self._still_renewals[query_id] = still_renewal
+            return answer
+        if answer:
             self.intake.finish(query.record)
         elif not self._stopping.is_set():
             self._park(query)
+        limited = query.limits.running_queries is not None
+        rest_seconds = min(_LONGEST_REST_SECONDS, _REST * (time.monotonic() - started)) if limited else 0.0
+        for lane in self._lanes.values():
+            lane.queue.release(query.facts.org_id, rest_seconds)
+        return None
 
     # Watch.
 

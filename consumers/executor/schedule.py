@@ -1,31 +1,64 @@
 """Who runs next: in each lane a weighted fair queue over orgs; one org's ten thousand don't delay another's one.
 
-Source: start-time fair queueing (Goyal, Vin, Cheng 1996), each query counted as one unit of work.
+Source: start-time fair queueing (Goyal, Vin, Cheng 1996), each query counted as one unit of work. The org whose next
+query has the smallest start tag is next, so that an org that was idle comes before all who have had their turn.
 """
 
 import asyncio
 import heapq
+from bisect import insort
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import count
+from operator import attrgetter
 
 from consumers.executor.admission import Admitted
 
-# Orgs without waiting queries whose last turn is remembered at most, roughly.
+# Orgs without waiting queries of which something is remembered at most, roughly.
 _REMEMBERED = 1_000
 
 
-class FairQueue:
-    """The waiting queries of one lane. An org's own queries keep their order."""
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A query and the place in which it has come."""
 
-    def __init__(self, weight_of: Callable[[str], float] = lambda _org: 1.0) -> None:
-        self._weight_of = weight_of
-        self._waiting: dict[str, deque[Admitted]] = {}
-        # Orgs with waiting queries, by the virtual time at which their first one is due; the count keeps ties in order.
+    number: int
+    query: Admitted
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A query whose turn it is. `charged` is what its org has paid for it, and `releases` what it had been released."""
+
+    waiting: Waiting
+    charged: float
+    releases: int
+
+    @property
+    def query(self) -> Admitted:
+        """What is to be run."""
+        return self.waiting.query
+
+
+class FairQueue:
+    """The waiting queries of one lane. An org's own queries keep their order.
+
+    An org that may not run more just now is held: its queries wait, and nobody's slot waits for them.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, deque[Waiting]] = {}
+        self._numbers = count()
+        # Orgs that are due, by start tag; the count keeps ties in order, and tells an entry that is no longer true.
         self._due: list[tuple[float, int, str]] = []
-        self._last_due: dict[str, float] = {}
-        self._virtual_time = 0.0
+        self._entries: dict[str, int] = {}
         self._order = count()
+        # Where an org's last turn ends on the virtual clock, and its next one begins if it has more waiting.
+        self._finish: dict[str, float] = {}
+        self._virtual_time = 0.0
+        self._held: dict[str, asyncio.TimerHandle] = {}
+        self._releases: dict[str, int] = {}
         self._arrived = asyncio.Event()
 
     def __len__(self) -> int:
@@ -34,52 +67,101 @@ class FairQueue:
     def put(self, query: Admitted) -> None:
         """Append to the org's queries."""
         org = query.facts.org_id
-        queries = self._waiting.setdefault(org, deque())
-        queries.append(query)
-        if len(queries) == 1:
-            self._schedule(org)
-        self._arrived.set()
+        self._waiting.setdefault(org, deque()).append(Waiting(next(self._numbers), query))
+        self._schedule(org)
 
-    async def take(self) -> Admitted:
+    async def take(self) -> Turn:
         """The next query, waiting for one if there is none."""
-        while not self._due:
+        while (due := self._pop_due()) is None:
             self._arrived.clear()
             await self._arrived.wait()
-        self._virtual_time, _, org = heapq.heappop(self._due)
+        self._virtual_time, org = due
         queries = self._waiting[org]
-        query = queries.popleft()
+        waiting = queries.popleft()
+        # What the newest query knows of the org's weight: a change holds from here on.
+        charged = 1.0 / (queries[-1] if queries else waiting).query.limits.weight
+        self._finish[org] = self._virtual_time + charged
         if queries:
             self._schedule(org)
         else:
             del self._waiting[org]
             self._forget_idle()
-        return query
+        return Turn(waiting, charged, self._releases.get(org, 0))
+
+    def put_back(self, turn: Turn, seconds: float) -> None:
+        """The query could not be run, because its org may not run more just now: it waits in its old place.
+
+        Its org is held for that long, or until `release`; not at all where it was released since the query was taken.
+        """
+        org = turn.query.facts.org_id
+        queries = self._waiting.setdefault(org, deque())
+        insort(queries, turn.waiting, key=attrgetter("number"))
+        if org in self._finish:
+            self._finish[org] -= turn.charged
+        # Where its next query is due already, that was reckoned with a turn that it did not have.
+        self._entries.pop(org, None)
+        if turn.releases == self._releases.get(org, 0) and org not in self._held:
+            self._hold(org, seconds)
+        self._schedule(org)
+
+    def release(self, org: str, rest_seconds: float = 0.0) -> None:
+        """One of the org's queries has ended, so that another may run: at once, or after a rest."""
+        if len(self._releases) > _REMEMBERED:
+            # Whoever's turn is under way is then not held once.
+            self._releases.clear()
+        self._releases[org] = self._releases.get(org, 0) + 1
+        if (timer := self._held.get(org)) is not None:
+            timer.cancel()
+            del self._held[org]
+        if rest_seconds > 0.0:
+            self._entries.pop(org, None)
+            self._hold(org, rest_seconds)
+        self._schedule(org)
 
     def drop(self, unwanted: Callable[[Admitted], bool]) -> list[Admitted]:
         """Remove and return the waiting queries that are unwanted."""
-        dropped = [query for queries in self._waiting.values() for query in queries if unwanted(query)]
+        dropped = [each.query for queries in self._waiting.values() for each in queries if unwanted(each.query)]
         if dropped:
-            for org in list(self._waiting):
-                kept = deque(query for query in self._waiting[org] if not unwanted(query))
+            for org, queries in list(self._waiting.items()):
+                kept = deque(each for each in queries if not unwanted(each.query))
                 if kept:
                     self._waiting[org] = kept
                 else:
                     del self._waiting[org]
-                    self._last_due.pop(org, None)
-            self._due = [entry for entry in self._due if entry[2] in self._waiting]
-            heapq.heapify(self._due)
+                    self._entries.pop(org, None)
         return dropped
 
     def _schedule(self, org: str) -> None:
+        """See to it that an org with waiting queries is due, unless it is held."""
+        if org in self._entries or org in self._held or org not in self._waiting:
+            return
         # An org that was idle starts at the present virtual time: it has saved nothing up.
-        due = max(self._virtual_time, self._last_due.get(org, 0.0)) + 1.0 / self._weight_of(org)
-        self._last_due[org] = due
-        if len(self._last_due) > 2 * len(self._waiting) + _REMEMBERED:
-            # An org whose last turn is past has no claim on it any more.
-            self._last_due = {each: at for each, at in self._last_due.items() if at > self._virtual_time}
-        heapq.heappush(self._due, (due, next(self._order), org))
+        start = max(self._virtual_time, self._finish.get(org, 0.0))
+        entry = next(self._order)
+        self._entries[org] = entry
+        heapq.heappush(self._due, (start, entry, org))
+        self._arrived.set()
+
+    def _pop_due(self) -> tuple[float, str] | None:
+        while self._due:
+            start, entry, org = heapq.heappop(self._due)
+            if self._entries.get(org) == entry:
+                del self._entries[org]
+                return start, org
+        return None
+
+    def _hold(self, org: str, seconds: float) -> None:
+        self._held[org] = asyncio.get_running_loop().call_later(seconds, self._let_go, org)
+
+    def _let_go(self, org: str) -> None:
+        del self._held[org]
+        self._schedule(org)
 
     def _forget_idle(self) -> None:
         if not self._waiting:
-            self._last_due.clear()
+            self._finish.clear()
+            self._due.clear()
             self._virtual_time = 0.0
+        elif len(self._finish) > 2 * len(self._waiting) + _REMEMBERED:
+            # An org whose last turn is past has no claim on it any more.
+            self._finish = {org: at for org, at in self._finish.items() if at > self._virtual_time}

@@ -6,8 +6,10 @@ That batching, not more connections, is what makes small queries fast: a commit 
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Generic, TypeVar
 
 import psycopg
@@ -16,6 +18,7 @@ import structlog
 from db.clock import DatabaseClock
 from db.connection import Connection, DataPool, statement
 from db.data.attempts import Claim, Ending, HandBack, claim, end, hand_back
+from db.data.limits import try_lock_running
 from db.data.runs import RunState, read_states
 from db.retrying import until_available
 from queryd.events import Mode, Status
@@ -116,20 +119,31 @@ class Batcher(Generic[_Item, _Answer]):
         return [*await self._send(items[:half]), *await self._send(items[half:])]
 
 
+class Refusal(Enum):
+    """Why a query that nobody holds was not claimed, and waits."""
+
+    # As many of its org's queries run, here and elsewhere, as may.
+    LIMIT = auto()
+    # Another worker counts that org's queries just now.
+    BUSY = auto()
+
+
 class Transitions:
     """The steps of a query after its admission. Each answers with what then stands in the database; None: no such row.
 
     Safe to repeat when the answer of a COMMIT was lost: who holds the token, or what status stands, is read back.
     """
 
-    def __init__(self, pool: DataPool, clock: DatabaseClock) -> None:
+    def __init__(self, pool: DataPool, clock: DatabaseClock, running_queries: int | None = None) -> None:
+        """`running_queries`: how many an org may run at once that has no limit of its own."""
         self._pool = pool
         self._clock = clock
+        self._running_queries = running_queries
         self._claims = Batcher(self._claim)
         self._endings = Batcher(self._end, _ENDINGS_APART_SECONDS)
         self._hand_backs = Batcher(self._hand_back)
 
-    async def claim(self, wanted: Claim) -> RunState | None:
+    async def claim(self, wanted: Claim) -> RunState | Refusal | None:
         """Take a query for an attempt: it is ours if its token then is ours."""
         return await self._claims.submit(wanted)
 
@@ -147,11 +161,36 @@ class Transitions:
             await self._clock.check(connection)
             return await self._read(connection, query_ids)
 
-    async def _claim(self, claims: Sequence[Claim]) -> list[RunState | None]:
-        async def move(connection: Connection) -> None:
-            await claim(connection, claims, self._clock.steady_now())
+    async def _claim(self, claims: Sequence[Claim]) -> list[RunState | Refusal | None]:
+        async with statement(self._pool) as connection:
+            refused = await self._claim_within_limits(
+                connection, claims, {item.org_id for item in claims if item.limited}
+            )
+            states = await self._read(connection, [item.query_id for item in claims])
+        return [refused.get(item.query_id) or states.get(item.query_id) for item in claims]
 
-        return await self._move(move, [item.query_id for item in claims])
+    async def _claim_within_limits(
+        self, connection: Connection, claims: Sequence[Claim], limited: set[str]
+    ) -> dict[str, Refusal]:
+        """Claim, with the limited orgs locked so that they can be counted; why which queries are refused."""
+        async with _lock_running(connection, limited) as locked:
+            found = await claim(
+                connection,
+                claims,
+                self._clock.steady_now(),
+                running_queries=self._running_queries,
+                locked_org_ids=locked,
+            )
+        refused = {
+            query_id: Refusal.LIMIT if org_id in locked else Refusal.BUSY
+            for query_id, org_id in found.items()
+            if org_id in limited
+        }
+        # An org whose limit is news was refused for want of its lock.
+        again = [item for item in claims if item.query_id in found.keys() - refused.keys()]
+        if again:
+            refused |= await self._claim_within_limits(connection, again, {item.org_id for item in again})
+        return refused
 
     async def _end(self, endings: Sequence[Ending]) -> list[RunState | None]:
         moved = 0
@@ -202,3 +241,13 @@ class Transitions:
         if states:
             self._clock.tell(max(state.read_at for state in states.values()))
         return states
+
+
+@asynccontextmanager
+async def _lock_running(connection: Connection, org_ids: Collection[str]) -> AsyncIterator[Collection[str]]:
+    """Those orgs whose running queries only we can count within the context. Without any it costs nothing."""
+    if not org_ids:
+        yield ()
+        return
+    async with connection.transaction():
+        yield await try_lock_running(connection, org_ids)

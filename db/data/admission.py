@@ -9,6 +9,8 @@ from psycopg.types.json import Jsonb
 
 from db.connection import Connection
 from db.data.outbox import NewEvent
+from db.data.saved_queries import THERE
+from db.data.visibility import visible
 from db.rows import to_arrays
 
 
@@ -68,9 +70,10 @@ WITH input AS (
     ON CONFLICT (id) DO NOTHING
     RETURNING id
 ), runs AS (
-    INSERT INTO query_runs (query_id, fingerprint, topic, partition, record_offset, traceparent, sequence, queued_at,
-                            deadline, cancelled, last_event)
-    SELECT i.query_id, i.fingerprint, i.topic, i.partition, i.record_offset, i.traceparent, i.sequence, i.queued_at,
+    INSERT INTO query_runs (query_id, org_id, fingerprint, topic, partition, record_offset, traceparent, sequence,
+                            queued_at, deadline, cancelled, last_event)
+    SELECT i.query_id, i.org_id, i.fingerprint, i.topic, i.partition, i.record_offset, i.traceparent, i.sequence,
+           i.queued_at,
            CASE WHEN i.status = 'Queued' THEN i.queued_at + make_interval(secs => i.queue_seconds) END,
            i.cancelled, i.last_event
     FROM input i JOIN new ON new.id = i.query_id
@@ -87,18 +90,14 @@ ORDER BY e.query_id, e.sequence
 
 # Which saved queries the callers may run, and their text. One that is not visible is simply not there. The key-share
 # lock keeps a row from being removed before the result that refers to it is committed.
-RESOLVE_SAVED = """
+RESOLVE_SAVED = f"""
 SELECT i.place, s.query
 FROM jsonb_to_recordset(%(lookups)s::jsonb)
      AS i(place int, saved_query_id uuid, org_id uuid, user_id uuid, roles text[])
 JOIN saved_queries s ON s.id = i.saved_query_id
-WHERE s.visibility = 'public'
-   OR (s.org_id = i.org_id
-       AND (s.visibility = 'org'
-            OR (s.visibility = 'private' AND s.user_id = i.user_id)
-            OR (s.visibility LIKE 'role:%%' AND substr(s.visibility, 6) = ANY(i.roles))))
+WHERE {THERE} AND {visible("s", org_id="i.org_id", user_id="i.user_id", roles="i.roles")}
 FOR KEY SHARE OF s
-"""
+"""  # noqa: S608 - a text of ours
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ worker has locked. The change and its event are one statement: an event's positi
 Deadlines and leases are counted by `steady_now`, see `db.clock`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -23,10 +23,12 @@ class Claim:
     """Take a query for a new attempt. `sequence` is the state that the claimer has seen; the event is about the next.
 
     `still_renewal` is the lease's renewal number when the claimer has seen it stand still for a whole lease; then the
-    lease counts as dead whatever the database's clock says.
+    lease counts as dead whatever the database's clock says. `limited` says that the org is known to have a limit of
+    running queries; what holds is what the database says.
     """
 
     query_id: str
+    org_id: str
     sequence: int
     token: str
     worker: str
@@ -38,16 +40,21 @@ class Claim:
     event_id: str
     payload: bytes
     headers: Jsonb
+    limited: bool
 
 
+# The limit of running queries is the org's as it stands now, and what counts is a lease, dead or alive: a dead one's
+# query is taken over in its place. An org that has such a limit is counted only by who holds its lock, see
+# `db.data.limits`; who first comes in the batch gets the last places.
 CLAIM = """
 WITH input AS (
     SELECT DISTINCT ON (query_id) * FROM unnest(
-        %(query_id)s::uuid[], %(sequence)s::int[], %(token)s::uuid[], %(worker)s::text[], %(engine)s::text[],
-        %(still_renewal)s::bigint[], %(lease_seconds)s::float8[], %(run_seconds)s::float8[], %(shard)s::smallint[],
-        %(event_id)s::uuid[], %(payload)s::bytea[], %(headers)s::jsonb[]
-    ) AS i(query_id, sequence, token, worker, engine, still_renewal, lease_seconds, run_seconds, shard, event_id,
-           payload, headers)
+        %(query_id)s::uuid[], %(org_id)s::uuid[], %(sequence)s::int[], %(token)s::uuid[], %(worker)s::text[],
+        %(engine)s::text[], %(still_renewal)s::bigint[], %(lease_seconds)s::float8[], %(run_seconds)s::float8[],
+        %(shard)s::smallint[], %(event_id)s::uuid[], %(payload)s::bytea[], %(headers)s::jsonb[]
+    ) WITH ORDINALITY
+      AS i(query_id, org_id, sequence, token, worker, engine, still_renewal, lease_seconds, run_seconds, shard,
+           event_id, payload, headers, wish)
     ORDER BY query_id, sequence DESC
 ), locked AS (
     SELECT r.query_id
@@ -60,19 +67,35 @@ WITH input AS (
                       WHERE c.query_id = r.query_id)
     ORDER BY r.query_id
     FOR UPDATE OF r SKIP LOCKED
-), dead AS (
-    SELECT i.query_id, l.renewal, l.query_id IS NOT NULL AS left_behind
+), free AS (
+    SELECT i.query_id, i.org_id, l.query_id IS NOT NULL AS left_behind,
+           row_number() OVER (PARTITION BY i.org_id, l.query_id IS NULL ORDER BY i.wish) AS rank
     FROM locked JOIN input i USING (query_id)
     LEFT JOIN query_leases l USING (query_id)
     WHERE l.query_id IS NULL OR l.expires_at <= %(steady_now)s OR l.renewal = i.still_renewal
+), limited AS MATERIALIZED (
+    SELECT o.org_id, o.org_id = ANY(%(locked_org_ids)s::uuid[]) AS counted,
+           coalesce(own.running_queries, %(running_queries)s::int) - (
+               SELECT count(*) FROM query_runs r JOIN query_leases USING (query_id)
+               WHERE r.org_id = o.org_id AND r.deadline IS NOT NULL AND r.attempt > 0
+           ) AS places
+    FROM (SELECT DISTINCT f.org_id FROM free f) AS o LEFT JOIN org_limits own ON own.org_id = o.org_id
+    WHERE coalesce(own.running_queries, %(running_queries)s::int) IS NOT NULL
+), judged AS (
+    SELECT f.query_id, f.org_id, f.left_behind,
+           -- A takeover takes no further place; it needs the lock all the same, for its lease may be given up just now.
+           l.org_id IS NULL OR l.counted AND (f.left_behind OR f.rank <= l.places) AS granted
+    FROM free f LEFT JOIN limited l ON l.org_id = f.org_id
 ), moved AS (
     UPDATE query_runs r
     SET sequence = r.sequence + 1, attempt = r.attempt + 1, token = i.token, engine = i.engine,
-        crashes = r.crashes + dead.left_behind::int,
+        -- An executor of the release before has left it out.
+        org_id = i.org_id,
+        crashes = r.crashes + judged.left_behind::int,
         started_at = coalesce(r.started_at, %(steady_now)s),
         deadline = %(steady_now)s + make_interval(secs => i.run_seconds), last_event = i.payload
-    FROM input i JOIN dead USING (query_id)
-    WHERE r.query_id = i.query_id
+    FROM input i JOIN judged USING (query_id)
+    WHERE r.query_id = i.query_id AND judged.granted
     RETURNING r.query_id
 ), results AS (
     UPDATE query_results q SET status = 'Running', updated_at = now() FROM moved WHERE q.id = moved.query_id
@@ -82,11 +105,13 @@ WITH input AS (
     FROM input i JOIN moved USING (query_id)
     ON CONFLICT (query_id) DO UPDATE
     SET token = excluded.token, worker = excluded.worker, renewal = l.renewal + 1, expires_at = excluded.expires_at
+), told AS (
+    INSERT INTO outbox (shard, event_id, query_id, type, payload, headers)
+    SELECT i.shard, i.event_id, i.query_id, 'QueryStatusChanged', i.payload, i.headers
+    FROM input i JOIN moved USING (query_id)
+    ORDER BY i.query_id
 )
-INSERT INTO outbox (shard, event_id, query_id, type, payload, headers)
-SELECT i.shard, i.event_id, i.query_id, 'QueryStatusChanged', i.payload, i.headers
-FROM input i JOIN moved USING (query_id)
-ORDER BY i.query_id
+SELECT query_id::text, org_id::text FROM judged WHERE NOT granted
 """
 
 
@@ -226,10 +251,23 @@ DELETE FROM query_leases l USING given WHERE l.query_id = given.query_id
 """
 
 
-async def claim(connection: Connection, claims: Sequence[Claim], steady_now: datetime) -> None:
-    """Claim what can be claimed; who succeeded is read back by token."""
+async def claim(
+    connection: Connection,
+    claims: Sequence[Claim],
+    steady_now: datetime,
+    *,
+    running_queries: int | None = None,
+    locked_org_ids: Collection[str] = (),
+) -> dict[str, str]:
+    """Claim what can be claimed; who succeeded is read back by token.
+
+    `running_queries` is the limit of orgs that have none of their own, `locked_org_ids` are those that may be counted.
+    Answers with what could be claimed but for its org's limit, or because the org has one and was not locked: each
+    query's org.
+    """
     arrays: dict[str, Any] = to_arrays(Claim, claims) | {"steady_now": steady_now}
-    await connection.execute(CLAIM, arrays)
+    arrays |= {"running_queries": running_queries, "locked_org_ids": list(locked_org_ids)}
+    return dict(await (await connection.execute(CLAIM, arrays)).fetchall())
 
 
 async def end(connection: Connection, endings: Sequence[Ending], steady_now: datetime) -> int:
