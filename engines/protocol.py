@@ -21,13 +21,15 @@ class Relation:
 
     `name` is what SQL calls it, with a schema at most (`finance.invoices`). `location` is `s3://bucket/path`, a glob of
     those or a folder ending in `/`; of a Postgres relation it is `schema.table` in the datasets' server. `version`
-    changes with every change of the grant or the location, so that nothing stays warm beyond it.
+    changes with every change of the grant or the location, so that nothing stays warm beyond it. `pii_columns` are the
+    columns that hold personal data.
     """
 
     name: str
     kind: RelationKind
     location: str
     version: str
+    pii_columns: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,26 +50,55 @@ class Execution:
     timeout_seconds: float
     max_rows: int | None = None
     max_bytes: int | None = None
+    max_bytes_scanned: int | None = None
+    # Names of relations that the caller may see and may not read now: a statement that names one is ACCESS_DENIED.
+    denied: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """That a statement reads a relation. `columns`: which of its PII columns, or None where that can't be told."""
+
+    relation: str
+    columns: frozenset[str] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A whole result in `path`, a file inside the attempt's scratch directory. `bytes_scanned` is None if unknown."""
+    """A whole result in `path`, a file inside the attempt's scratch directory. `bytes_scanned` is None if unknown.
+
+    `reads` has every relation with PII columns that the statement names.
+    """
 
     path: Path
     rows: int
     bytes: int
     columns: tuple[Column, ...]
     bytes_scanned: int | None = None
+    reads: tuple[Read, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Inspected:
+    """What a statement that may run names: relations as it writes them, schema included, and parameters."""
+
+    relations: frozenset[str]
+    parameters: frozenset[str]
 
 
 class QueryFailed(Exception):
-    """The query's own error: fail it with `code`. `message` is a sentence of ours, free of SQL, values and names."""
+    """The query's own error: fail it with `code`. `message` is a sentence of ours, free of SQL, values and names.
 
-    def __init__(self, code: ErrorCode, message: str) -> None:
+    `detail` is the engine's own text for the statement's author alone: it may quote SQL and values, and goes nowhere
+    but to `error.json` beside where the result would have been. `reads` as an `Output` has them: what it may quote.
+    """
+
+    def __init__(self, code: ErrorCode, message: str, detail: str | None = None, reads: tuple[Read, ...] = ()) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
+        self.detail = detail
+        self.reads = reads
 
 
 class EngineCrashed(Exception):
@@ -91,6 +122,13 @@ class Engine(Protocol):
         """Run one query to its end; raises `QueryFailed`, `EngineCrashed` or `EngineUnavailable`.
 
         Cancelling the task that awaits this stops the query.
+        """
+        ...
+
+    async def inspect(self, sql: str) -> Inspected:
+        """Judge a statement as `execute` would, but for what its caller is granted: any relation counts as granted.
+
+        Raises `QueryFailed`, `EngineCrashed` or `EngineUnavailable`.
         """
         ...
 

@@ -18,7 +18,7 @@ Notice = Callable[[Message], None]
 _PR_SET_PDEATHSIG = 1
 
 # EX_SOFTWARE of sysexits.h: a handler raised what it had not expected.
-_FAULTY_HANDLER = 70
+FAULTY_HANDLER = 70
 
 
 class _Pipe:
@@ -115,4 +115,4 @@ def _work(pipe: _Pipe, requests: queue.SimpleQueue[Message], handle: Handler) ->
     finally:
         # Only an exception leads here, on whichever thread.
         sys.excepthook(*sys.exc_info())
-        os._exit(_FAULTY_HANDLER)
+        os._exit(FAULTY_HANDLER)

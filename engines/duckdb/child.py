@@ -1,7 +1,9 @@
 """The process in which DuckDB runs, one query at a time: gate, warm instance, export. Run as a module by the pool."""
 
-import shutil
+import os
+import sys
 import threading
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,13 @@ import duckdb
 
 from engines.duckdb import errors
 from engines.duckdb.export import Exported, export
+from engines.duckdb.forecast import forecast_scan
 from engines.duckdb.gate import Gate, Judged
-from engines.duckdb.instance import Instance, WarmInstances, empty
-from engines.duckdb.sandbox import address_space_used, allow_cpu, enter_sandbox
+from engines.duckdb.instance import Instance, WarmInstances, empty, fixed_part
+from engines.duckdb.sandbox import Layers, address_space_used, allow_cpu, confine, enter_sandbox
 from engines.duckdb.settings import DuckDBSettings
+from engines.duckdb.statement import StatementFailed, Wrapped
+from engines.duckdb.watch import Limits, Watch
 from engines.protocol import EngineUnavailable, QueryFailed, Relation, RelationKind
 from processes.failpoints import Failpoint, failpoint
 from processes.frames import Message
@@ -74,7 +79,8 @@ class _Runner:
 
     def __init__(self, settings: DuckDBSettings, home: Path, progress: _Progress) -> None:
         self._progress = progress
-        self._threads = settings.threads
+        self._settings = settings
+        self._home = home
         self._out = home / "out"
         for folder in (self._out, home / "spill", home / "secrets"):
             folder.mkdir(mode=0o700)
@@ -85,36 +91,66 @@ class _Runner:
         # The first statement of a parser costs 0.3 s, so it is one of ours.
         self._gate.judge("SELECT 1", (), {})
         self._instances = WarmInstances(settings, home)
+        self._watch = Watch()
+
+    def inspect(self, message: Message) -> Message:
+        """Judge a statement without running it."""
+        # Of what the query before has left nothing may be taken.
+        allow_cpu(_CPU_SLACK_SECONDS)
+        try:
+            inspected = self._gate.inspect(message["inspect"])
+        except QueryFailed as failure:
+            return {"failed": failure.code, "message": failure.message, "detail": failure.detail}
+        return {"relations": sorted(inspected.relations), "parameters": sorted(inspected.parameters)}
 
     def run(self, message: Message) -> Message:
-        """Run one query and say how it ended."""
+        """Run one query and say how it ended. The file of one that succeeded stays in `out` for the parent to take."""
+        judged: Judged | None = None
+        exported: Exported | None = None
         try:
-            exported = self._execute(message)
+            # What the parent has left there, because nobody wanted it any more.
+            empty(self._out)
+            allow_cpu(message["seconds"] * (self._settings.threads + 1) + _CPU_SLACK_SECONDS)
+            relations = frozenset(_relation(fields) for fields in message["relations"])
+            denied = frozenset(message["denied"])
+            judged = self._gate.judge(message["sql"], relations, message["parameters"], denied)
+            exported = self._execute(message, relations, judged)
         except QueryFailed as failure:
-            return {"failed": failure.code, "message": failure.message, "tainted": failure.code in _TAINTING}
+            return {
+                "failed": failure.code,
+                "message": failure.message,
+                "detail": failure.detail,
+                "reads": _tell_reads(judged),
+                "tainted": failure.code in _TAINTING,
+            }
         except EngineUnavailable as failure:
             return {"unavailable": str(failure)}
         except errors.Interrupted:
             return {"interrupted": True}
         finally:
-            empty(self._out)
-        columns = [[column.name, column.type] for column in exported.columns]
-        return {"rows": exported.rows, "bytes": exported.bytes, "columns": columns}
+            if exported is None:
+                empty(self._out)
+        # What Postgres sends is not counted, so that of a statement that reads from it nothing is known.
+        known = all(each.kind is RelationKind.PARQUET for each in relations if each.name in judged.references)
+        return {
+            "rows": exported.rows,
+            "bytes": exported.bytes,
+            "columns": [[column.name, column.type] for column in exported.columns],
+            "bytes_scanned": exported.bytes_read if known else None,
+            "reads": _tell_reads(judged),
+        }
 
-    def _execute(self, message: Message) -> Exported:
-        """Judge and run the query, and move its file to where the parent wants it."""
-        allow_cpu(message["seconds"] * (self._threads + 1) + _CPU_SLACK_SECONDS)
-        relations = frozenset(_relation(fields) for fields in message["relations"])
-        judged = self._gate.judge(message["sql"], [relation.name for relation in relations], message["parameters"])
+    def _execute(self, message: Message, relations: frozenset[Relation], judged: Judged) -> Exported:
+        """Run a judged query on an instance for exactly what its caller was granted."""
         instance, was_warm = self._take(message["org"], relations, judged)
         try:
-            exported = self._export(instance, judged, message)
+            exported = self._export(instance, judged, message, relations)
         except EngineUnavailable:
             if not was_warm:
                 raise
             # A connection that went stale while idle says nothing about the server now.
             instance, _ = self._take(message["org"], relations, judged)
-            exported = self._export(instance, judged, message)
+            exported = self._export(instance, judged, message, relations)
         if address_space_used() > self._crowded:
             self._instances.keep_only(instance)
         return exported
@@ -127,35 +163,67 @@ class _Runner:
         except (duckdb.Error, MemoryError) as error:
             raise errors.translate(error) from None
 
-    def _export(self, instance: Instance, judged: Judged, message: Message) -> Exported:
-        target = self._out / f"result.{message['format']}"
+    def _export(self, instance: Instance, judged: Judged, message: Message, relations: frozenset[Relation]) -> Exported:
+        """Let the instance write the result into `out`, for as long as it stays within its limits."""
+        limits = Limits(message["max_bytes"], message["max_bytes_scanned"])
         try:
             self._progress.enter(instance.connection)
+            self._watch.begin(limits, self._out, instance.connection.interrupt)
             instance.expose(judged.references)
+            self._forecast(instance, judged, message, limits)
             exported = export(
                 instance.connection,
                 judged.text,
                 message["parameters"],
-                target,
+                self._out / f"result.{message['format']}",
                 OutputFormat(message["format"]),
                 max_rows=message["max_rows"],
-                max_bytes=message["max_bytes"],
+                limits=limits,
             )
-            self._progress.enter(None)
-        except (duckdb.Error, MemoryError, UnicodeError) as error:
-            self._progress.enter(None)
-            ours = errors.translate(error)
+        except (duckdb.Error, MemoryError, StatementFailed) as error:
+            verdict = self._leave()
+            ours = _translate(error, message["sql"], judged.text, self._confidential(relations))
             if isinstance(ours, EngineUnavailable) or (isinstance(ours, QueryFailed) and ours.code in _TAINTING):
                 self._instances.drop(instance)
-            raise ours from None
-        _hand_over(target, Path(message["target"]))
+            raise (verdict if verdict and isinstance(ours, errors.Interrupted) else ours) from None
+        except QueryFailed:
+            self._leave()
+            raise
+        self._leave()
         return exported
+
+    def _leave(self) -> QueryFailed | None:
+        """Nothing of DuckDB's runs any more: why the watch has interrupted it, if it has."""
+        verdict = self._watch.end()
+        try:
+            self._progress.enter(None)
+        except errors.Interrupted:
+            if verdict is None:
+                raise
+        return verdict
+
+    def _forecast(self, instance: Instance, judged: Judged, message: Message, limits: Limits) -> None:
+        """Raises `QueryFailed` with SCAN_LIMIT_EXCEEDED for a statement that is certain to scan too much."""
+        if limits.max_bytes_scanned is None:
+            return
+        statement = Wrapped("\n", judged.text, "\n").at_most(message["max_rows"])
+        values = message["parameters"] or None
+        limits.judge_scanned(forecast_scan(instance, statement, values, judged.references, limits.max_bytes_scanned))
+
+    def _confidential(self, relations: Collection[Relation]) -> list[str]:
+        """What no author of a statement need know: where things lie here, and where a dataset's files do."""
+        places = [fixed_part(relation.location) for relation in relations if relation.kind is RelationKind.PARQUET]
+        settings = self._settings
+        ours = (str(self._home), settings.endpoint_url, settings.postgres_url, settings.access_key, settings.secret_key)
+        return sorted((place for place in (*places, *ours) if place), key=len, reverse=True)
 
 
 class _Child:
-    """Answers `{"settings": …, "home": …}`, which comes first, and `{"run": number, …}`; obeys `{"interrupt": …}`."""
+    """Answers `{"settings": …, "home": …}`, which comes first, `{"inspect": sql}` and `{"run": number, …}`; obeys
+    `{"interrupt": …}`."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Layers) -> None:
+        self._layers = layers
         self._progress = _Progress()
         self._runner: _Runner | None = None
 
@@ -164,7 +232,9 @@ class _Child:
         if self._runner is None:
             settings = DuckDBSettings.from_message(message["settings"])
             self._runner = _Runner(settings, Path(message["home"]), self._progress)
-            return {"ready": True}
+            return {"landlock": self._layers.landlock, "seccomp": self._layers.seccomp}
+        if "inspect" in message:
+            return self._runner.inspect(message)
         self._progress.begin(message["run"])
         failpoint(Failpoint.CHILD_BEFORE)
         try:
@@ -179,22 +249,32 @@ class _Child:
         self._progress.interrupt(message["interrupt"])
 
 
-def _hand_over(written: Path, wanted: Path) -> None:
-    """Move a finished file to the attempt's directory. Raises `Interrupted` if nobody wants it any more, and
-    `EngineUnavailable` if the disk is full."""
-    try:
-        shutil.move(written, wanted)
-    except FileNotFoundError:
-        raise errors.Interrupted("the attempt's directory is gone") from None
-    except OSError:
-        raise EngineUnavailable("the engine's scratch disk is full") from None
+def _translate(
+    error: Exception, sql: str, text: str, confidential: Collection[str]
+) -> QueryFailed | EngineUnavailable | errors.Interrupted:
+    if isinstance(error, StatementFailed):
+        return errors.translate(error.error, errors.Placed(sql, text, error.offset), confidential)
+    # One of our own statements failed: its text says nothing to the author of another.
+    ours = errors.translate(error)
+    if isinstance(ours, QueryFailed):
+        return QueryFailed(ours.code, ours.message)
+    return ours
+
+
+def _tell_reads(judged: Judged | None) -> list[list[Any]]:
+    """For each relation with PII that the statement names: its name and its columns, or None."""
+    reads = judged.reads if judged else ()
+    return [[read.relation, None if read.columns is None else sorted(read.columns)] for read in reads]
 
 
 def _relation(fields: list[Any]) -> Relation:
-    name, kind, location, version = fields
-    return Relation(name, RelationKind(kind), location, version)
+    name, kind, location, version, pii_columns = fields
+    return Relation(name, RelationKind(kind), location, version, frozenset(pii_columns))
 
 
 if __name__ == "__main__":
-    child = _Child()
+    # Before `serve` starts a thread. The pool says which TCP ports and which files a query may need.
+    ports = tuple(int(argument) for argument in sys.argv[1:] if argument.isdecimal())
+    files = tuple(Path(argument) for argument in sys.argv[1:] if not argument.isdecimal())
+    child = _Child(confine(Path(os.environ["HOME"]), ports, files))
     serve(child.handle, child.notice)

@@ -1,11 +1,13 @@
 """Writing a judged statement's result to a file by `COPY`, typed as faithfully as the format allows.
 
-CSV: header, lines end in CR LF, NULL is an empty field without quotes and the empty string is `""`.
+CSV: header, lines end in CR LF, NULL is an empty field without quotes and the empty string is `""`. So in a file of one
+column a NULL is an empty line, which some readers skip: ask for such results in another format.
 JSON: one object a line; NaN and the infinities, which JSON does not have, become strings.
 Parquet: HUGEINT (what a sum of integers is) becomes DECIMAL(38,0), for DuckDB would write it as a rounded DOUBLE.
 Names that occur twice get `_1`, `_2` and so on, in all formats.
 """
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,8 @@ from pathlib import Path
 import duckdb
 from duckdb.sqltypes import DuckDBPyType
 
+from engines.duckdb.statement import Wrapped
+from engines.duckdb.watch import Limits
 from engines.protocol import QueryFailed
 from queryd.events import Column, ErrorCode, OutputFormat, Parameter
 
@@ -34,11 +38,15 @@ _MAX_TYPE_DEPTH = 8
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """A written file: its rows, its size in bytes and its columns as an event may name them."""
+    """A written file: its rows, its size in bytes and its columns as an event may name them.
+
+    `bytes_read` is what DuckDB has fetched from files for it; what lay in its cache, and what Postgres sent, is not in.
+    """
 
     rows: int
     bytes: int
     columns: tuple[Column, ...]
+    bytes_read: int
 
 
 def export(
@@ -49,29 +57,31 @@ def export(
     output_format: OutputFormat,
     *,
     max_rows: int | None,
-    max_bytes: int | None,
+    limits: Limits,
 ) -> Exported:
     """Run a judged statement and write its rows to `target`, in its own order.
 
     `text` must have passed the gate: it stands between brackets here, on lines of its own. Raises `QueryFailed` with
-    RESULT_TOO_LARGE above a limit, and DuckDB's exceptions; `target` may then hold a part of the result.
+    RESULT_TOO_LARGE or SCAN_LIMIT_EXCEEDED above a limit, and `StatementFailed`; `target` may then hold a part of the
+    result.
     """
     values = parameters or None
-    described = connection.execute(f"DESCRIBE (\n{text}\n)", values).fetchall()
+    described = Wrapped("DESCRIBE (\n", text, "\n)").run(connection, values)
     columns = [(str(name), str(type_)) for name, type_, *_ in described]
     source = _faithful(text, columns, output_format)
-    if max_rows is not None:
-        source = f"SELECT * FROM ({source}) LIMIT {max_rows + 1}"  # noqa: S608 - judged by the gate
-    copied = connection.execute(f"COPY ({source}) TO {literal(str(target))} ({_COPY_OPTIONS[output_format]})", values)
-    counted = copied.fetchone()
-    if counted is None:
-        raise QueryFailed(ErrorCode.INTERNAL, "The engine did not say how many rows it wrote.")
-    rows, size = int(counted[0]), target.stat().st_size
+    copy = source.at_most(max_rows).within("COPY (", f") TO {literal(str(target))} ({_COPY_OPTIONS[output_format]})")
+    [[counted, *_]] = copy.run(connection, values)
+    rows, size, read = int(str(counted)), target.stat().st_size, _bytes_read(connection)
     if max_rows is not None and rows > max_rows:
         raise QueryFailed(ErrorCode.RESULT_TOO_LARGE, f"The result has more than {max_rows} rows.")
-    if max_bytes is not None and size > max_bytes:
-        raise QueryFailed(ErrorCode.RESULT_TOO_LARGE, f"The result is larger than {max_bytes} bytes.")
-    return Exported(rows, size, told_columns(columns))
+    limits.judge_written(size)
+    limits.judge_scanned(read)
+    return Exported(rows, size, told_columns(columns), read)
+
+
+def _bytes_read(connection: duckdb.DuckDBPyConnection) -> int:
+    """What the connection's last statement has read, by its profile."""
+    return int(json.loads(connection.get_profiling_information(format="json"))["total_bytes_read"])
 
 
 def told_columns(columns: list[tuple[str, str]]) -> tuple[Column, ...]:
@@ -101,15 +111,15 @@ def _tellable_type(type_: str) -> bool:
     return "ENUM" not in type_ and '"' not in type_ and len(type_) <= 8 * _MAX_TOLD_NAME
 
 
-def _faithful(text: str, columns: list[tuple[str, str]], output_format: OutputFormat) -> str:
+def _faithful(text: str, columns: list[tuple[str, str]], output_format: OutputFormat) -> Wrapped:
     """The statement itself, or wrapped so that names are unique and the format can say its values."""
     names = _unique([name for name, _ in columns])
     given = [f"c{number}" for number in range(len(columns))]
     written = [_written(place, type_, output_format) for place, (_, type_) in zip(given, columns, strict=True)]
     if written == given and names == [name for name, _ in columns]:
-        return f"\n{text}\n"
+        return Wrapped("\n", text, "\n")
     listed = ", ".join(f"{expression} AS {quote(name)}" for expression, name in zip(written, names, strict=True))
-    return f"SELECT {listed} FROM (\n{text}\n) AS result({', '.join(given)})"  # noqa: S608 - judged by the gate
+    return Wrapped(f"SELECT {listed} FROM (\n", text, f"\n) AS result({', '.join(given)})")  # noqa: S608 - judged by the gate
 
 
 def _unique(names: list[str]) -> list[str]:

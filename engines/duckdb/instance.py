@@ -6,6 +6,7 @@ may be touched at all, then no external access, then a locked configuration. Aft
 
 import importlib.util
 import shutil
+import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -33,7 +34,21 @@ _CONNECT_CONFIG: dict[str, str | bool | int | float | list[str]] = {
     "python_enable_replacements": "false",
 }
 
+# Files are added to a dataset now and then. An old figure costs at most a look at its footers, or leaves one out.
+_SIZE_SECONDS = 300.0
+
+# The one figure of a profile that we need: the tree of operators alone costs nothing that could be measured.
+_PROFILE = """{"TOTAL_BYTES_READ": "true"}"""
+
 _EXTENSIONS = {RelationKind.PARQUET: "httpfs", RelationKind.POSTGRES: "postgres_scanner"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Size:
+    """Bytes, and when they were counted, on the monotonic clock."""
+
+    bytes: int
+    seen: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +66,7 @@ class Instance:
         self.kinds = kinds
         self._relations = {relation.name: relation for relation in relations}
         self._views: set[str] = set()
+        self._sizes: dict[str, _Size] = {}
         self.connection = duckdb.connect(":memory:", config=_CONNECT_CONFIG)
         try:
             self._prepare(settings, home)
@@ -64,6 +80,31 @@ class Instance:
             if name not in self._views:
                 self._create_view(self._relations[name])
                 self._views.add(name)
+
+    def bytes_of(self, name: str) -> int | None:
+        """How many bytes the files of a granted Parquet relation have together; None for one in Postgres.
+
+        It asks the store once, and again after some minutes. Raises DuckDB's exceptions for one out of reach.
+        """
+        relation = self._relations[name]
+        if relation.kind is not RelationKind.PARQUET:
+            return None
+        known = self._sizes.get(name)
+        if known is None or time.monotonic() - known.seen > _SIZE_SECONDS:
+            # Of these functions' columns only the size is asked for: nothing is read, it comes with the listing.
+            [[total]] = self.connection.execute(f"SELECT sum(size) FROM read_blob({_files(relation)})").fetchall()  # noqa: S608
+            known = self._sizes[name] = _Size(int(total or 0), time.monotonic())
+        return known.bytes
+
+    def bytes_cached(self) -> int:
+        """How much of files DuckDB holds in memory, and would not fetch again."""
+        asked = "SELECT memory_usage_bytes FROM duckdb_memory() WHERE tag = 'EXTERNAL_FILE_CACHE'"
+        [[count]] = self.connection.execute(asked).fetchall()
+        return int(count)
+
+    def files_of(self, name: str) -> str:
+        """The files of a granted Parquet relation, as DuckDB's table functions take them, in SQL."""
+        return _files(self._relations[name])
 
     def close(self) -> None:
         """Free everything that it holds."""
@@ -80,6 +121,12 @@ class Instance:
         run("SET TimeZone = 'UTC'")
         # On a service's stderr nobody watches a bar.
         run("SET enable_progress_bar = false")
+        # Where in the statement the fault lies is told no other way.
+        run("SET errors_as_json = true")
+        run("SET enable_profiling = 'no_output'")
+        # COPY is no SELECT.
+        run("SET profiling_coverage = 'ALL'")
+        run(f"SET custom_profiling_settings = {literal(_PROFILE)}")
         for kind in sorted(self.kinds):
             run(f"LOAD {literal(str(extension_file(_EXTENSIONS[kind])))}")
         reach = _Reach.of(self._relations.values()) if RelationKind.PARQUET in self.kinds else _Reach((), ())
@@ -198,7 +245,7 @@ class _Reach:
     @classmethod
     def of(cls, relations: Iterable[Relation]) -> "_Reach":
         patterns = {_pattern(relation.location) for relation in relations if relation.kind is RelationKind.PARQUET}
-        folders = {_fixed_folder(pattern) for pattern in patterns if _is_glob(pattern)}
+        folders = {fixed_part(pattern) for pattern in patterns if _is_glob(pattern)}
         files = {pattern for pattern in patterns if not _is_glob(pattern)}
         return cls(tuple(sorted(folders)), tuple(sorted(files)))
 
@@ -210,10 +257,15 @@ def _source(relation: Relation) -> str:
     """What a relation's view reads from, in SQL."""
     match relation.kind:
         case RelationKind.PARQUET:
-            return f"read_parquet({literal(_pattern(relation.location))})"
+            return f"read_parquet({_files(relation)})"
         case RelationKind.POSTGRES:
             schema, _, table = relation.location.rpartition(".")
             return f"{_ATTACHED}.{quote(schema or 'public')}.{quote(table)}"
+
+
+def _files(relation: Relation) -> str:
+    """Where a Parquet relation's files lie, as a literal in SQL."""
+    return literal(_pattern(relation.location))
 
 
 def _pattern(location: str) -> str:
@@ -225,9 +277,9 @@ def _is_glob(pattern: str) -> bool:
     return any(character in pattern for character in "*?[{")
 
 
-def _fixed_folder(pattern: str) -> str:
-    """The part of a pattern before its first wildcard, up to the last `/`."""
-    fixed = pattern
+def fixed_part(location: str) -> str:
+    """The folder of a location, as far as it has no wildcard; ends in `/`."""
+    fixed = location
     for character in "*?[{":
         fixed = fixed.partition(character)[0]
     return fixed[: fixed.rfind("/") + 1]

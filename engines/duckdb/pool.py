@@ -2,19 +2,33 @@
 
 import asyncio
 import contextlib
+import errno
 import itertools
+import shutil
 import signal
 from collections import OrderedDict
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+from engines.duckdb.sandbox import Layers
 from engines.duckdb.settings import DuckDBSettings
-from engines.protocol import EngineCrashed, EngineUnavailable, Execution, Output, QueryFailed, Relation
+from engines.protocol import (
+    EngineCrashed,
+    EngineUnavailable,
+    Execution,
+    Inspected,
+    Output,
+    QueryFailed,
+    Read,
+    Relation,
+)
 from processes.child import ChildDied, ChildProcess, minimal_environment
 from processes.frames import Message
 from processes.scratch import ScratchFolder, sweep
@@ -44,6 +58,12 @@ _RESTART_PAUSE_SECONDS = 1.0
 # A snapshot held open stops vacuum on a server that has other work, so no scan of one may last longer.
 _SCAN_MILLISECONDS = 600_000
 
+# The gate takes milliseconds and refuses what it knows to take longer: one that takes this long hangs.
+_INSPECT_SECONDS = 10.0
+
+_POSTGRES_PORT = 5432
+_POSTGRES_FILES = ("sslrootcert", "sslcert", "sslkey", "sslcrl", "sslcrldir", "passfile")
+
 # A server that does not even answer a connection attempt for this long is down as far as a query is concerned.
 _CONNECT_SECONDS = 5
 
@@ -70,7 +90,7 @@ class _Worker:
         """True while it may be given another query."""
         return self.process.alive and not self.retired and self.queries < _QUERIES_PER_CHILD
 
-    def is_warm_for(self, warmth: _Warmth) -> bool:
+    def is_warm_for(self, warmth: _Warmth | None) -> bool:
         """True if it probably has an instance for that org and those relations."""
         return warmth in self._warm
 
@@ -99,6 +119,8 @@ class DuckDBEngine:
         if children < 1:
             raise ValueError("an engine needs at least one child")
         self.name = f"duckdb {version('duckdb')}"
+        # What the kernel holds the children to, as the last one that started says; None before `start`.
+        self.layers: Layers | None = None
         self._settings = _with_bounded_scans(settings)
         self._children = children
         self._quiet = quiet
@@ -129,26 +151,21 @@ class DuckDBEngine:
         """
         deadline = asyncio.get_running_loop().time() + execution.timeout_seconds
         warmth = (execution.org_id, frozenset(execution.relations))
-        try:
-            async with asyncio.timeout_at(deadline):
-                worker = await self._take(warmth)
-        except TimeoutError:
-            raise _timed_out() from None
+        worker = await self._take_until(deadline, warmth)
         run = worker.begin(warmth)
-        target = execution.scratch / f"result.{execution.output_format}"
-        answering = asyncio.create_task(worker.process.request(_to_message(execution, run, target)))
-        try:
-            # Unlike wait_for and timeout, wait leaves the request alone when time is up.
-            await asyncio.wait({answering}, timeout=deadline - asyncio.get_running_loop().time())
-            if not answering.done():
-                await self._interrupt(worker, run, answering)
-        finally:
-            if answering.done():
-                self._take_back(worker, answering)
-            else:
-                # A cancelled query must not keep its caller: its child is stopped in the background.
-                self._spawn(self._stop(worker, run, answering))
-        return await _read_answer(answering, worker, target)
+        async with self._asking(worker, _to_message(execution, run), run, deadline) as answering:
+            answer = await _read_answer(answering, worker)
+            target = execution.scratch / f"result.{execution.output_format}"
+            await _move(worker.home.path / "out" / target.name, target)
+            return _to_output(answer, target)
+
+    async def inspect(self, sql: str) -> Inspected:
+        """Judge a statement on any child; see `engines.protocol.Engine.inspect`."""
+        deadline = asyncio.get_running_loop().time() + _INSPECT_SECONDS
+        worker = await self._take_until(deadline, None)
+        async with self._asking(worker, {"inspect": sql}, 0, deadline) as answering:
+            answer = await _read_answer(answering, worker)
+            return Inspected(frozenset(answer["relations"]), frozenset(answer["parameters"]))
 
     async def close(self) -> None:
         """Kill all children and remove their directories. What still runs raises `EngineCrashed`."""
@@ -162,7 +179,33 @@ class DuckDBEngine:
         for worker in list(self._all):
             await self._remove(worker)
 
-    async def _take(self, warmth: _Warmth) -> _Worker:
+    async def _take_until(self, deadline: float, warmth: _Warmth | None) -> _Worker:
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await self._take(warmth)
+        except TimeoutError:
+            raise _timed_out() from None
+
+    @asynccontextmanager
+    async def _asking(
+        self, worker: _Worker, message: Message, run: int, deadline: float
+    ) -> AsyncIterator[asyncio.Task[Message]]:
+        """Ask a child that was taken: the request, which is done inside. Afterwards the child is given back."""
+        answering = asyncio.create_task(worker.process.request(message))
+        try:
+            # Unlike wait_for and timeout, wait leaves the request alone when time is up.
+            await asyncio.wait({answering}, timeout=deadline - asyncio.get_running_loop().time())
+            if not answering.done():
+                await self._interrupt(worker, run, answering)
+            yield answering
+        finally:
+            if answering.done():
+                self._take_back(worker, answering)
+            else:
+                # A cancelled query must not keep its caller, nor a killed child: it is stopped in the background.
+                self._spawn(self._stop(worker, run, answering))
+
+    async def _take(self, warmth: _Warmth | None) -> _Worker:
         """An idle child: one that is warm for the query, else the least recently used. Waits until there is one."""
         while not self._closed:
             for gone in [worker for worker in self._idle if not worker.process.alive]:
@@ -177,7 +220,10 @@ class DuckDBEngine:
         raise EngineUnavailable("the engine is closed")
 
     async def _interrupt(self, worker: _Worker, run: int, answering: asyncio.Task[Message]) -> None:
-        """Stop a run: ask first, and kill the child if it has not answered within a second."""
+        """Stop a run: ask first, and kill the child if it has not answered within a second.
+
+        A killed child is not waited for: the kernel needs its time to take back gigabytes, and the query is over.
+        """
         clock = asyncio.get_running_loop().time
         end = clock() + _INTERRUPT_GRACE_SECONDS
         while not answering.done() and clock() < end:
@@ -187,10 +233,11 @@ class DuckDBEngine:
         if not answering.done():
             worker.killed = True
             worker.process.kill()
-            await asyncio.wait({answering})
 
     async def _stop(self, worker: _Worker, run: int, answering: asyncio.Task[Message]) -> None:
-        await self._interrupt(worker, run, answering)
+        if not worker.killed:
+            await self._interrupt(worker, run, answering)
+        await asyncio.wait({answering})
         self._take_back(worker, answering)
 
     def _take_back(self, worker: _Worker, answering: asyncio.Task[Message]) -> None:
@@ -221,7 +268,9 @@ class DuckDBEngine:
         home = ScratchFolder.make(self._settings.scratch_root, FOLDER_PREFIX)
         try:
             environment = minimal_environment(home.path)
-            process = await ChildProcess.start(room_command("engines.duckdb.child"), environment, quiet=self._quiet)
+            needed = (*map(str, sorted(set(_ports(self._settings)))), *_files(self._settings))
+            command = room_command("engines.duckdb.child", *needed)
+            process = await ChildProcess.start(command, environment, quiet=self._quiet)
         except BaseException:
             home.remove()
             raise
@@ -229,10 +278,11 @@ class DuckDBEngine:
         self._all.add(worker)
         try:
             async with asyncio.timeout(_START_SECONDS):
-                await process.request({"settings": self._settings.to_message(), "home": str(home.path)})
+                answer = await process.request({"settings": self._settings.to_message(), "home": str(home.path)})
         except BaseException:
             await asyncio.shield(self._remove(worker))
             raise
+        self.layers = Layers(answer["landlock"], answer["seccomp"])
         self._offer(worker)
 
     async def _remove(self, worker: _Worker) -> None:
@@ -252,8 +302,10 @@ def _timed_out() -> QueryFailed:
     return QueryFailed(ErrorCode.QUERY_TIMEOUT, "The query ran longer than its time limit.")
 
 
-async def _read_answer(answering: asyncio.Task[Message], worker: _Worker, target: Path) -> Output:
-    """What the child said, as a value or an exception."""
+async def _read_answer(answering: asyncio.Task[Message], worker: _Worker) -> Message:
+    """What a child said that has done what it was asked. Raises what `Engine.execute` raises."""
+    if worker.killed and not answering.done():
+        raise _timed_out()
     try:
         answer = await answering
     except ChildDied:
@@ -266,26 +318,84 @@ async def _read_answer(answering: asyncio.Task[Message], worker: _Worker, target
     if "interrupted" in answer:
         raise _timed_out()
     if "failed" in answer:
-        raise QueryFailed(ErrorCode(answer["failed"]), answer["message"])
+        code = ErrorCode(answer["failed"])
+        raise QueryFailed(code, answer["message"], answer["detail"], _to_reads(answer.get("reads", ())))
     if "unavailable" in answer:
         raise EngineUnavailable(answer["unavailable"])
-    columns = tuple(Column(name, type_) for name, type_ in answer["columns"])
-    return Output(target, answer["rows"], answer["bytes"], columns)
+    return answer
 
 
-def _to_message(execution: Execution, run: int, target: Path) -> Message:
+def _to_output(answer: Message, path: Path) -> Output:
+    return Output(
+        path,
+        answer["rows"],
+        answer["bytes"],
+        tuple(Column(name, type_) for name, type_ in answer["columns"]),
+        answer["bytes_scanned"],
+        _to_reads(answer["reads"]),
+    )
+
+
+def _to_reads(told: Iterable[tuple[str, list[str] | None]]) -> tuple[Read, ...]:
+    return tuple(Read(name, None if columns is None else frozenset(columns)) for name, columns in told)
+
+
+async def _move(written: Path, wanted: Path) -> None:
+    """Take a finished file out of a child's home, which the child itself can't: it may write nowhere else."""
+    try:
+        if not _rename(written, wanted):
+            await asyncio.to_thread(shutil.move, written, wanted)
+    except FileNotFoundError:
+        raise EngineUnavailable("the attempt's directory is gone") from None
+    except OSError:
+        raise EngineUnavailable("the engine's scratch disk is full") from None
+
+
+def _rename(written: Path, wanted: Path) -> bool:
+    """False where they lie on two file systems, so that moving means copying, which may take seconds."""
+    try:
+        written.rename(wanted)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        return False
+    return True
+
+
+def _to_message(execution: Execution, run: int) -> Message:
     return {
         "run": run,
         "org": execution.org_id,
         "sql": execution.sql,
         "parameters": execution.parameters,
-        "relations": [[each.name, each.kind, each.location, each.version] for each in execution.relations],
+        "relations": [
+            [each.name, each.kind, each.location, each.version, sorted(each.pii_columns)]
+            for each in execution.relations
+        ],
+        "denied": sorted(execution.denied),
         "format": execution.output_format,
-        "target": str(target),
         "seconds": execution.timeout_seconds,
         "max_rows": execution.max_rows,
         "max_bytes": execution.max_bytes,
+        "max_bytes_scanned": execution.max_bytes_scanned,
     }
+
+
+def _ports(settings: DuckDBSettings) -> Iterator[int]:
+    """The TCP ports of the store and of the datasets' Postgres: nothing else is within a child's reach."""
+    endpoint = urlsplit(settings.endpoint_url or "https://")
+    yield endpoint.port or (80 if endpoint.scheme == "http" else 443)
+    if settings.postgres_url is not None:
+        given = str(conninfo_to_dict(settings.postgres_url).get("port") or _POSTGRES_PORT)
+        yield from (int(port or _POSTGRES_PORT) for port in given.split(","))
+
+
+def _files(settings: DuckDBSettings) -> Iterator[str]:
+    """The absolute paths of the files that libpq reads for this connection: certificates, keys, passwords."""
+    if settings.postgres_url is not None:
+        given = conninfo_to_dict(settings.postgres_url)
+        # `system` and `disable` are no files.
+        yield from (str(given[name]) for name in _POSTGRES_FILES if str(given.get(name, "")).startswith("/"))
 
 
 def _with_bounded_scans(settings: DuckDBSettings) -> DuckDBSettings:

@@ -1,0 +1,71 @@
+"""Whether a tree has the form that `grammar` describes, all through: the rest of the gate may then rely on it."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from engines.duckdb.gate import grammar, thresholds
+from engines.duckdb.gate.grammar import Field, Part
+from engines.duckdb.gate.refusals import rejected, unknown, uses
+
+_Node = dict[str, Any]
+
+_LEAVES: Mapping[Part, type[str] | type[int] | type[bool]] = {Part.TEXT: str, Part.NUMBER: int, Part.FLAG: bool}
+
+
+def check_form(statement: object) -> None:
+    """Raises `QueryFailed` with SQL_REJECTED for a kind, a field, a keyword or a leaf that is not known."""
+    ahead: list[tuple[Field, Any]] = [(Field(Part.STATEMENT), statement)]
+    while ahead:
+        field, value = ahead.pop()
+        if not isinstance(value, dict):
+            raise unknown("a tree")
+        ahead.extend(_enter(check_fields(field.part, value), value))
+
+
+def check_fields(part: Part, node: _Node) -> grammar.Shape:
+    """The node's shape. Raises `QueryFailed` for a kind or a field that is not known, or that is missing."""
+    shape = grammar.shape_of(part, node)
+    if shape is None:
+        kind = node.get("class") or node.get("type")
+        construct = grammar.REFUSED_KINDS.get(kind) if isinstance(kind, str) else None
+        raise uses(construct) if construct else unknown(f"{part}")
+    for name in node.keys() - shape.fields.keys():
+        construct = grammar.REFUSED_FIELDS.get(name)
+        raise uses(construct) if construct else unknown(f"a part of {part}")
+    if not shape.required <= node.keys():
+        raise unknown("a tree")
+    return shape
+
+
+def check_leaf(field: Field, value: Any) -> None:
+    """Raises `QueryFailed` for a keyword that is not known, and for a leaf of another type than it has."""
+    if field.part is Part.WORD:
+        if not isinstance(value, str) or value not in field.words:
+            raise unknown("a kind of expression or clause")
+    elif field.part is Part.LITERAL:
+        if isinstance(value, str) and len(value) > thresholds.MAX_LITERAL_CHARACTERS:
+            raise rejected("a literal is too long, bind it as a parameter")
+    elif type(value) is not _LEAVES[field.part]:
+        raise unknown("a tree")
+
+
+def _enter(shape: grammar.Shape, node: _Node) -> Iterator[tuple[Field, Any]]:
+    """The nodes below a node; its leaves are checked."""
+    for name, value in node.items():
+        field = shape.fields[name]
+        for each in _each(value, field.lists):
+            if field.part in grammar.LEAVES:
+                check_leaf(field, each)
+            else:
+                yield field, each
+
+
+def _each(value: Any, lists: int) -> Iterator[Any]:
+    """What stands in lists that are nested `lists` deep."""
+    if not lists:
+        yield value
+        return
+    if not isinstance(value, list):
+        raise unknown("a tree")
+    for child in value:
+        yield from _each(child, lists - 1)

@@ -1,0 +1,278 @@
+"""seccomp: system calls that no query needs are refused to this process, whatever code runs in it.
+
+A filter is a program for the kernel's classic BPF machine (<linux/filter.h>, <linux/seccomp.h>). It names what is
+refused, not what is allowed: DuckDB, its extensions, OpenSSL and two C libraries need some hundred calls which differ
+by version, and a forgotten one would break queries. What is refused is what leads out: other programs and processes,
+other processes' memory, the kernel's own machinery, servers, and sockets that are neither IP nor local.
+"""
+
+import ctypes
+import errno
+import os
+import struct
+import sys
+from dataclasses import dataclass
+
+_PR_SET_NO_NEW_PRIVS = 38
+_SET_MODE_FILTER = 1
+# All threads at once: here there is one, but the rule shall not depend on that. And on kernels before 5.16 without the
+# slow defence against speculation that they give to every process with a filter: nothing compiles a caller's code here.
+_FLAG_TSYNC, _FLAG_SPEC_ALLOW = 1, 4
+
+# struct seccomp_data: the call's number, the architecture, an instruction pointer, six arguments of 64 bits.
+_NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16
+
+_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _AND, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
+_ALLOW, _KILL, _ERROR = 0x7FFF0000, 0x80000000, 0x00050000
+
+_CLONE_THREAD = 0x10000
+_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK = 1, 2, 10, 16
+_SOCK_STREAM, _SOCK_DGRAM = 1, 2
+_SOCK_TYPE = 0xF
+# Calls of the x32 ABI have this bit; nothing of ours is built for it, and it would be a way around the numbers below.
+_X32 = 0x40000000
+
+
+@dataclass(frozen=True, slots=True)
+class _Machine:
+    """One architecture: its audit number, and its numbers of the calls that every kernel names alike."""
+
+    audit: int
+    refused: dict[str, int]
+    clone: int
+    socket: int
+    prlimit: int
+
+
+# Newer calls have the same number everywhere.
+_EVERYWHERE = {
+    "pidfd_send_signal": 424,
+    "io_uring_setup": 425,
+    "io_uring_enter": 426,
+    "io_uring_register": 427,
+    "open_tree": 428,
+    "move_mount": 429,
+    "fsopen": 430,
+    "fsconfig": 431,
+    "fsmount": 432,
+    "fspick": 433,
+    "pidfd_open": 434,
+    "pidfd_getfd": 438,
+    "mount_setattr": 442,
+}
+_CLONE3 = 435
+
+_MACHINES = {
+    "x86_64": _Machine(
+        audit=0xC000003E,
+        clone=56,
+        socket=41,
+        prlimit=302,
+        refused={
+            "listen": 50,
+            "accept": 43,
+            "accept4": 288,
+            "fork": 57,
+            "vfork": 58,
+            "execve": 59,
+            "execveat": 322,
+            "ptrace": 101,
+            "process_vm_readv": 310,
+            "process_vm_writev": 311,
+            "kcmp": 312,
+            "mknod": 133,
+            "mknodat": 259,
+            "mount": 165,
+            "umount2": 166,
+            "pivot_root": 155,
+            "chroot": 161,
+            "setns": 308,
+            "unshare": 272,
+            "bpf": 321,
+            "perf_event_open": 298,
+            "userfaultfd": 323,
+            "add_key": 248,
+            "request_key": 249,
+            "keyctl": 250,
+            "create_module": 174,
+            "init_module": 175,
+            "delete_module": 176,
+            "finit_module": 313,
+            "kexec_load": 246,
+            "kexec_file_load": 320,
+            "personality": 135,
+            "modify_ldt": 154,
+            "uselib": 134,
+            "adjtimex": 159,
+            "settimeofday": 164,
+            "clock_settime": 227,
+            "clock_adjtime": 305,
+            "acct": 163,
+            "swapon": 167,
+            "swapoff": 168,
+            "reboot": 169,
+            "sethostname": 170,
+            "setdomainname": 171,
+            "iopl": 172,
+            "ioperm": 173,
+            "quotactl": 179,
+            "syslog": 103,
+            "name_to_handle_at": 303,
+            "open_by_handle_at": 304,
+        },
+    ),
+    "aarch64": _Machine(
+        audit=0xC00000B7,
+        clone=220,
+        socket=198,
+        prlimit=261,
+        refused={
+            "listen": 201,
+            "accept": 202,
+            "accept4": 242,
+            "execve": 221,
+            "execveat": 281,
+            "ptrace": 117,
+            "process_vm_readv": 270,
+            "process_vm_writev": 271,
+            "kcmp": 272,
+            "mknodat": 33,
+            "mount": 40,
+            "umount2": 39,
+            "pivot_root": 41,
+            "chroot": 51,
+            "setns": 268,
+            "unshare": 97,
+            "bpf": 280,
+            "perf_event_open": 241,
+            "userfaultfd": 282,
+            "add_key": 217,
+            "request_key": 218,
+            "keyctl": 219,
+            "init_module": 105,
+            "delete_module": 106,
+            "finit_module": 273,
+            "kexec_load": 104,
+            "kexec_file_load": 294,
+            "personality": 92,
+            "adjtimex": 171,
+            "settimeofday": 170,
+            "clock_settime": 112,
+            "clock_adjtime": 266,
+            "acct": 89,
+            "swapon": 224,
+            "swapoff": 225,
+            "reboot": 142,
+            "sethostname": 161,
+            "setdomainname": 162,
+            "quotactl": 60,
+            "syslog": 116,
+            "name_to_handle_at": 264,
+            "open_by_handle_at": 265,
+        },
+    ),
+}
+
+
+def refused_calls() -> dict[str, int]:
+    """The calls that are refused whatever their arguments, with their numbers on this machine."""
+    return _MACHINES[os.uname().machine].refused | _EVERYWHERE | {"clone3": _CLONE3}
+
+
+def restrict() -> bool:
+    """Refuse those calls to the whole process for good. False where the system or the architecture has no such filter.
+
+    Raises `OSError` where the kernel has seccomp and refuses the filter.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    machine = _MACHINES.get(os.uname().machine)
+    if machine is None or ctypes.sizeof(ctypes.c_void_p) != 8:
+        return False
+    library = ctypes.CDLL(None, use_errno=True)
+    if library.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "no_new_privs can't be set")
+    code = b"".join(_program(machine))
+    instructions = ctypes.create_string_buffer(code, len(code))
+    # struct sock_fprog: how many, and where.
+    program = struct.pack("@HP", len(code) // 8, ctypes.addressof(instructions))
+    number = {"x86_64": 317, "aarch64": 277}[os.uname().machine]
+    flags = ctypes.c_long(_FLAG_TSYNC | _FLAG_SPEC_ALLOW)
+    arguments = (ctypes.c_long(_SET_MODE_FILTER), flags, ctypes.c_char_p(program))
+    if library.syscall(ctypes.c_long(number), *arguments) == 0:
+        return True
+    if ctypes.get_errno() in (errno.ENOSYS, errno.EINVAL):
+        return False
+    raise OSError(ctypes.get_errno(), "the kernel refuses the seccomp filter")
+
+
+def _program(machine: _Machine) -> list[bytes]:
+    """The filter. A jump counts the instructions that it passes over."""
+    numbers = sorted({*machine.refused.values(), *_EVERYWHERE.values()})
+    listed: list[bytes] = []
+    for number in numbers:
+        listed += [_jump(_EQUAL, number, 0, 1), _refuse(errno.EPERM)]
+    return [
+        _load(_ARCHITECTURE),
+        _jump(_EQUAL, machine.audit, 1, 0),
+        _step(_RETURN, _KILL),
+        _load(_NUMBER),
+        _jump(_AT_LEAST, _X32, 0, 1),
+        _refuse(errno.EPERM),
+        # Its flags lie in memory, where no filter sees them; without it, threads are made by `clone`.
+        _jump(_EQUAL, _CLONE3, 0, 1),
+        _refuse(errno.ENOSYS),
+        *listed,
+        *_when(
+            machine.clone,
+            [_load(_argument(0)), _jump(_ANY_BIT, _CLONE_THREAD, 1, 0), _refuse(errno.EPERM)],
+        ),
+        # Of one's own limits, which the hard ones bound.
+        *_when(machine.prlimit, [_load(_argument(0)), _jump(_EQUAL, 0, 1, 0), _refuse(errno.EPERM)]),
+        *_when(machine.socket, _judge_socket()),
+        _step(_RETURN, _ALLOW),
+    ]
+
+
+def _judge_socket() -> list[bytes]:
+    """Local sockets; IP as stream or datagram; of netlink what `getaddrinfo` asks: addresses and routes."""
+    return [
+        _load(_argument(0)),
+        _jump(_EQUAL, _AF_UNIX, 10, 0),
+        _jump(_EQUAL, _AF_NETLINK, 6, 0),
+        _jump(_EQUAL, _AF_INET, 1, 0),
+        _jump(_EQUAL, _AF_INET6, 0, 6),
+        _load(_argument(1)),
+        _step(_AND, _SOCK_TYPE),
+        _jump(_EQUAL, _SOCK_STREAM, 4, 0),
+        _jump(_EQUAL, _SOCK_DGRAM, 3, 2),
+        _load(_argument(2)),
+        _jump(_EQUAL, 0, 1, 0),
+        _refuse(errno.EAFNOSUPPORT),
+    ]
+
+
+def _when(number: int, then: list[bytes]) -> list[bytes]:
+    """Steps for one call, with its number loaded before and after."""
+    return [_jump(_EQUAL, number, 0, len(then)), *then, _load(_NUMBER)]
+
+
+def _argument(index: int) -> int:
+    """Where the low half of an argument stands; these machines are little-endian, and flags and families fit."""
+    return _ARGUMENTS + 8 * index
+
+
+def _load(offset: int) -> bytes:
+    return _step(_LOAD, offset)
+
+
+def _refuse(error: int) -> bytes:
+    return _step(_RETURN, _ERROR | error)
+
+
+def _jump(code: int, value: int, yes: int, no: int) -> bytes:
+    return struct.pack("=HBBI", code, yes, no, value)
+
+
+def _step(code: int, value: int) -> bytes:
+    return _jump(code, value, 0, 0)

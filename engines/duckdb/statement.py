@@ -1,0 +1,42 @@
+"""A judged statement inside text of ours, and which bytes are whose when DuckDB finds a fault."""
+
+from dataclasses import dataclass
+
+import duckdb
+
+from queryd.events import Parameter
+
+
+class StatementFailed(Exception):
+    """DuckDB raised `error` while it ran a text in which the judged statement stands after `offset` bytes of ours."""
+
+    def __init__(self, error: Exception, offset: int) -> None:
+        super().__init__()
+        self.error = error
+        self.offset = offset
+
+
+@dataclass(frozen=True, slots=True)
+class Wrapped:
+    """A judged statement with what stands around it, so that one knows which part is whose."""
+
+    before: str
+    text: str
+    after: str
+
+    def within(self, before: str, after: str) -> "Wrapped":
+        """The same with more around it."""
+        return Wrapped(before + self.before, self.text, self.after + after)
+
+    def at_most(self, max_rows: int | None) -> "Wrapped":
+        """The same, ended one row after that many, so that one can tell that there are more."""
+        return self if max_rows is None else self.within("SELECT * FROM (", f") LIMIT {max_rows + 1}")
+
+    def run(
+        self, connection: duckdb.DuckDBPyConnection, values: dict[str, Parameter] | None
+    ) -> list[tuple[object, ...]]:
+        """Execute it and fetch all of its rows. Raises `StatementFailed`."""
+        try:
+            return connection.execute(self.before + self.text + self.after, values).fetchall()
+        except (duckdb.Error, MemoryError, UnicodeError) as error:
+            raise StatementFailed(error, len(self.before.encode())) from None
