@@ -8,6 +8,8 @@ _CONTENT_TYPES = {
     OutputFormat.JSON: "application/x-ndjson",
 }
 
+ERROR_CONTENT_TYPE = "application/json"
+
 
 def content_type(output_format: OutputFormat) -> str:
     """The media type of a result in that format."""

@@ -45,6 +45,10 @@ def prefix(org_id: OrgId, query_id: QueryId, attempt: int, token: str) -> str:
     return f"{org_prefix(org_id)}{query_id}/{attempt}-{token[:_TOKEN_DIGITS]}/"
 
 
+# What an author may know of a failure: `{"code", "message", "detail"}`, the detail in the engine's own words.
+ERROR_FILE = "error.json"
+
+
 def file_name(output_format: OutputFormat) -> str:
     """The name of a result that is one object: `result.parquet`, `result.csv` or `result.json`."""
     return f"result.{output_format}"

@@ -1,9 +1,12 @@
 """`queryd doctor`: can everything be reached, and what is to be fixed?"""
 
+import asyncio
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 import boto3
 import psycopg
@@ -13,6 +16,10 @@ from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient
 
 from db.health import DATA_TABLES, STATE_TABLES, read_missing_tables, same_server
+from engines.duckdb.pool import DuckDBEngine
+from engines.duckdb.sandbox import Layers
+from engines.duckdb.settings import DuckDBSettings
+from engines.protocol import EngineUnavailable
 from queryd.events import Topic
 from queryd.outages import QUIET
 from service.diagnosis import explain_kafka, explain_postgres, explain_store, status_of
@@ -40,6 +47,7 @@ def examine(settings: Settings) -> list[Finding]:
         _examine_datasets,
         _examine_store,
         _examine_engine,
+        _examine_sandbox,
     ]
     return [finding for check in checks for finding in check(settings)]
 
@@ -157,3 +165,32 @@ def _examine_engine(_settings: Settings) -> Iterator[Finding]:
         yield Finding("engine", "well", f"duckdb {versions['duckdb']}")
     else:
         yield Finding("engine", "wrong", f"DuckDB and its extensions differ: {versions}; install the pinned versions")
+
+
+def _examine_sandbox(settings: Settings) -> Iterator[Finding]:
+    try:
+        layers = asyncio.run(_ask_child(settings))
+    except EngineUnavailable as error:
+        yield Finding("sandbox", "wrong", f"{error}: look for free memory, and space in the temporary folder")
+        return
+    lacking = [
+        *(["Landlock (Linux 5.13 and newer): files are kept by DuckDB's own settings alone"] * (layers.landlock == 0)),
+        *(["Landlock for TCP (Linux 6.7 and newer)"] * (0 < layers.landlock < 4)),
+        *(["seccomp: programs can be started by whoever breaks out of DuckDB"] * (not layers.seccomp)),
+    ]
+    if lacking:
+        yield Finding("sandbox", "warning", f"this system lacks {'; '.join(lacking)}")
+    else:
+        yield Finding("sandbox", "well", f"Landlock {layers.landlock}, seccomp, resource limits")
+
+
+async def _ask_child(settings: Settings) -> Layers:
+    """What a child that has just started says of the kernel's layers. Raises `EngineUnavailable`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        engine = DuckDBEngine(DuckDBSettings(settings.child_memory, 1, Path(scratch)), 1)
+        await engine.start()
+        layers = engine.layers
+        await engine.close()
+    if layers is None:
+        raise EngineUnavailable("a DuckDB process did not say what holds it")
+    return layers

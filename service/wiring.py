@@ -24,7 +24,7 @@ from producers.dead_letters import DeadLetters
 from producers.relay.relay import Relay, RelayRules
 from queryd.events import Mode, Topic
 from queryd.publisher import Publisher
-from queryd.topics import wait_for_topic
+from queryd.topics import TopicIdentity, wait_for_topic
 from results.retention.sweep import Retention, RetentionRules
 from results.uploader import Uploader
 from service.settings import Settings
@@ -45,9 +45,9 @@ async def make_executor(settings: Settings, stack: AsyncExitStack) -> Executor:
     folder = ScratchFolder.make(scratch, _ATTEMPTS_PREFIX)
     stack.callback(folder.remove)
     clock = DatabaseClock()
-    transitions = Transitions(pool, clock)
+    transitions = Transitions(pool, clock, settings.org_running_queries)
     leases = Leases(pool, clock, settings.lease_seconds, settings.lease_seconds / 3)
-    engine = DuckDBEngine(_duckdb_settings(settings, scratch), sum(settings.slots().values()))
+    engine = DuckDBEngine(duckdb_settings(settings, scratch), sum(settings.slots().values()))
     uploader = Uploader(settings.bucket, settings.aws())
     attempts = Attempts(
         pool=pool,
@@ -65,7 +65,7 @@ async def make_executor(settings: Settings, stack: AsyncExitStack) -> Executor:
         clock=clock,
         subscription_config=settings.kafka | settings.group("executor"),
         publisher=publisher,
-        dead_letters=DeadLetters(pool, publisher, settings.kafka, topics),
+        dead_letters=_dead_letters(settings, pool, publisher, topics),
         engine=engine,
         uploader=uploader,
         transitions=transitions,
@@ -80,6 +80,7 @@ async def make_executor(settings: Settings, stack: AsyncExitStack) -> Executor:
             },
             engines=frozenset({"duckdb"}),
             hash_key=None if settings.sql_hash_key is None else settings.sql_hash_key.get_secret_value(),
+            limits=settings.org_limits(),
         ),
         rules=ExecutorRules(settings.slots(), settings.lease_seconds, settings.drain_seconds),
     )
@@ -96,8 +97,14 @@ async def make_cancellations(settings: Settings, stack: AsyncExitStack) -> Cance
         pool,
         settings.kafka | settings.group("cancellations"),
         publisher,
-        DeadLetters(pool, publisher, settings.kafka, topics),
+        _dead_letters(settings, pool, publisher, topics),
     )
+
+
+def _dead_letters(
+    settings: Settings, pool: DataPool, publisher: Publisher, topics: dict[str, TopicIdentity]
+) -> DeadLetters:
+    return DeadLetters(pool, publisher, settings.kafka, topics, transactions=settings.relay_transactions)
 
 
 def make_retention(settings: Settings, uploader: Uploader) -> Retention:
@@ -154,7 +161,8 @@ def _attempt_rules(settings: Settings, scratch: Path) -> AttemptRules:
     )
 
 
-def _duckdb_settings(settings: Settings, scratch: Path) -> DuckDBSettings:
+def duckdb_settings(settings: Settings, scratch: Path) -> DuckDBSettings:
+    """What the engine's children are told; they work below `scratch`."""
     access_key, secret_key, session_token = reader_credentials(settings)
     return DuckDBSettings(
         memory_bytes=settings.child_memory,

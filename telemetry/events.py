@@ -29,6 +29,8 @@ class LogEvent(StrEnum):
     CANCEL_REQUESTED = "cancel_requested"
     ENGINE_CHILD_DIED = "engine_child_died"
     RESULT_REFUSED = "result_refused"
+    AUDIT_REFUSED = "audit_refused"
+    ERROR_DETAIL_LOST = "error_detail_lost"
     LEASE_LOST = "lease_lost"
     ROW_REFUSED = "row_refused"
     # The relay and the projector.

@@ -56,13 +56,14 @@ WITH due AS (
 UPDATE query_results q SET output_location = NULL, updated_at = now()
 FROM due JOIN query_results was ON was.id = due.query_id
 WHERE q.id = due.query_id
-RETURNING due.query_id::text, was.output_location AS location, due.files
+RETURNING due.query_id::text, coalesce(was.output_location, due.files -> 0 ->> 'location') AS location, due.files
 """.replace("__NOW__", STEADY_NOW)
 
 
 @dataclass(frozen=True, slots=True)
 class StoredResult:
-    """A result of which the row told: its location as a URL, None where there was no object, and its files."""
+    """A result, or a failure's `error.json`, of which the row told: its prefix as a URL, None where there is no object,
+    and its files."""
 
     query_id: str
     location: str | None
@@ -105,7 +106,9 @@ WHERE CASE
         THEN false
     WHEN q.id IS NULL THEN true
     WHEN q.status IN ('Succeeded', 'Failed')
-        THEN %(unfinished)s OR right(coalesce(q.output_location, ''), length(i.prefix) + 1) <> '/' || i.prefix
+        THEN %(unfinished)s
+             OR right(coalesce(q.output_location, r.files -> 0 ->> 'location', ''), length(i.prefix) + 1)
+                <> '/' || i.prefix
     ELSE i.attempt < r.attempt
 END
 """
@@ -126,7 +129,7 @@ WITH old AS (
     ORDER BY queued_at
     LIMIT %(limit)s
 )
-SELECT q.id::text AS query_id, q.output_location AS location, old.files
+SELECT q.id::text AS query_id, coalesce(q.output_location, old.files -> 0 ->> 'location') AS location, old.files
 FROM old JOIN query_results q ON q.id = old.query_id
 """.replace("__NOW__", STEADY_NOW)
 
@@ -196,6 +199,16 @@ DELETE FROM {table} WHERE ctid = ANY(ARRAY(
 """
 FORGET_CANCELLATIONS = _FORGET.format(table="query_cancellations", column="created_at", days=REMEMBERED_DAYS)
 FORGET_DELETED = _FORGET.format(table="deleted_ids", column="deleted_at", days=REMEMBERED_DAYS)
+# Saved queries that were removed while results referred to them, once none does any more. No request can come to refer
+# to one again, see db.data.saved_queries. Nothing is read of query_results while there are none.
+FORGET_SAVED = """
+DELETE FROM saved_queries WHERE id IN (
+    SELECT saved_query_id FROM saved_query_removals
+    EXCEPT
+    SELECT q.saved_query_id FROM query_results q JOIN saved_query_removals r ON r.saved_query_id = q.saved_query_id
+    WHERE EXISTS (SELECT FROM saved_query_removals)
+)
+"""
 FORGET_DEAD_LETTERS = _FORGET.format(table="dead_letters", column="created_at", days=_NOTED_DAYS)
 
 
@@ -215,7 +228,8 @@ WHERE r.deadline IS NOT NULL AND {_IN_SCOPE.format(row="q.")}
 """  # noqa: S608 - a text of ours
 
 READ_QUERIES = f"""
-SELECT q.id::text AS query_id, q.output_location AS location, coalesce(r.files, '[]') AS files
+SELECT q.id::text AS query_id, coalesce(q.output_location, r.files -> 0 ->> 'location') AS location,
+       coalesce(r.files, '[]') AS files
 FROM query_results q LEFT JOIN query_runs r ON r.query_id = q.id
 WHERE {_IN_SCOPE.format(row="q.")}
 ORDER BY q.created_at DESC
@@ -233,6 +247,13 @@ RELEASE_SAVED = "UPDATE query_results SET saved_query_id = NULL WHERE saved_quer
 DELETE_SAVED = "DELETE FROM saved_queries WHERE id = ANY(%(ids)s)"
 
 DELETE_DATASETS = f"DELETE FROM datasets WHERE {_IN_SCOPE.format(row='')}"  # noqa: S608
+# What others have granted to the scope.
+DELETE_GRANTS = """
+DELETE FROM dataset_grants g USING datasets d
+WHERE d.id = g.dataset_id
+  AND g.grantee = coalesce('user:' || %(user_id)s::uuid, 'org:' || %(org_id)s::uuid)
+  AND (%(user_id)s::uuid IS NULL OR d.org_id = %(org_id)s::uuid)
+"""
 DELETE_LIMITS = "DELETE FROM org_limits WHERE org_id = %(org_id)s::uuid AND %(user_id)s::uuid IS NULL"
 DELETE_SCOPE_CANCELLATIONS = f"DELETE FROM query_cancellations WHERE {_IN_SCOPE.format(row='')}"  # noqa: S608
 DELETE_SCOPE_AUDIT = f"""
@@ -372,7 +393,11 @@ async def forget_notes(connection: Connection) -> dict[str, int]:
         "deleted_ids": FORGET_DELETED,
         "dead_letters": FORGET_DEAD_LETTERS,
     }
-    return {table: await _repeat(connection, statement) for table, statement in statements.items()}
+    forgotten = {table: await _repeat(connection, statement) for table, statement in statements.items()}
+    async with connection.transaction():
+        await connection.execute(WITHOUT_LIMIT)
+        forgotten["saved_queries"] = (await connection.execute(FORGET_SAVED)).rowcount
+    return forgotten
 
 
 async def read_unfinished(connection: Connection, scope: Scope) -> list[str]:
@@ -406,6 +431,7 @@ async def delete_belongings(connection: Connection, scope: Scope) -> dict[str, i
     keys = {"org_id": scope.org_id, "user_id": scope.user_id}
     return {
         "datasets": (await connection.execute(DELETE_DATASETS, keys)).rowcount,
+        "dataset_grants": (await connection.execute(DELETE_GRANTS, keys)).rowcount,
         "org_limits": (await connection.execute(DELETE_LIMITS, keys)).rowcount,
         "query_cancellations": (await connection.execute(DELETE_SCOPE_CANCELLATIONS, keys)).rowcount,
         "pii_access_log": await _repeat(connection, DELETE_SCOPE_AUDIT, keys),

@@ -51,6 +51,7 @@ class Deleted:
     stopped: int = 0
     saved_queries: int = 0
     datasets: int = 0
+    dataset_grants: int = 0
     org_limits: int = 0
     query_cancellations: int = 0
     pii_access_log: int = 0

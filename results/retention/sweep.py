@@ -77,6 +77,7 @@ class Swept:
     query_cancellations: int = 0
     deleted_ids: int = 0
     dead_letters: int = 0
+    saved_queries: int = 0
     scratch: int = 0
 
     def counts(self) -> dict[str, int]:

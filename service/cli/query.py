@@ -129,28 +129,29 @@ def fetch(
     query_id: Annotated[str, typer.Argument(help="The query's id.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write here instead of to stdout.")] = None,
     link: Annotated[bool, typer.Option(help="Print presigned links of one hour instead.")] = False,
+    why: Annotated[bool, typer.Option("--error", help="The engine's own words on why the query failed.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Fetch a result."""
+    """Fetch a result, or with --error what the author of a failed query may know."""
     row, files = _read_wanted(query_id)
-    if row.status == Status.SUCCEEDED and row.output_location is None:
-        complain("the result has expired and was removed")
-    if row.status != Status.SUCCEEDED or row.output_location is None:
-        complain(f"the query is {row.status}" + (f", {row.error_code}: {row.error_message}" if row.error_code else ""))
+    if why:
+        _print_error(row, files)
+        return
+    location = _find_result(row)
     reader = ResultReader()
     if output is not None and (link or as_json):
         complain("-o writes the result; --link and --json print where it is: one of them at a time", 2)
     if link or as_json:
-        links = [{**file, "link": reader.link(row.output_location, file["key"])} for file in files]
+        links = [{**file, "link": reader.link(location, file["key"])} for file in files]
         if as_json:
-            print_json({"query_id": row.query_id, "output_location": row.output_location, "files": links})
+            print_json({"query_id": row.query_id, "output_location": location, "files": links})
         else:
             for each in links:
                 print(each["link"])
         return
     if output is None and row.output_format == OutputFormat.PARQUET and sys.stdout.isatty():
         complain("Parquet is not for a terminal: give -o FILE, or send it through a pipe", 2)
-    body = b"".join(reader.read_object(row.output_location, file["key"]) for file in files)
+    body = b"".join(reader.read_object(location, file["key"]) for file in files)
     try:
         if output is None:
             sys.stdout.buffer.write(body)
@@ -161,6 +162,24 @@ def fetch(
         raise
     except OSError as error:
         complain(f"can't write {output or 'the output'}: {error.strerror}")
+
+
+def _find_result(row: CanonicalRow) -> str:
+    """Where the result lies; there is none unless the query has succeeded, and it lasts only so long."""
+    if row.status != Status.SUCCEEDED:
+        complain(f"the query is {row.status}" + (f", {row.error_code}: {row.error_message}" if row.error_code else ""))
+    if row.output_location is None:
+        complain("the result has expired and was removed")
+    return row.output_location
+
+
+def _print_error(row: CanonicalRow, files: list[dict[str, Any]]) -> None:
+    """`error.json` as it lies in the store: it may quote the SQL and its data."""
+    if row.status != Status.FAILED:
+        complain(f"the query is {row.status}")
+    if not files:
+        complain(f"nothing is known beyond {row.error_code}: {row.error_message}")
+    print(ResultReader().read_object(files[0]["location"], files[0]["key"]).decode())
 
 
 def _wait(handle: QueryHandle, sql_hash: str | None) -> dict[str, Any]:
@@ -201,7 +220,8 @@ def _show_event(event: QueryStatusChanged) -> dict[str, Any]:
 
 def _show_row(row: CanonicalRow, files: list[dict[str, Any]]) -> dict[str, Any]:
     shown = ("status", "row_count", "bytes", "duration_ms", "output_location", "error_code", "error_message")
-    return {name: getattr(row, name) for name in shown} | {"files": files}
+    # A failed query's files are its error's, see `fetch --error`.
+    return {name: getattr(row, name) for name in shown} | {"files": files if row.status == Status.SUCCEEDED else []}
 
 
 def _print_submitted(query_id: str, ended: dict[str, Any] | None, as_json: bool) -> None:

@@ -8,14 +8,11 @@ import re
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psycopg
 import pytest
-from psycopg import sql as pg
 
 from service.embedded.servers import Lifeline
 from tests.acceptance.checker import (
@@ -39,7 +36,6 @@ from tests.acceptance.stranger import (
     Outgoing,
     Publisher,
     Servers,
-    StatusEvent,
     StatusTail,
     Tail,
     find_partitions,
@@ -395,111 +391,3 @@ def test_every_event_is_a_cloud_event_in_the_trace_of_its_request(
         assert header("ce_id") == event.fields["event_id"]
         for name in ("ce_source", "ce_type", "ce_time", "ce_subject", "ce_dataschema", "content-type"):
             assert header(name), f"no {name}"
-
-
-REFUSALS = ("SQL_REJECTED", "ACCESS_DENIED", "QUERY_ERROR")
-
-
-def test_an_error_tells_neither_sql_nor_data_to_anyone(
-    shared_stack: Stack, publisher: Publisher, contract: Contract
-) -> None:
-    servers = shared_stack.servers
-    canary = f"canary{uuid.uuid4().hex}"
-    statements = [
-        f"SELECT * FROM {canary}",
-        f"SELECT {canary} FROM generate_series(1, 2) AS t(i)",
-        f"SELECT CAST('{canary}' AS INTEGER) AS number",
-        f"SELECT '{canary}' AS label, 9223372036854775807::BIGINT + i AS sum FROM generate_series(1, 1) AS t(i)",
-        f"SELECT strptime('{canary}', '%Y') AS year",
-        f"SELEC '{canary}'",
-        f"SELECT '{canary}",
-        f"SELECT '{canary}'; SELECT 2",
-        f"CREATE TABLE {canary} (i INTEGER)",
-        f"SELECT * FROM read_csv('/{canary}.csv')",
-        f"SELECT {canary}(1) AS x",
-    ]
-    failing = [make_fields(mode, sql=sql) for sql in statements for mode in REQUEST_TOPICS]
-    failing.append(make_fields(sql="SELECT CAST($value AS INTEGER) AS number", parameters={"value": canary}))
-    passing = Valid(make_fields(sql=f"SELECT '{canary}' = '' AS empty"), ("empty",), ({"empty": False},))
-    with StatusTail(servers.bootstrap, contract) as told, Tail(servers.bootstrap, DEAD_LETTER_TOPIC) as letters:
-        requests = [*(Valid(fields, (), ()) for fields in failing), passing]
-        publisher.publish([to_outgoing(contract, request) for request in requests])
-        query_ids = [request.query_id for request in requests]
-        told.read_terminal(query_ids, QUERY_SECONDS)
-        await_state(servers, told, query_ids)
-        evidence = gather(servers, told, letters)
-
-    for fields in failing:
-        judge_failure(fields["query_id"], evidence, REFUSALS)
-        message = evidence.results[fields["query_id"]]["error_message"]
-        assert fields["sql"].lower() not in message.lower()
-    assert judge_query(passing, evidence, Rules()) == []
-    assert find_in_events(canary, [event for query_id in query_ids for event in told.events[query_id]]) == []
-    assert find_in_tables(canary, servers.data_url) == []
-    assert find_in_tables(canary, servers.state_url) == []
-    assert find_in_files(canary, shared_stack.folder) == []
-
-
-def find_in_events(word: str, events: Sequence[StatusEvent]) -> list[str]:
-    """The places of the records that have the word in their value or in a header."""
-    wanted = word.encode()
-    return [
-        str(event.record.place)
-        for event in events
-        if any(wanted in (part or b"").lower() for part in (event.record.value, *dict(event.record.headers).values()))
-    ]
-
-
-_COLUMNS = """
-SELECT c.table_schema, c.table_name, c.column_name, c.data_type
-FROM information_schema.columns AS c
-JOIN information_schema.tables AS t USING (table_schema, table_name)
-WHERE t.table_type = 'BASE TABLE' AND c.table_schema NOT IN ('pg_catalog', 'information_schema')
-"""
-
-
-def find_in_tables(word: str, url: str) -> list[str]:
-    """The columns that have the word, but for the one where a user saves SQL."""
-    found = []
-    with psycopg.connect(url) as connection:
-        columns = connection.execute(_COLUMNS).fetchall()
-        assert columns, "a database without tables"
-        for schema, table, column, data_type in columns:
-            if (table, column) == ("saved_queries", "query"):
-                continue
-            name = pg.Identifier(column)
-            text = pg.SQL("encode({}, 'escape')").format(name) if data_type == "bytea" else name
-            statement = pg.SQL("SELECT count(*) FROM {} WHERE {}::text ILIKE %s").format(
-                pg.Identifier(schema, table), text
-            )
-            if connection.execute(statement, (f"%{word}%",)).fetchall() != [(0,)]:
-                found.append(f"{schema}.{table}.{column}")
-    return found
-
-
-def find_in_files(word: str, folder: Path) -> list[str]:
-    """The files below the folder that have the word: logs, and what the databases ever wrote, deleted or not."""
-    wanted = word.encode()
-    found = []
-    for path in folder.rglob("*"):
-        # A server may remove its files while we look.
-        with suppress(FileNotFoundError):
-            if path.is_file() and wanted in path.read_bytes().lower():
-                found.append(str(path.relative_to(folder)))
-    return found
-
-
-def test_the_searches_can_find(shared_stack: Stack) -> None:
-    servers = shared_stack.servers
-    word = f"planted{uuid.uuid4().hex}"
-    (shared_stack.folder / "planted.txt").write_text(f"a {word.upper()} here")
-    assert find_in_files(word, shared_stack.folder) == ["planted.txt"]
-    for url in (servers.data_url, servers.state_url):
-        table = pg.Identifier(word)
-        with psycopg.connect(url) as connection:
-            connection.execute(pg.SQL("CREATE TABLE {} (a text, b bytea, c jsonb)").format(table))
-            insert = pg.SQL("INSERT INTO {} VALUES (%s, %s, jsonb_build_object('k', %s::text))").format(table)
-            connection.execute(insert, (word.upper(), b"\x00\xff" + word.encode(), [word]))
-        assert find_in_tables(word, url) == [f"public.{word}.{column}" for column in "abc"]
-        with psycopg.connect(url) as connection:
-            connection.execute(pg.SQL("DROP TABLE {}").format(table))

@@ -39,6 +39,8 @@ _MOST_SECONDS = 60.0
 
 _CANCELLED = "QUERY_CANCELLED"
 _INVALID = "INVALID_REQUEST"
+# What a failed query may have in the bucket: the engine's own words, for its author.
+_ERROR_FILE = "error.json"
 _FAULT_ROWS = range(1, 7)
 
 
@@ -205,8 +207,8 @@ def _judge_failure(
         yield "failed and has an output_location"
     if last is not None and last["files"]:
         yield "failed and announces files"
-    if mine:
-        yield f"failed and has {len(mine)} objects under its prefix"
+    if mine and [key.rpartition("/")[2] for key in mine] != [_ERROR_FILE]:
+        yield f"failed and has {len(mine)} objects under its prefix that are not one {_ERROR_FILE}"
 
 
 def _judge_success(
@@ -351,7 +353,11 @@ def _judge_leavings(world: World) -> Iterator[Violation]:
         for row in world.results.values()
         if row["status"] in TERMINAL and row["output_location"] is not None
     }
+    failed = {str(query_id) for query_id, row in world.results.items() if row["status"] == "Failed"}
     for key in world.objects:
+        if key.endswith(f"/{_ERROR_FILE}") and key.split("/")[2] in failed:
+            # I2 sees that there is one at most.
+            continue
         if f"{key.rpartition('/')[0]}/" not in homes:
             yield Violation(6, None, f"no terminal row points to the object {key}")
     yield from (Violation(6, None, f"the upload of {key} was never completed") for key in world.uploads)

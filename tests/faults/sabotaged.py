@@ -7,6 +7,7 @@ The product knows nothing of this; what is replaced here must be there to be rep
 
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 from typing import Any, cast
@@ -17,6 +18,7 @@ from confluent_kafka import Message, Producer
 from consumers.executor import admission, transitions
 from consumers.executor.admission import Admitted
 from consumers.executor.attempt import Attempts
+from consumers.executor.transitions import Refusal
 from db.connection import Connection, DatabaseUnavailable
 from db.data import admission as admission_rows
 from db.data import attempts as attempt_rows
@@ -96,23 +98,29 @@ def _publish_before_commit() -> None:
     _bypass_outbox(change)
 
 
+_REFUSED_CLAIMS = "SELECT query_id::text, org_id::text FROM judged WHERE NOT granted"
+
 _Bypass = Callable[[Connection, Callable[[], Awaitable[list[Any]]], bool], Awaitable[None]]
 
 
 def _bypass_outbox(change: _Bypass) -> None:
     insert = "INSERT INTO outbox (shard, event_id, query_id, type, payload, headers)\n"
     for module, name in ((attempt_rows, "CLAIM"), (attempt_rows, "END"), (admission_rows, "INSERT_QUERIES")):
-        patch.object(module, name, _replace(getattr(module, name), insert, "")).start()
+        statement = _replace(getattr(module, name), insert, "")
+        if name == "CLAIM":
+            # It answers with what its orgs' limits have refused, and there are none here.
+            statement = _replace(statement, _REFUSED_CLAIMS, "SELECT * FROM told")
+        patch.object(module, name, statement).start()
 
     def divert(statement: Callable[..., Awaitable[Any]], finishes: bool) -> Callable[..., Awaitable[Any]]:
-        async def diverted(connection: Connection, *items: Any) -> Any:
+        async def diverted(connection: Connection, *items: Any, **limits: Any) -> Any:
             ear = _Ear(connection)
             answer: Any = None
 
             async def run() -> list[Any]:
                 nonlocal answer
-                answer = await statement(cast(Connection, ear), *items)
-                return await ear.rows()
+                answer = await statement(cast(Connection, ear), *items, **limits)
+                return ear.rows
 
             await change(connection, run, finishes)
             return answer
@@ -131,20 +139,25 @@ def _pass_all_but_finishing(place: Failpoint) -> None:
 
 
 class _Ear:
-    """A connection that remembers what its statement gave back."""
+    """A connection that keeps what its statement gives back."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._cursor: Any = None
+        self.rows: list[Any] = []
 
     async def execute(self, statement: Any, arguments: Any) -> Any:
-        """As the connection's own."""
-        self._cursor = await self._connection.execute(statement, arguments)
-        return self._cursor
+        """As the connection's own, but that there is nothing to fetch any more."""
+        cursor = await self._connection.execute(statement, arguments)
+        self.rows = list(await cursor.fetchall())
+        return _Emptied(cursor.rowcount)
 
-    async def rows(self) -> list[Any]:
-        """The rows of the last statement."""
-        return list(await self._cursor.fetchall())
+
+@dataclass(frozen=True, slots=True)
+class _Emptied:
+    rowcount: int
+
+    async def fetchall(self) -> list[Any]:
+        return []
 
 
 def _publish(rows: Sequence[Any]) -> None:
@@ -178,7 +191,7 @@ def _skip_on_error() -> None:
 
     async def run_or_skip(
         attempts: Attempts, query: Admitted, still_renewal: int | None, executed: Callable[[], None]
-    ) -> bool:
+    ) -> bool | Refusal:
         try:
             return await run(attempts, query, still_renewal, executed)
         except StoreUnavailable:

@@ -5,15 +5,16 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
+from access.limits import OrgLimits
 from consumers.executor.admission import Admitted, Legible, Rules, Verdict, admit, read_record
 from consumers.executor.ages import RecordAges
 from consumers.executor.endings import Failure, Success, fail, succeed
 from consumers.executor.story import QueryFacts, tell
-from consumers.executor.transitions import Transitions
+from consumers.executor.transitions import Refusal, Transitions
 from db.clock import DatabaseClock
 from db.connection import DataPool, make_pool
 from db.data.attempts import Claim, Ending, HandBack
@@ -31,6 +32,8 @@ RULES = Rules(
     engines=frozenset({"duckdb"}),
     hash_key=None,
 )
+
+_NO_LIMITS = OrgLimits()
 
 _offsets = itertools.count()
 _ages = RecordAges(DatabaseClock())
@@ -104,13 +107,15 @@ class SettledClock(DatabaseClock):
 class Worker:
     """One executor process as the database sees it, with batches and a clock of its own."""
 
-    def __init__(self, pool: DataPool) -> None:
+    def __init__(self, pool: DataPool, limits: OrgLimits = _NO_LIMITS) -> None:
+        """`limits` are those of orgs that have none of their own."""
         self.pool = pool
         self.clock = SettledClock()
-        self.transitions = Transitions(pool, self.clock)
+        self.transitions = Transitions(pool, self.clock, limits.running_queries)
+        self._rules = replace(RULES, limits=limits)
 
     async def admit(self, *records: Record) -> list[Verdict]:
-        return await admit(self.pool, self.clock, RULES, [read_legible(record) for record in records])
+        return await admit(self.pool, self.clock, self._rules, [read_legible(record) for record in records])
 
     async def admit_new(self, **changes: Any) -> Admitted:
         """A new query of ours to run."""
@@ -124,7 +129,10 @@ class Worker:
     async def claim(
         self, facts: QueryFacts, state: RunState, token: str, still_renewal: int | None = None, **changes: Any
     ) -> RunState | None:
-        return await self.transitions.claim(make_claim(facts, state, token, still_renewal, **changes))
+        """A claim of an org without a limit; what then stands."""
+        answer = await self.transitions.claim(make_claim(facts, state, token, still_renewal, **changes))
+        assert not isinstance(answer, Refusal)
+        return answer
 
     async def start(self, facts: QueryFacts) -> RunState:
         """A claim that must succeed; what then stands."""
@@ -156,6 +164,7 @@ def make_claim(
     )
     fields: dict[str, Any] = {
         "query_id": facts.query_id,
+        "org_id": facts.org_id,
         "sequence": state.sequence,
         "token": token,
         "worker": "worker",
@@ -167,6 +176,7 @@ def make_claim(
         "event_id": event.event_id,
         "payload": event.payload,
         "headers": event.headers,
+        "limited": False,
     }
     return Claim(**(fields | changes))
 

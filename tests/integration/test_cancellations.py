@@ -284,7 +284,7 @@ async def test_a_query_that_waits_is_ended_without_waiting_for_the_reapers_next_
 async def _consuming(worker: Worker, kafka: dict[str, Any]) -> AsyncIterator["asyncio.Task[None]"]:
     publisher = Publisher(kafka)
     topics = {Topic.CANCELLATIONS.value: await asyncio.to_thread(read_topic_identity, kafka, Topic.CANCELLATIONS)}
-    letters = DeadLetters(worker.pool, publisher, kafka, topics)
+    letters = DeadLetters(worker.pool, publisher, kafka, topics, transactions=False)
     config = kafka | _SESSION | {"group.id": new_id()}
     cancellations = Cancellations(worker.pool, config, publisher, letters)
     task = asyncio.create_task(cancellations.run())

@@ -10,6 +10,7 @@ import boto3
 import pytest
 
 from db.state.platform import create_platform_tables
+from engines.duckdb.landlock import supported_abi
 from queryd.results import ResultReader
 from service.bucket import BucketRefused, apply_bucket
 from service.doctor import Finding, examine
@@ -162,3 +163,12 @@ def test_a_link_is_signed_with_version_4_and_works_for_whoever_has_it(object_sto
     with opener.open(link, timeout=10) as answer:
         assert answer.read() == b"answer\n42\n"
     client.delete_object(Bucket=object_store.bucket, Key=key)
+
+
+@pytest.mark.usefixtures("without_kafka")
+def test_the_kernels_layers_are_told() -> None:
+    """On a kernel that lacks one, the doctor warns; the rest goes on."""
+    finding = _find("sandbox")
+    expected = "well" if supported_abi() >= 4 else "warning"
+    assert finding.state == expected
+    assert "Landlock" in finding.advice

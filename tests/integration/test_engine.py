@@ -9,6 +9,7 @@ import os
 import signal
 import uuid
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -29,6 +30,7 @@ from engines.protocol import (
     Execution,
     Output,
     QueryFailed,
+    Read,
     Relation,
     RelationKind,
 )
@@ -58,7 +60,7 @@ def prepare(tmp_path: Path) -> _Prepare:
         output_format: OutputFormat = OutputFormat.JSON,
         relations: tuple[Relation, ...] = (),
         timeout_seconds: float = 60.0,
-        **limits: int,
+        **limits: Any,
     ) -> Execution:
         scratch = tmp_path / f"attempt-{next(numbers)}"
         scratch.mkdir()
@@ -253,7 +255,7 @@ async def test_parameters_may_stand_in_limits_and_subqueries(engine: DuckDBEngin
         ("SELEC 1", ErrorCode.QUERY_ERROR),
         ("SELECT hunter2 FROM range(3)", ErrorCode.QUERY_ERROR),
         ("SELECT 'hunter2'::INTEGER", ErrorCode.QUERY_ERROR),
-        ("SELECT hunter2(1)", ErrorCode.QUERY_ERROR),
+        ("SELECT hunter2(1)", ErrorCode.SQL_REJECTED),
         ("SELECT (SELECT range FROM range(2))", ErrorCode.QUERY_ERROR),
         ("SELECT 9223372036854775807 + range FROM range(2)", ErrorCode.QUERY_ERROR),
         ("SELECT $hunter2_missing", ErrorCode.QUERY_ERROR),
@@ -270,9 +272,57 @@ async def test_a_querys_own_error_quotes_nothing(
     assert failure.message.endswith(".")
 
 
-async def test_an_error_tells_its_line(engine: DuckDBEngine, prepare: _Prepare) -> None:
-    failure = await _failure(engine, prepare("SELECT 1,\n  2,\n  nowhere\nFROM range(3)"))
-    assert "line 3" in failure.message
+@pytest.mark.parametrize(
+    ("sql", "where"),
+    [
+        ("SELECT 1,\n  2,\n  nowhere\nFROM range(3)", (3, 3)),
+        ("SELECT 'é🦆', nowhere FROM range(3)", (1, 14)),
+        (";; \n SELECT nowhere FROM range(3) ;", (2, 9)),
+        ("SELECT 1, upper(1, 2, 3)", (1, 11)),
+        ("SELECT 170141183460469231731687303715884105727::HUGEINT AS h, 'x'::INTEGER", (1, 66)),
+    ],
+)
+async def test_an_error_tells_where_to_look_in_what_its_author_wrote(
+    engine: DuckDBEngine, prepare: _Prepare, sql: str, where: tuple[int, int]
+) -> None:
+    for limits in ({}, {"max_rows": 5}):
+        failure = await _failure(engine, prepare(sql, output_format=OutputFormat.PARQUET, **limits))
+        assert failure.code is ErrorCode.QUERY_ERROR
+        assert failure.message.endswith(f" Look at line {where[0]}, column {where[1]}.")
+
+
+async def test_an_error_inside_a_macro_tells_no_position(engine: DuckDBEngine, prepare: _Prepare) -> None:
+    """DuckDB counts in the macro's own text then, which is nowhere in the statement."""
+    failure = await _failure(engine, prepare("SELECT 1, 2, list_sum('a') AS s"))
+    assert failure.code is ErrorCode.QUERY_ERROR
+    assert "Look at" not in failure.message
+
+
+async def test_the_detail_is_duckdbs_own_text_for_the_author_alone(engine: DuckDBEngine, prepare: _Prepare) -> None:
+    failure = await _failure(engine, prepare("SELECT 'hunter2'::INTEGER AS a"))
+    assert failure.detail == "Conversion Error: Could not convert string 'hunter2' to INT32"
+    assert "hunter2" not in f"{failure!r} {failure} {failure.args}"
+    long = await _failure(engine, prepare(f"SELECT '{'é' * 50_000}'::INTEGER AS a"))
+    assert long.detail is not None
+    assert 15 * 1024 < len(long.detail.encode()) <= 16 * 1024
+
+
+async def test_a_statement_is_inspected_without_being_run(engine: DuckDBEngine) -> None:
+    sql = "WITH o AS (SELECT * FROM orders WHERE id > $least) SELECT * FROM o JOIN finance.invoices i USING (id)"
+    inspected = await engine.inspect(sql)
+    assert inspected.relations == {"orders", "finance.invoices"}
+    assert inspected.parameters == {"least"}
+    for bad, code in (("SELEC 1", ErrorCode.QUERY_ERROR), ("DROP TABLE orders", ErrorCode.SQL_REJECTED)):
+        with pytest.raises(QueryFailed) as caught:
+            await engine.inspect(bad)
+        assert caught.value.code is code
+
+
+async def test_what_may_not_be_read_now_is_denied_before_anything_runs(engine: DuckDBEngine, prepare: _Prepare) -> None:
+    execution = replace(prepare("SELECT * FROM people"), denied=frozenset({"people"}))
+    assert (await _failure(engine, execution)).code is ErrorCode.ACCESS_DENIED
+    # What is neither granted nor denied is rejected as what does not exist is.
+    assert (await _failure(engine, prepare("SELECT * FROM people"))).code is ErrorCode.SQL_REJECTED
 
 
 async def test_a_result_over_a_limit_leaves_nothing(engine: DuckDBEngine, prepare: _Prepare) -> None:
@@ -474,6 +524,29 @@ async def test_hot_and_cold_data_in_one_query(reading: DuckDBEngine, datasets: _
             {"name": "United", "month": 1, "n": 20},
             {"name": "United", "month": 2, "n": 25},
         ]
+
+
+async def test_reads_of_personal_data_are_told_also_of_a_statement_that_fails(
+    reading: DuckDBEngine, datasets: _Datasets, prepare: _Prepare
+) -> None:
+    people = replace(datasets.carriers, pii_columns=frozenset({"name"}))
+    output = await reading.execute(prepare("SELECT name FROM ref.carriers", relations=(people,)))
+    assert output.reads == (Read("ref.carriers", frozenset({"name"})),)
+    failure = await _failure(reading, prepare("SELECT name::INTEGER AS n FROM ref.carriers", relations=(people,)))
+    assert failure.reads == output.reads
+    assert failure.detail is not None
+    assert "American" in failure.detail
+
+
+async def test_the_detail_tells_nothing_of_where_a_dataset_lies(
+    reading: DuckDBEngine, datasets: _Datasets, prepare: _Prepare
+) -> None:
+    sql = "SELECT (SELECT id FROM flights) AS a, carrier::INTEGER AS c FROM flights"
+    failure = await _failure(reading, prepare(sql, relations=(datasets.flights, datasets.carriers)))
+    assert failure.detail is not None
+    assert "datasets/" not in failure.detail
+    gone = await _failure(reading, prepare("FROM gone", relations=(datasets.parquet("gone", "gone.parquet"),)))
+    assert gone.detail is None
 
 
 @pytest.mark.parametrize("location", ["flights/month=1/part.parquet", "flights/month=1/*.parquet", "flights/month=1/"])

@@ -8,6 +8,7 @@ from typing import Any
 
 from hypothesis import settings
 
+from access.limits import OrgLimits
 from consumers.executor.admission import Admitted
 from consumers.executor.story import QueryFacts
 from db.data.runs import RunState
@@ -24,6 +25,8 @@ ORG_ID = OrgId("a1b2c3d4-e5f6-4a7b-8c9d-0e1f2a3b4c5d")
 SAVED_ID = "5d8c1f4e-2b7a-4c3d-9e6f-7a8b9c0d1e2f"
 NOW = datetime(2026, 3, 29, 1, 30, 0, 123_000, tzinfo=UTC)
 TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+_NO_LIMITS = OrgLimits()
 
 
 def make_request(**changes: Any) -> QueryRequested:
@@ -89,7 +92,7 @@ def make_state(**changes: Any) -> RunState:
     return dataclasses.replace(state, **changes)
 
 
-def make_admitted(org: str = ORG_ID, **state: Any) -> Admitted:
+def make_admitted(org: str = ORG_ID, *, limits: OrgLimits = _NO_LIMITS, **state: Any) -> Admitted:
     """An admitted query of an org, under an id of its own."""
     query_id = QueryId(str(uuid.uuid4()))
     request = make_request(query_id=query_id, org_id=OrgId(org))
@@ -98,5 +101,6 @@ def make_admitted(org: str = ORG_ID, **state: Any) -> Admitted:
         request=request,
         facts=make_facts(query_id=query_id, org_id=OrgId(org)),
         state=make_state(query_id=query_id, org_id=org, **state),
+        limits=limits,
         sql=request.sql,
     )

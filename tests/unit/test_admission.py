@@ -13,6 +13,7 @@ from typing import Any, cast
 import fastavro
 import pytest
 
+from access.limits import OrgLimits
 from consumers.executor import admission
 from consumers.executor.admission import Admitted, Done, Legible, Refused, Rules, Verdict, admit, read_record
 from consumers.executor.identity import fingerprint_request, hash_sql
@@ -248,6 +249,11 @@ class Database:
             lookup.place: self.saved[lookup.saved_query_id] for lookup in lookups if lookup.saved_query_id in self.saved
         }
 
+    async def read_limits(
+        self, _connection: object, org_ids: Iterable[str], defaults: OrgLimits
+    ) -> dict[str, OrgLimits]:
+        return dict.fromkeys(org_ids, defaults)
+
     async def insert_queries(
         self, _connection: object, queries: Sequence[NewQuery], events: Sequence[NewEvent], _steady_now: datetime
     ) -> None:
@@ -293,7 +299,7 @@ class Clock(DatabaseClock):
 @pytest.fixture
 def database(monkeypatch: pytest.MonkeyPatch) -> Database:
     made = Database()
-    for name in ("transaction", "resolve_saved", "insert_queries", "read_states", "read_deleted"):
+    for name in ("transaction", "resolve_saved", "read_limits", "insert_queries", "read_states", "read_deleted"):
         monkeypatch.setattr(admission, name, getattr(made, name))
     return made
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from access.limits import OrgLimits
 from queryd.events import Mode
 from service.settings import WrongSetting, load_settings
 from service.wiring import reader_credentials
@@ -72,6 +73,21 @@ def test_without_an_env_file_the_environment_is_enough() -> None:
     assert settings.relay_transactions
     assert (settings.lease_seconds, settings.drain_seconds, settings.child_memory) == (15.0, 12.0, 1024**3)
     assert (settings.queue_timeout_interactive, settings.queue_timeout_batch) == (600.0, 86_400.0)
+
+
+def test_an_org_without_limits_of_its_own_has_the_settings() -> None:
+    os.environ.update(VALID)
+    assert load_settings().org_limits() == OrgLimits(bytes_scanned=1024**4, result_bytes=10 * 1024**3)
+    os.environ |= {"QUERYD_ORG_RUNNING_QUERIES": "2", "QUERYD_ORG_QUEUED_QUERIES": "3", "QUERYD_ORG_TIMEOUT": "4"}
+    os.environ |= {"QUERYD_ORG_BYTES_SCANNED": "5", "QUERYD_ORG_RESULT_BYTES": "6", "QUERYD_ORG_RESULT_ROWS": "7"}
+    assert load_settings().org_limits() == OrgLimits(1, 2, 3, 4, 5, 6, 7)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "2147483648", "1.5", "many"])
+def test_a_limit_that_is_none_is_named(value: str) -> None:
+    os.environ |= VALID | {"QUERYD_ORG_RUNNING_QUERIES": value}
+    with pytest.raises(WrongSetting, match=r"^QUERYD_ORG_RUNNING_QUERIES: "):
+        load_settings()
 
 
 @pytest.mark.parametrize("name", VALID)
