@@ -6,7 +6,7 @@ Run it from the checkout: `python -m bench [--queries N] [--events N] [--runs N]
 import argparse
 import sys
 
-from bench import relay, small_queries
+from bench import fairness, gate, neighbours, relay, small_queries
 from tests.servers import kafka as brokers
 
 
@@ -19,7 +19,11 @@ def main() -> None:
     parser.add_argument("--bootstrap", help="a Kafka with transactions to use")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each")
     arguments = parser.parse_args()
-    common = ["--runs", str(arguments.runs), *(["--json"] if arguments.json else [])]
+    as_json = ["--json"] if arguments.json else []
+    common = ["--runs", str(arguments.runs), *as_json]
+    gate.main(common)
+    neighbours.main(common)
+    fairness.main(as_json)
     if arguments.bootstrap is not None:
         common += ["--bootstrap", arguments.bootstrap]
     small_queries.main(["--queries", str(arguments.queries), *common])
