@@ -63,7 +63,7 @@ def spell_pii_columns(dataset: NewDataset, columns: tuple[Column, ...]) -> NewDa
 
 
 async def add_dataset(pool: DataPool, dataset: NewDataset, reserved: str | None = None) -> Dataset:
-    """Register a dataset, or replace the org's dataset of that name, which keeps its grants.
+    """Register a dataset, or replace the org's dataset of that name, which loses its grants.
 
     Raises `InvalidRegistration` as `check_dataset` does, and `DatabaseUnavailable`.
     """

@@ -38,13 +38,20 @@ _COLUMNS = """d.id::text, d.org_id::text, d.user_id::text, d.name, d.kind, d.loc
        d.version"""
 
 # The unique index on the folded name is the only one on names: two commands at once end as one dataset.
+# Who was granted what is replaced was not granted what takes its place.
 UPSERT = f"""
-INSERT INTO datasets AS d (org_id, user_id, name, kind, location, visibility, pii_columns)
-VALUES (%(org_id)s, %(user_id)s, %(name)s, %(kind)s, %(location)s, %(visibility)s, %(pii_columns)s)
-ON CONFLICT (org_id, lower(name COLLATE "C")) DO UPDATE
-SET user_id = excluded.user_id, name = excluded.name, kind = excluded.kind, location = excluded.location,
-    visibility = excluded.visibility, pii_columns = excluded.pii_columns, version = d.version + 1, updated_at = now()
-RETURNING {_COLUMNS}
+WITH stored AS (
+    INSERT INTO datasets AS d (org_id, user_id, name, kind, location, visibility, pii_columns)
+    VALUES (%(org_id)s, %(user_id)s, %(name)s, %(kind)s, %(location)s, %(visibility)s, %(pii_columns)s)
+    ON CONFLICT (org_id, lower(name COLLATE "C")) DO UPDATE
+    SET user_id = excluded.user_id, name = excluded.name, kind = excluded.kind, location = excluded.location,
+        visibility = excluded.visibility, pii_columns = excluded.pii_columns, version = d.version + 1,
+        updated_at = now()
+    RETURNING d.*
+), dropped AS (
+    DELETE FROM dataset_grants g USING stored WHERE g.dataset_id = stored.id
+)
+SELECT {_COLUMNS} FROM stored d
 """  # noqa: S608 - a text of ours
 
 LIST = f"""

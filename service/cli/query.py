@@ -13,7 +13,7 @@ from confluent_kafka import KafkaException
 from db.connection import DataPool, transaction
 from db.data.runs import CanonicalRow, read_canonical, read_files
 from queryd.client import NotSubmitted, QueryClient, QueryHandle
-from queryd.events import Invalid, Mode, OutputFormat, Parameter, QueryStatusChanged, Status
+from queryd.events import ErrorCode, Invalid, Mode, OutputFormat, Parameter, QueryStatusChanged, Status
 from queryd.results import ResultReader
 from service.cli.database import optional_uuid, uuid_argument, with_data
 from service.cli.output import complain, print_fields, print_json
@@ -176,7 +176,7 @@ def _find_result(row: CanonicalRow) -> str:
 def _print_error(row: CanonicalRow, files: list[dict[str, Any]]) -> None:
     """`error.json` as it lies in the store: it may quote the SQL and its data."""
     if row.status != Status.FAILED:
-        complain(f"the query is {row.status}")
+        complain(f"the query is {row.status}, so there is no error")
     if not files:
         complain(f"nothing is known beyond {row.error_code}: {row.error_message}")
     print(ResultReader().read_object(files[0]["location"], files[0]["key"]).decode())
@@ -232,6 +232,8 @@ def _print_submitted(query_id: str, ended: dict[str, Any] | None, as_json: bool)
     print_fields(fields | {"files": ", ".join(file["key"] for file in fields.get("files", ())) or None})
     if ended is not None and ended["status"] == Status.SUCCEEDED:
         print(f"fetch it: queryd fetch {query_id}")
+    if ended is not None and ended["error_code"] == ErrorCode.QUERY_ERROR:
+        print(f"what the engine said: queryd fetch {query_id} --error")
 
 
 def _read_wanted(query_id: str) -> tuple[CanonicalRow, list[dict[str, Any]]]:
