@@ -8,7 +8,7 @@ itself is read to find out what it had written.
 import asyncio
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -38,6 +38,8 @@ _log = structlog.get_logger("queryd.dead_letters")
 _PATIENCE_SECONDS = 60.0
 # Between two tries; with jitter, for whoever has ended our session may have done so because we had ended theirs.
 _PAUSE_SECONDS = 0.5
+
+_TRANSACTION_BYTES = 16 * 1024 * 1024
 
 _PREFIX = "queryd_dead_"
 _GROUP = "queryd-dead-letters-read-back"
@@ -117,10 +119,10 @@ class DeadLetters:
                     raise WriterLost("another worker writes the same dead letters")
                 fresh |= taken
         letters = [origins[origin] for origin in fresh]
-        if letters:
-            await box.put([_to_outgoing(letter) for letter in letters])
-        for letter in letters:
-            _tell(letter)
+        for some in _split(letters):
+            await box.put([_to_outgoing(letter) for letter in some])
+            for letter in some:
+                _tell(letter)
         failpoint(Failpoint.DEAD_LETTER_SENT)
         await until_available(partial(self._mark_sent, [*fresh, *unsure]), "postgres data")
 
@@ -156,7 +158,7 @@ class DeadLetters:
             for message in read_to_end(self._kafka, _GROUP, Topic.DEAD_LETTERS, {}, ends):
                 found |= _read_origin(message.headers() or [], ids)
         except (EndNotReached, KafkaException) as error:
-            raise NotDelivered("the dead letters' topic can't be read, so nobody knows what it holds") from error
+            raise WriterLost("the dead letters' topic can't be read, so nobody knows what it holds") from error
         return found.intersection(wanted)
 
 
@@ -165,6 +167,20 @@ def _give_up(error: Exception) -> NotDelivered:
         f"a dead letter can't be written to {Topic.DEAD_LETTERS.value}: {error}. "
         "No record was passed over: put the topic right, then start again"
     )
+
+
+def _split(letters: Sequence[DeadLetter]) -> Iterator[list[DeadLetter]]:
+    """So few that their transaction's time is enough on a slow link."""
+    some: list[DeadLetter] = []
+    size = 0
+    for letter in letters:
+        some.append(letter)
+        size += len(letter.record.value or b"")
+        if size >= _TRANSACTION_BYTES:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
 
 
 def _to_outgoing(letter: DeadLetter) -> Outgoing:

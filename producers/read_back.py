@@ -12,7 +12,8 @@ from queryd.outages import QUIET
 _BROKER_SECONDS = 15.0
 # A broker that is there answers a fetch within its own half second, with records or with the end. Nothing at all for
 # this long, and the end is not known.
-_SILENCE_SECONDS = 15.0
+# An abandoned transaction hides what follows for its own 10 s, and up to 10 s more until the broker looks.
+_SILENCE_SECONDS = 30.0
 # How many records are taken at once, and how long is waited for the first of them.
 _AT_ONCE = 500
 _LOOK_SECONDS = 0.1

@@ -179,6 +179,7 @@ class _Runner:
                 OutputFormat(message["format"]),
                 max_rows=message["max_rows"],
                 limits=limits,
+                strings=judged.strings,
             )
         except (duckdb.Error, MemoryError, StatementFailed) as error:
             verdict = self._leave()
@@ -212,7 +213,10 @@ class _Runner:
 
     def _confidential(self, relations: Collection[Relation]) -> list[str]:
         """What no author of a statement need know: where things lie here, and where a dataset's files do."""
-        places = [fixed_part(relation.location) for relation in relations if relation.kind is RelationKind.PARQUET]
+        places = [
+            fixed_part(relation.location) if relation.kind is RelationKind.PARQUET else relation.location
+            for relation in relations
+        ]
         settings = self._settings
         ours = (str(self._home), settings.endpoint_url, settings.postgres_url, settings.access_key, settings.secret_key)
         return sorted((place for place in (*places, *ours) if place), key=len, reverse=True)

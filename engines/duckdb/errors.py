@@ -91,6 +91,14 @@ _DISK: tuple[tuple[tuple[str, ...], Callable[[], _Ours]], ...] = (
         lambda: QueryFailed(ErrorCode.QUERY_ERROR, "A file of the dataset can't be read."),
     ),
 )
+# Postgres's own word on a scan: a view that divides by zero is the dataset's error, and no outage.
+_POSTGRES: tuple[tuple[tuple[str, ...], Callable[[], _Ours]], ...] = (
+    (
+        ("ERROR: ",),
+        lambda: QueryFailed(ErrorCode.QUERY_ERROR, "The datasets' Postgres could not read the dataset."),
+    ),
+)
+_SCANS = ("Failed to prepare COPY", "Failed to execute query", "Failed to prepare query")
 _SPILL_LIMIT = "max_temp_directory_size"
 
 
@@ -125,12 +133,14 @@ class _Told:
 
     @classmethod
     def by(cls, error: Exception) -> "_Told":
-        kind, colon, rest = str(error).partition(": ")
+        text = str(error)
+        start = text.find("{")
         try:
-            facts = json.loads(rest)
-            return cls(f"{kind}{colon}{facts['exception_message']}", facts)
+            # A stack trace may follow, and what stands before may be missing.
+            facts, _ = json.JSONDecoder().raw_decode(text, max(start, 0))
+            return cls(f"{text[: max(start, 0)]}{facts['exception_message']}", facts)
         except (ValueError, KeyError, TypeError):
-            return cls(str(error), {})
+            return cls(text, {})
 
 
 def translate(
@@ -151,7 +161,9 @@ def translate(
         case UnicodeError():
             return QueryFailed(ErrorCode.QUERY_ERROR, "A parameter is not valid Unicode.")
         case duckdb.IOException():
-            return _told_by((*_STORAGE, *_DISK), told.text) or EngineUnavailable("a dataset can't be reached")
+            return _told_by((*_STORAGE, *_DISK, *_POSTGRES), told.text) or EngineUnavailable(
+                "a dataset can't be reached"
+            )
         case _:
             # Postgres's errors come as several kinds of exceptions.
             by_storage = None if isinstance(error, _QUOTING) else _told_by(_STORAGE, told.text)
@@ -170,7 +182,10 @@ def _query_error(error: Exception, told: _Told, placed: Placed | None, confident
     return QueryFailed(ErrorCode.QUERY_ERROR, sentence + _where(error, told, placed), detail)
 
 
-def _detail(text: str, confidential: Collection[str]) -> str:
+def _detail(text: str, confidential: Collection[str]) -> str | None:
+    """What the author may know. Where a scan of Postgres fails, its own SQL tells where the dataset lies."""
+    if any(sign in text for sign in _SCANS):
+        return None
     for hidden in confidential:
         text = text.replace(hidden, "…")
     return text.encode(errors="replace")[:MAX_DETAIL_BYTES].decode(errors="ignore")

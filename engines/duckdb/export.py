@@ -9,6 +9,7 @@ Names that occur twice get `_1`, `_2` and so on, in all formats.
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,10 +59,12 @@ def export(
     *,
     max_rows: int | None,
     limits: Limits,
+    strings: Collection[str] = (),
 ) -> Exported:
     """Run a judged statement and write its rows to `target`, in its own order.
 
-    `text` must have passed the gate: it stands between brackets here, on lines of its own. Raises `QueryFailed` with
+    `text` must have passed the gate: it stands between brackets here, on lines of its own; `strings` are those that it
+    writes. Raises `QueryFailed` with
     RESULT_TOO_LARGE or SCAN_LIMIT_EXCEEDED above a limit, and `StatementFailed`; `target` may then hold a part of the
     result.
     """
@@ -76,7 +79,7 @@ def export(
         raise QueryFailed(ErrorCode.RESULT_TOO_LARGE, f"The result has more than {max_rows} rows.")
     limits.judge_written(size)
     limits.judge_scanned(read)
-    return Exported(rows, size, told_columns(columns), read)
+    return Exported(rows, size, told_columns(columns, strings), read)
 
 
 def _bytes_read(connection: duckdb.DuckDBPyConnection) -> int:
@@ -84,12 +87,27 @@ def _bytes_read(connection: duckdb.DuckDBPyConnection) -> int:
     return int(json.loads(connection.get_profiling_information(format="json"))["total_bytes_read"])
 
 
-def told_columns(columns: list[tuple[str, str]]) -> tuple[Column, ...]:
-    """Names and types as an event may have them. A name that could quote the SQL becomes `column_N`, N from 1."""
+def told_columns(columns: list[tuple[str, str]], strings: Collection[str] = ()) -> tuple[Column, ...]:
+    """Names and types as an event may have them. A name that could quote the SQL, or that was made of one of its
+    `strings`, as PIVOT does, becomes `column_N`, N from 1."""
+    secret = [string for string in strings if string]
     return tuple(
-        Column(name if _tellable(name) else f"column_{number}", type_ if _tellable_type(type_) else type_.split("(")[0])
+        Column(
+            name if _tellable(name) and not _names_one(name, secret) else f"column_{number}",
+            # The fields of a struct may be strings of the statement.
+            type_ if _tellable_type(type_) and not _has_field(type_, secret) else type_.split("(")[0],
+        )
         for number, (name, type_) in enumerate(columns, 1)
     )
+
+
+def _has_field(type_: str, strings: Collection[str]) -> bool:
+    return "(" in type_ and any(re.search(rf"[(\s]{re.escape(string)} ", type_) for string in strings)
+
+
+def _names_one(name: str, strings: Collection[str]) -> bool:
+    """Whether a name was made of one of the strings: `value`, or `value_sum` where PIVOT has several aggregates."""
+    return any(name == string or name.startswith(f"{string}_") for string in strings)
 
 
 def quote(name: str) -> str:
@@ -147,9 +165,18 @@ def _written(place: str, type_: str, output_format: OutputFormat) -> str:
 
 
 def _cast_whole_numbers(place: str, type_: str) -> str:
-    if "ENUM" in type_ or '"' in type_:
+    if "ENUM" in type_ or '"' in type_ or not _has_names(duckdb.sqltype(type_)):
         return place
-    return f"CAST({place} AS {re.sub(r'U?HUGEINT', 'DECIMAL(38,0)', type_)})"
+    return f"CAST({place} AS {re.sub(r'(?<![A-Za-z0-9_])U?HUGEINT(?![A-Za-z0-9_])', 'DECIMAL(38,0)', type_)})"
+
+
+def _has_names(type_: DuckDBPyType) -> bool:
+    """False where a struct's fields have none, as `row(1, 2)` has: such a type can't be written out."""
+    if type_.id == "struct" and not all(name for name, _ in _parts(type_)):
+        return False
+    return type_.id not in ("struct", "list", "array", "map", "union") or all(
+        _has_names(part) for _, part in _parts(type_)
+    )
 
 
 def _say_not_a_number(place: str, type_: DuckDBPyType, depth: int) -> str:

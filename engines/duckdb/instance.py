@@ -8,7 +8,7 @@ import importlib.util
 import shutil
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -74,12 +74,20 @@ class Instance:
             self.connection.close()
             raise
 
-    def expose(self, names: Iterable[str]) -> None:
+    def expose(self, names: Collection[str]) -> None:
         """Make sure of a view for each granted relation named. Raises DuckDB's exceptions for one out of reach."""
+        if any(self._relations[name].kind is RelationKind.POSTGRES for name in names):
+            self._forget_tables()
         for name in names:
             if name not in self._views:
                 self._create_view(self._relations[name])
                 self._views.add(name)
+
+    def _forget_tables(self) -> None:
+        """What the scanner remembers of tables' columns it never looks up again; a table that was made anew since would
+        be read by the old one's types."""
+        self.connection.execute("CALL pg_clear_cache()")
+        self._views -= {name for name in self._views if self._relations[name].kind is RelationKind.POSTGRES}
 
     def bytes_of(self, name: str) -> int | None:
         """How many bytes the files of a granted Parquet relation have together; None for one in Postgres.

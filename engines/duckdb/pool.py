@@ -6,6 +6,7 @@ import errno
 import itertools
 import shutil
 import signal
+import stat
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager
@@ -353,6 +354,10 @@ async def _move(written: Path, wanted: Path) -> None:
 
 def _rename(written: Path, wanted: Path) -> bool:
     """False where they lie on two file systems, so that moving means copying, which may take seconds."""
+    found = written.lstat()
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+        # A child's word is not enough: what it has put there may be a way to another file.
+        raise EngineCrashed("the DuckDB process left something else than a result")
     try:
         written.rename(wanted)
     except OSError as error:

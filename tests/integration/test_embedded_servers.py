@@ -300,8 +300,9 @@ def _grpc_ports(store: ObjectStore) -> dict[str, int]:
 
 
 def _wardens_and_servers(owner: psutil.Process) -> list[psutil.Process]:
-    """Without Postgres's children, some of which come and go."""
-    return [process for warden in owner.children() for process in (warden, *warden.children())]
+    """Without Postgres's children, some of which come and go, and without what other tests have left to run."""
+    wardens = [child for child in owner.children() if "service.embedded.warden" in child.cmdline()]
+    return [process for warden in wardens for process in (warden, *warden.children())]
 
 
 def _servers_in(home: Path) -> list[psutil.Process]:

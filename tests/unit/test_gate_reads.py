@@ -64,6 +64,9 @@ def test_what_is_certain_is_told(judge: Gate, sql: str, columns: set[str]) -> No
     "sql",
     [
         "SELECT people FROM people",
+        # A schema or a catalog comes before an alias.
+        "SELECT main.people.email, people.name FROM people, orders AS main",
+        "SELECT memory.main.people.email FROM people, orders AS memory",
         "SELECT p FROM people p",
         "SELECT (p).name FROM people p",
         "SELECT p['name'] FROM people p",

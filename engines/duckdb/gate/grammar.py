@@ -298,7 +298,7 @@ _TYPE_INFO_SHAPES: Mapping[str, Shape] = {
 _TYPE_IDS = (
     "NULL,BOOLEAN,TINYINT,SMALLINT,INTEGER,BIGINT,HUGEINT,UTINYINT,USMALLINT,UINTEGER,UBIGINT,UHUGEINT,FLOAT,DOUBLE,"
     "DECIMAL,BIGNUM,CHAR,VARCHAR,BLOB,BIT,UUID,DATE,TIME,TIME_NS,TIME WITH TIME ZONE,TIMESTAMP,TIMESTAMP_S,"
-    "TIMESTAMP_MS,TIMESTAMP_NS,TIMESTAMP WITH TIME ZONE,INTERVAL,LIST,ARRAY,STRUCT,MAP,UNION,VARIANT,UNBOUND"
+    "TIMESTAMP_MS,TIMESTAMP_NS,TIMESTAMP WITH TIME ZONE,INTERVAL,LIST,ARRAY,STRUCT,MAP,UNION,UNBOUND"
 )
 
 # Types that SQL may name; a test holds them against the types of the running version.
@@ -308,7 +308,7 @@ TYPE_NAMES = words(
     float float4 float8 geometry guid hugeint int int1 int128 int16 int2 int32 int4 int64 int8 integer integral interval
     json list logical long map null numeric nvarchar real row short signed smallint string struct text time time_ns
     timestamp timestamp_ms timestamp_ns timestamp_s timestamp_us timestamptz timetz tinyint ubigint uhugeint uint128
-    uint16 uint32 uint64 uint8 uinteger union usmallint utinyint uuid varbinary varchar variant varint
+    uint16 uint32 uint64 uint8 uinteger union usmallint utinyint uuid varbinary varchar varint
     """
 ) | {"time with time zone", "timestamp with time zone"}
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,8 @@ class Judged:
     text: str
     references: frozenset[str]
     reads: tuple[Read, ...] = ()
+    # The strings that the statement writes: they may become the names of columns.
+    strings: frozenset[str] = frozenset()
 
 
 class Gate:
@@ -77,7 +79,7 @@ class Gate:
                 "The SQL reads a relation that this request may not read: personal data needs a user or a task.",
             )
         _check_parameters(_expected(statement), parameters)
-        return Judged(text, named, reads)
+        return Judged(text, named, reads, frozenset(_strings(statement["node"])))
 
     def inspect(self, sql: str) -> Inspected:
         """Judge a statement as if any relation were granted to its caller; raises `QueryFailed` as `judge` does."""
@@ -178,6 +180,24 @@ def _unfit(message: str, text: str) -> str:
     if _PIVOT.search(text):
         return "only a SELECT statement may run, and a PIVOT only with its values written out"
     return "only a SELECT statement may run"
+
+
+def _strings(root: _Node) -> Iterator[str]:
+    """The string constants of a tree, and the keys of the structs that it makes."""
+    ahead: list[Any] = [root]
+    while ahead:
+        node = ahead.pop()
+        if isinstance(node, list):
+            ahead += node
+        elif isinstance(node, dict):
+            if node.get("class") == "CONSTANT":
+                value = node["value"].get("value")
+                if isinstance(value, str):
+                    yield value
+                continue
+            if node.get("function_name") == "struct_pack":
+                yield from (child["alias"] for child in node.get("children", ()) if "alias" in child)
+            ahead += node.values()
 
 
 def _expected(statement: _Node) -> dict[str, str]:

@@ -215,8 +215,11 @@ def _column_of(source: _Source, names: list[str], chain: _Chain) -> str | None:
 
 
 def _belongs_to_another(names: list[str], source: _Source, chain: _Chain) -> bool:
-    """Whether a name stands behind the name of exactly one other source."""
-    if len(names) == 1 or names[0] == source.alias:
+    """Whether a name stands behind the name of exactly one other source.
+
+    Where the source's own name follows, DuckDB takes what stands before it for a schema or a catalog first.
+    """
+    if len(names) == 1 or source.alias in names[:-1]:
         return False
     return sum(each.alias == names[0] for each in chain) == 1
 
