@@ -160,23 +160,23 @@ def _written(place: str, type_: str, output_format: OutputFormat) -> str:
     if output_format is OutputFormat.PARQUET and "HUGEINT" in type_:
         return _cast_whole_numbers(place, type_)
     if output_format is OutputFormat.JSON and ("DOUBLE" in type_ or "FLOAT" in type_):
-        return _say_not_a_number(place, duckdb.sqltype(type_), 0)
+        parsed = _parse_type(type_)
+        return place if parsed is None else _say_not_a_number(place, parsed, 0)
     return place
 
 
 def _cast_whole_numbers(place: str, type_: str) -> str:
-    if "ENUM" in type_ or '"' in type_ or not _has_names(duckdb.sqltype(type_)):
+    if "ENUM" in type_ or '"' in type_ or _parse_type(type_) is None:
         return place
     return f"CAST({place} AS {re.sub(r'(?<![A-Za-z0-9_])U?HUGEINT(?![A-Za-z0-9_])', 'DECIMAL(38,0)', type_)})"
 
 
-def _has_names(type_: DuckDBPyType) -> bool:
-    """False where a struct's fields have none, as `row(1, 2)` has: such a type can't be written out."""
-    if type_.id == "struct" and not all(name for name, _ in _parts(type_)):
-        return False
-    return type_.id not in ("struct", "list", "array", "map", "union") or all(
-        _has_names(part) for _, part in _parts(type_)
-    )
+def _parse_type(type_: str) -> DuckDBPyType | None:
+    """A type as DuckDB describes it; None for one that can't be written out: `row(1, 2)` has fields without names."""
+    try:
+        return duckdb.sqltype(type_)
+    except duckdb.Error:
+        return None
 
 
 def _say_not_a_number(place: str, type_: DuckDBPyType, depth: int) -> str:

@@ -604,6 +604,42 @@ async def test_a_postgres_that_cut_its_connections_is_asked_again(
     assert len(_lines(await reading.execute(prepare("FROM ref.carriers", relations=relations)))) == 2
 
 
+async def test_a_postgres_table_that_was_made_anew_is_read_as_it_is_now(
+    reading: DuckDBEngine, datasets: _Datasets, postgres_url: str, prepare: _Prepare
+) -> None:
+    relations = (datasets.carriers,)
+    sql = "SELECT code, name FROM ref.carriers ORDER BY ALL LIMIT 1"
+    assert _lines(await reading.execute(prepare(sql, relations=relations))) == [{"code": "AA", "name": "American"}]
+    with psycopg.connect(postgres_url) as connection:
+        connection.execute("DROP TABLE carriers")
+        connection.execute("CREATE TABLE carriers (name int, code int)")
+        connection.execute("INSERT INTO carriers VALUES (1, 2)")
+    assert _lines(await reading.execute(prepare(sql, relations=relations))) == [{"code": 2, "name": 1}]
+
+
+async def test_a_postgres_view_that_raises_is_no_outage_and_its_place_is_not_told(
+    reading: DuckDBEngine, postgres_url: str, prepare: _Prepare
+) -> None:
+    with psycopg.connect(postgres_url) as connection:
+        connection.execute("CREATE VIEW hidden_place AS SELECT 1 / (length(code) - 2) AS x, code FROM carriers")
+    relations = (Relation("d", RelationKind.POSTGRES, "public.hidden_place", "1"),)
+    for sql in ("SELECT x FROM d", "SELECT code FROM d WHERE code = chr(0)"):
+        failure = await _failure(reading, prepare(sql, relations=relations))
+        assert failure.code is ErrorCode.QUERY_ERROR
+        assert "hidden_place" not in f"{failure.message} {failure.detail}"
+
+
+@pytest.mark.parametrize("output_format", OutputFormat)
+async def test_structs_without_names_and_strings_as_names_are_written(
+    engine: DuckDBEngine, prepare: _Prepare, output_format: OutputFormat
+) -> None:
+    sql = "SELECT (sum(i), count(*)) AS pair, row(1::HUGEINT, 2::DOUBLE) AS other FROM range(3) t(i)"
+    assert (await engine.execute(prepare(sql, output_format=output_format))).rows == 1
+    pivot = "PIVOT (SELECT 'Ottilie Zwicky' AS name, 1 AS x) ON name IN ('Ottilie Zwicky') USING sum(x)"
+    output = await engine.execute(prepare(pivot, output_format=output_format))
+    assert "Ottilie" not in str(output.columns)
+
+
 async def test_a_changed_grant_is_another_instance(
     reading: DuckDBEngine, datasets: _Datasets, prepare: _Prepare
 ) -> None:
