@@ -148,7 +148,7 @@ class DeadLetters:
 
     def _read_back(self, wanted: AbstractSet[Origin]) -> set[Origin]:
         """Which of the origins are in the dead-letter topic. Reads all of it: this happens only after a crash between
-        a letter's write and its note, and the topic is short where it matters that this is quick. Raises `NotDelivered`
+        a letter's write and its note, and the topic is short where it matters that this is quick. Raises `WriterLost`
         when it can't be read."""
         ids = {name: identity.topic_id for name, identity in self._topics.items()}
         found: set[Origin] = set()
