@@ -60,8 +60,7 @@ class ApacheKafka:
         self._directory = directory.resolve()
         self._lifeline = lifeline
         self._nodes = nodes
-        # As Kafka's own tool makes them: 16 random bytes in URL-safe base64, without padding.
-        self._cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        self._cluster_id = draw_cluster_id()
 
     def start(self) -> None:
         """Format and start all nodes. Raises `EmbeddedError`, and `RuntimeError` when Maven can't get the jars."""
@@ -126,6 +125,13 @@ class ApacheKafka:
         ]
         run_guarded(recipe, [*java, *storage], self._lifeline, _FORMAT_SECONDS)
         return recipe
+
+
+def draw_cluster_id() -> str:
+    """As Kafka draws them: 16 random bytes in URL-safe base64, without padding; a leading dash would read as an option."""
+    while (drawn := base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")).startswith("-"):
+        continue
+    return drawn
 
 
 def resolve_classpath() -> str:
