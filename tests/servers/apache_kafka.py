@@ -128,7 +128,7 @@ class ApacheKafka:
 
 
 def draw_cluster_id() -> str:
-    """As Kafka draws them: 16 random bytes in URL-safe base64, without padding; a leading dash would read as an option."""
+    """As Kafka draws them: 16 random bytes in URL-safe base64; a leading dash would read as an option."""
     while (drawn := base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")).startswith("-"):
         continue
     return drawn
