@@ -1,0 +1,164 @@
+"""The state database from the log: what a projector would have made of it that began at its beginning."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from consumers.projector import read_step
+from consumers.rebuild.source import PartitionRead, Reading, RebuildRefused, Report, SourceName
+from consumers.rebuild.status_log import LogChanged, StatusLog
+from db.connection import Connection
+from db.state.query_status import QueryStatusRow, read_offsets, write_offsets
+from db.state.rebuild import has_other_topics, stage, unstage
+from producers.replay.log import Pinned, Window, pin
+from queryd.events import Topic
+from queryd.subscription import Record
+from queryd.topics import TopicIdentity, read_topic_identity
+
+# What is understood in one go, and written while the next is read: statements of some 10,000 rows cost the least a row,
+# and hold some 20 MB.
+_CHUNK = 10_000
+
+_INSTEAD = "rebuild from Postgres data instead, --source postgres"
+
+
+class Chunk:
+    """A stretch of the log: each of its queries as of its highest sequence, and those that were deleted in it.
+
+    What follows a deletion is a new query under the old id, as the projector takes it.
+    """
+
+    def __init__(self) -> None:
+        self.rows: dict[str, QueryStatusRow] = {}
+        self.gone: set[str] = set()
+        self.events = 0
+        self.unreadable = 0
+
+    def take(self, records: Sequence[Record]) -> None:
+        """Add what follows."""
+        for record in records:
+            self.events += 1
+            step = read_step(record)
+            if step is None:
+                self.unreadable += 1
+            elif step.row is None:
+                self.gone.add(step.query_id)
+                self.rows.pop(step.query_id, None)
+            else:
+                known = self.rows.get(step.query_id)
+                if known is None or step.row.sequence > known.sequence:
+                    self.rows[step.query_id] = step.row
+
+
+class LogSource:
+    """The status topic, from its beginning."""
+
+    def __init__(self, kafka: dict[str, Any], topic: TopicIdentity, pinned: Pinned, log: StatusLog) -> None:
+        self._kafka = kafka
+        self._topic = topic
+        self._starts = _starts(pinned)
+        self._offsets = sum(each.end - each.start for each in pinned.ranges)
+        self._log = log
+        self._events = 0
+        self._unreadable = 0
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """The topic, and where its log begins: with the ends that move all the time no plan would hold for a minute,
+        and what comes behind them is taken in anyway."""
+        return {
+            "source": SourceName.LOG,
+            "cluster_id": self._topic.cluster_id,
+            "topic_id": self._topic.topic_id,
+            "starts": sorted(self._starts.items()),
+        }
+
+    @property
+    def reading(self) -> Reading:
+        """What has been read so far."""
+        ends = self._log.positions
+        partitions = tuple(
+            PartitionRead(partition, start, ends.get(partition, start))
+            for partition, start in sorted(self._starts.items())
+        )
+        return Reading(self._events, self._unreadable, partitions)
+
+    async def stage(self, connection: Connection, report: Report) -> None:
+        """Fill the copy from the whole log. Raises `EndNotReached`, `LogChanged`, `KafkaException`."""
+        batches = self._log.read_to_end()
+        # The next chunk is read and understood while the database takes the one before.
+        coming = asyncio.create_task(asyncio.to_thread(_gather, batches))
+        try:
+            while (chunk := await coming) is not None:
+                coming = asyncio.create_task(asyncio.to_thread(_gather, batches))
+                await self._write(connection, chunk)
+                await report(self._read_offsets(), max(self._offsets, self._read_offsets()))
+        finally:
+            coming.cancel()
+            await asyncio.gather(coming, return_exceptions=True)
+        if await asyncio.to_thread(read_topic_identity, self._kafka, Topic.STATUS) != self._topic:
+            raise LogChanged(f"{Topic.STATUS} was made anew while it was read: plan again")
+
+    async def settle(self, connection: Connection) -> None:
+        """Read on to where the live table has been brought by the projector, so that nothing it knows is lost.
+
+        Raises as `stage`.
+        """
+        live = await self._read_live(connection)
+        if live.keys() - self._starts.keys():
+            raise LogChanged(f"{Topic.STATUS} has got more partitions: plan again")
+        batches = self._log.read_up_to(live)
+        while (chunk := await asyncio.to_thread(_gather, batches)) is not None:
+            await self._write(connection, chunk)
+
+    async def write_offsets(self, connection: Connection) -> None:
+        """Only for partitions that have none. A running projector may be behind us, and writes what it reads: if its
+        offset were moved on, and it died between an event and the query's deletion, nobody would read the deletion."""
+        live = await self._read_live(connection)
+        ends = {partition: end for partition, end in self._log.positions.items() if partition not in live}
+        await write_offsets(connection, self._topic.cluster_id, self._topic.topic_id, ends)
+
+    async def _read_live(self, connection: Connection) -> dict[int, int]:
+        return await read_offsets(connection, self._topic.cluster_id, self._topic.topic_id)
+
+    async def _write(self, connection: Connection, chunk: Chunk) -> None:
+        self._events += chunk.events
+        self._unreadable += chunk.unreadable
+        await unstage(connection, list(chunk.gone))
+        await stage(connection, list(chunk.rows.values()))
+
+    def _read_offsets(self) -> int:
+        return sum(end - self._starts[partition] for partition, end in self._log.positions.items())
+
+
+@asynccontextmanager
+async def opened_log(connection: Connection, kafka: dict[str, Any]) -> AsyncIterator[LogSource]:
+    """The log as a source for the state database of the connection.
+
+    Raises `RebuildRefused` where the log can't have the whole story; `TopicUnknown`, `KafkaException`.
+    """
+    pinned = await asyncio.to_thread(pin, kafka, [Topic.STATUS.value], Window())
+    topic = pinned.topics[Topic.STATUS]
+    starts = _starts(pinned)
+    for partition, start in starts.items():
+        if start > 0:
+            raise RebuildRefused(f"{Topic.STATUS}/{partition} has lost its records before offset {start}: {_INSTEAD}")
+    if await has_other_topics(connection, topic.cluster_id, topic.topic_id):
+        raise RebuildRefused(f"the state database was also fed from another topic than this one: {_INSTEAD}")
+    with StatusLog(kafka, starts) as log:
+        yield LogSource(kafka, topic, pinned, log)
+
+
+def _starts(pinned: Pinned) -> dict[int, int]:
+    return {each.partition: each.start for each in pinned.ranges}
+
+
+def _gather(batches: Iterator[list[Record]]) -> Chunk | None:
+    """The next chunk; None at the end."""
+    chunk = Chunk()
+    for records in batches:
+        chunk.take(records)
+        if chunk.events >= _CHUNK:
+            break
+    return chunk if chunk.events else None
