@@ -1,17 +1,20 @@
-"""Events to bytes and back: Avro single-object encoding (`C3 01`, the schema's fingerprint, the body).
+"""Events to bytes and back: Avro single-object encoding (`C3 01`, the schema's fingerprint, the body), or Confluent's
+wire format where the process uses a registry, see `queryd.registry`. What is read may be either.
 
 Decoding goes in two steps, because they fail differently: bytes to fields (`Undecodable`: nobody can say whose they
 are) and fields to an event (`InvalidEvent`: the ids may be legible, so somebody can be told).
 """
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, TypeVar
 
 from fastavro import schemaless_reader, schemaless_writer
 
-from queryd.contract import contract
+from queryd.contract import SchemaVersion, contract
 from queryd.events import (
     Column,
     Delivery,
@@ -27,10 +30,12 @@ from queryd.events import (
     QueryStatusChanged,
     ResultFile,
     Status,
+    Topic,
     from_millis,
     parse_uuid,
     to_millis,
 )
+from queryd.registry import HEADER_BYTES, MAGIC, URL_VARIABLE, SchemaUnusable, registry_in_use
 
 MAX_SQL_BYTES = 262_144
 # An event above this could jam the relay behind a broker's default message.max.bytes of 1 MiB.
@@ -49,6 +54,10 @@ class Undecodable(ValueError):
     """Bytes that are no event of the contract; the sentence says what was expected."""
 
 
+class NoRegistry(Undecodable):
+    """The record is in Confluent's wire format, and this process has been told of no registry."""
+
+
 class EventTooLarge(ValueError):
     """An event above 512 KiB once encoded."""
 
@@ -64,39 +73,67 @@ class InvalidEvent(Invalid):
 def encode(event: Event) -> bytes:
     """One event in the newest version of its schema.
 
-    Raises `EventTooLarge` above 512 KiB, and `Invalid` for values that the schema has no room for.
+    Raises `EventTooLarge` above 512 KiB, and `Invalid` for values that the schema has no room for; with a registry that
+    was not asked before, `RegistryAway` and `RegistryRefused`.
     """
-    schema = contract().newest[type(event).__name__]
-    body = io.BytesIO()
-    body.write(_MARKER + schema.fingerprint)
+    name = type(event).__name__
+    with _misfits_told(name):
+        fields = _to_fields(event)
+    return encode_fields(fields, name, topic_of(event))
+
+
+def encode_fields(fields: Fields, name: str, topic: str) -> bytes:
+    """Fields as decoded, in the newest version of schema `name`, for that topic; whether they make a valid event is not
+    judged. Raises as `encode`."""
+    registry = registry_in_use()
+    with _misfits_told(name):
+        written = _write(contract().newest[name], fields) if registry is None else registry.write(Topic(topic), fields)
+    if len(written) > MAX_EVENT_BYTES:
+        raise EventTooLarge(f"the event takes {len(written)} bytes, more than {MAX_EVENT_BYTES}")
+    return written
+
+
+@contextmanager
+def _misfits_told(name: str) -> Iterator[None]:
+    """Turn what a value raises for which the schema has no room into `Invalid`."""
     try:
-        schemaless_writer(body, schema.parsed, _to_fields(event))
+        yield
     except (ValueError, TypeError, OverflowError) as error:
         # fastavro's own sentence quotes the value.
-        raise Invalid(f"a field of the {schema.name} does not fit its schema ({type(error).__name__})") from None
-    encoded = body.getvalue()
-    if len(encoded) > MAX_EVENT_BYTES:
-        raise EventTooLarge(f"the event takes {len(encoded)} bytes, more than {MAX_EVENT_BYTES}")
-    return encoded
+        raise Invalid(f"a field of the {name} does not fit its schema ({type(error).__name__})") from None
+
+
+def topic_of(event: Event) -> Topic:
+    """Where an event is published."""
+    match event:
+        case QueryRequested():
+            return event.mode.topic
+        case QueryCancelRequested():
+            return Topic.CANCELLATIONS
+        case QueryStatusChanged():
+            return Topic.STATUS
+
+
+def _write(schema: SchemaVersion, fields: Fields) -> bytes:
+    written = io.BytesIO()
+    written.write(_MARKER + schema.fingerprint)
+    schemaless_writer(written, schema.parsed, fields)
+    return written.getvalue()
 
 
 def decode_fields(encoded: bytes | None, name: str) -> Fields:
     """The fields of an event of schema `name`, written in any version, as the newest version has them.
 
-    Raises `Undecodable`.
+    Raises `Undecodable`; for Confluent's wire format also `RegistryAway`, where the registry has to be asked.
     """
     if not encoded:
         raise Undecodable("the record is empty")
-    if encoded[:2] != _MARKER:
-        raise Undecodable("the record does not begin with C3 01, the marker of Avro's single-object encoding")
-    writer = contract().by_fingerprint.get(encoded[2:_HEADER_BYTES])
-    if writer is None:
-        raise Undecodable("the schema's fingerprint is not one of this contract's")
-    if writer.name != name:
-        raise Undecodable(f"the record is a {writer.name}, and {name} is expected here")
-    body = io.BytesIO(encoded[_HEADER_BYTES:])
+    writer_name, writer, body_bytes = _find_writer(encoded)
+    if writer_name != name:
+        raise Undecodable(f"the record is a {writer_name}, and {name} is expected here")
+    body = io.BytesIO(body_bytes)
     try:
-        fields = schemaless_reader(body, writer.parsed, contract().newest[name].parsed)
+        fields = schemaless_reader(body, writer, contract().newest[name].parsed)
     # fastavro documents no closed set of errors for broken bytes: it raises whatever reading them ran into. Nothing but
     # reading happens inside, so whatever is raised says the same thing.
     except Exception as error:  # noqa: BLE001
@@ -106,6 +143,27 @@ def decode_fields(encoded: bytes | None, name: str) -> Fields:
     if not isinstance(fields, dict):
         raise Undecodable("the body is no record")
     return fields
+
+
+def _find_writer(encoded: bytes) -> tuple[str, Any, bytes]:
+    """The writer's schema, its name and what it wrote."""
+    if encoded[: len(MAGIC)] == MAGIC:
+        registry = registry_in_use()
+        if registry is None:
+            raise NoRegistry(f"the record is in Confluent's wire format: set {URL_VARIABLE} to read it")
+        try:
+            found = registry.find_writer(encoded)
+        except SchemaUnusable as error:
+            raise Undecodable(str(error)) from None
+        return found.name, found.parsed, encoded[HEADER_BYTES:]
+    if encoded[:2] != _MARKER:
+        raise Undecodable(
+            "the record begins neither with C3 01, Avro's single-object encoding, nor with 00, Confluent's wire format"
+        )
+    writer = contract().by_fingerprint.get(encoded[2:_HEADER_BYTES])
+    if writer is None:
+        raise Undecodable("the schema's fingerprint is not one of this contract's")
+    return writer.name, writer.parsed, encoded[_HEADER_BYTES:]
 
 
 def decode_request(encoded: bytes | None) -> QueryRequested:

@@ -16,12 +16,14 @@ _PACKAGE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True, slots=True)
 class SchemaVersion:
-    """One version of one event's schema; `fingerprint` is its CRC-64-AVRO, 8 bytes, little-endian."""
+    """One version of one event's schema; `fingerprint` is its CRC-64-AVRO, 8 bytes, little-endian, and `text` what its
+    file says."""
 
     name: str
     version: int
     fingerprint: bytes
     parsed: Any
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,11 @@ class Contract:
 
     by_fingerprint: dict[bytes, SchemaVersion]
     newest: dict[str, SchemaVersion]
+
+    def versions(self, name: str) -> list[SchemaVersion]:
+        """All versions of one event's schema, the oldest first."""
+        known = [schema for schema in self.by_fingerprint.values() if schema.name == name]
+        return sorted(known, key=lambda schema: schema.version)
 
 
 def schema_folder() -> Path:
@@ -44,8 +51,9 @@ def load_contract(folder: Path) -> Contract:
     newest: dict[str, SchemaVersion] = {}
     for path in sorted(folder.glob("*.avsc")):
         name, version = path.stem.split(".v")
-        schema = json.loads(path.read_text(encoding="utf-8"))
-        loaded = SchemaVersion(name, int(version), _fingerprint(schema), _parse(schema))
+        text = path.read_text(encoding="utf-8").strip()
+        schema = json.loads(text)
+        loaded = SchemaVersion(name, int(version), _fingerprint(schema), parse_plainly(schema), text)
         if loaded.fingerprint in by_fingerprint:
             raise ValueError(f"{path.name} has the fingerprint of another schema")
         by_fingerprint[loaded.fingerprint] = loaded
@@ -60,15 +68,16 @@ def contract() -> Contract:
     return load_contract(schema_folder())
 
 
+def parse_plainly(schema: Any) -> Any:
+    """A schema as fastavro takes it, without logical types; raises fastavro's errors for what is no schema."""
+    # They would turn strings into UUIDs while decoding and so make one bad id look like broken bytes. Without them the
+    # values arrive as the wire has them, and `queryd.codec` judges them field by field.
+    return parse_schema(_without_logical_types(schema))
+
+
 def _fingerprint(schema: Any) -> bytes:
     # fastavro prints the bytes in the order in which the wire has them.
     return bytes.fromhex(fingerprint(to_parsing_canonical_form(schema), "CRC-64-AVRO"))
-
-
-def _parse(schema: Any) -> Any:
-    # Logical types would turn strings into UUIDs while decoding and so make one bad id look like broken bytes.
-    # Without them the values arrive as the wire has them, and `queryd.codec` judges them field by field.
-    return parse_schema(_without_logical_types(schema))
 
 
 def _without_logical_types(schema: Any) -> Any:

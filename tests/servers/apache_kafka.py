@@ -22,6 +22,7 @@ from tests.servers.kafka_settings import broker_settings
 
 _ROOT = Path(__file__).resolve().parents[2]
 _POM = _ROOT / "tests" / "kafka" / "pom.xml"
+_TOOLS_POM = _ROOT / "tests" / "kafka" / "tools" / "pom.xml"
 _CACHE = _ROOT / "target" / "kafka"
 
 # 60 MB of jars over a slow line; with all of them there Maven takes 4 s.
@@ -139,14 +140,23 @@ def resolve_classpath() -> str:
 
     Raises `RuntimeError` when Maven fails; its own words are then on stdout.
     """
+    return _resolve(_POM)
+
+
+def resolve_tools_classpath() -> str:
+    """The same with Kafka's own command-line tools."""
+    return os.pathsep.join((_resolve(_TOOLS_POM), _resolve(_POM)))
+
+
+def _resolve(pom: Path) -> str:
     # Another pom is another class path.
-    cached = _CACHE / f"{hashlib.sha256(_POM.read_bytes()).hexdigest()[:16]}.classpath"
+    cached = _CACHE / f"{hashlib.sha256(pom.read_bytes()).hexdigest()[:16]}.classpath"
     _CACHE.mkdir(parents=True, exist_ok=True)
     with (_CACHE / "lock").open("w") as lock:
         # Maven's repository is not safe against two downloads of the same file.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not _whole(cached):
-            _ask_maven(cached)
+            _ask_maven(pom, cached)
     return cached.read_text().strip()
 
 
@@ -155,9 +165,9 @@ def _whole(cached: Path) -> bool:
     return cached.exists() and all(Path(jar).exists() for jar in cached.read_text().strip().split(os.pathsep))
 
 
-def _ask_maven(cached: Path) -> None:
+def _ask_maven(pom: Path, cached: Path) -> None:
     draft = cached.with_suffix(".new")
-    options = ["-q", "-B", "-Dstyle.color=never", "-f", str(_POM), f"-Dmdep.outputFile={draft}"]
+    options = ["-q", "-B", "-Dstyle.color=never", "-f", str(pom), f"-Dmdep.outputFile={draft}"]
     command = ["mvn", *options, "dependency:build-classpath"]
     maven = subprocess.run(command, stdin=subprocess.DEVNULL, timeout=_MAVEN_SECONDS, check=False)
     if maven.returncode != 0:
