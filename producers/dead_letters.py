@@ -41,7 +41,7 @@ _PAUSE_SECONDS = 0.5
 
 _TRANSACTION_BYTES = 16 * 1024 * 1024
 
-_PREFIX = "queryd_dead_"
+DEAD_PREFIX = "queryd_dead_"
 _GROUP = "queryd-dead-letters-read-back"
 
 
@@ -202,17 +202,17 @@ def _tell(letter: DeadLetter) -> None:
 
 def _read_origin(headers: Any, ids: dict[str, str]) -> set[Origin]:
     # The last of each name is ours: a redriven record carries those of its first death as well.
-    written = {name: value for name, value in headers if name.startswith(_PREFIX) and value is not None}
+    written = {name: value for name, value in headers if name.startswith(DEAD_PREFIX) and value is not None}
     try:
-        topic_id = ids[written[f"{_PREFIX}topic"].decode()]
-        return {Origin(topic_id, int(written[f"{_PREFIX}partition"]), int(written[f"{_PREFIX}offset"]))}
+        topic_id = ids[written[f"{DEAD_PREFIX}topic"].decode()]
+        return {Origin(topic_id, int(written[f"{DEAD_PREFIX}partition"]), int(written[f"{DEAD_PREFIX}offset"]))}
     except (KeyError, ValueError):
         return set()
 
 
 def _explain(letter: DeadLetter) -> list[tuple[str, bytes]]:
     record = letter.record
-    redrives = next((value for name, value in record.headers if name == f"{_PREFIX}redrives"), None)
+    redrives = next((value for name, value in record.headers if name == f"{DEAD_PREFIX}redrives"), None)
     explained = {
         "code": letter.code.value,
         "reason": letter.reason,
@@ -223,4 +223,4 @@ def _explain(letter: DeadLetter) -> list[tuple[str, bytes]]:
     }
     if redrives is None:
         explained["redrives"] = "0"
-    return [(_PREFIX + name, value.encode()) for name, value in explained.items()]
+    return [(DEAD_PREFIX + name, value.encode()) for name, value in explained.items()]

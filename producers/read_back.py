@@ -13,7 +13,7 @@ _BROKER_SECONDS = 15.0
 # A broker that is there answers a fetch within its own half second, with records or with the end. Nothing at all for
 # this long, and the end is not known.
 # An abandoned transaction hides what follows for its own 10 s, and up to 10 s more until the broker looks.
-_SILENCE_SECONDS = 30.0
+SILENCE_SECONDS = 30.0
 # How many records are taken at once, and how long is waited for the first of them.
 _AT_ONCE = 500
 _LOOK_SECONDS = 0.1
@@ -21,6 +21,21 @@ _LOOK_SECONDS = 0.1
 
 class EndNotReached(Exception):
     """The broker went silent before the topic's end was read: what had been written is not known."""
+
+
+class Silence:
+    """How long nothing has been heard."""
+
+    def __init__(self) -> None:
+        self._heard = time.monotonic()
+
+    def end(self) -> None:
+        """Something is heard."""
+        self._heard = time.monotonic()
+
+    def lasts(self) -> bool:
+        """True when it has lasted for too long."""
+        return time.monotonic() - self._heard > SILENCE_SECONDS
 
 
 def read_ends(config: dict[str, Any], topic: str) -> dict[int, int]:
@@ -52,21 +67,21 @@ def read_to_end(
         partitions = consumer.list_topics(topic, timeout=_BROKER_SECONDS).topics[topic].partitions
         unread = set(partitions)
         consumer.assign([TopicPartition(topic, partition, starts.get(partition, 0)) for partition in partitions])
-        heard = time.monotonic()
+        silence = Silence()
         while unread:
             for message in consumer.consume(_AT_ONCE, _LOOK_SECONDS):
                 error = message.error()
                 if error is None:
-                    heard = time.monotonic()
+                    silence.end()
                     yield message
                 elif error.code() == KafkaError._PARTITION_EOF:
                     partition, end = _partition(message), message.offset()
                     assert end is not None
                     # An open transaction keeps what lies behind it back, until it has ended or its time is over.
                     if end >= (ends or {}).get(partition, 0):
-                        heard = time.monotonic()
+                        silence.end()
                         unread.discard(partition)
-            if time.monotonic() - heard > _SILENCE_SECONDS:
+            if silence.lasts():
                 raise EndNotReached(f"{topic} could not be read to its end")
     finally:
         consumer.close()

@@ -1,80 +1,69 @@
-"""A client in a few lines: submit a query, wait for it, read its result."""
+"""A client in a few lines: submit a query, wait for it, read its result. `queryd.async_client` is its twin."""
 
-import os
-import threading
-import time
-import uuid
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import pyarrow as pa
-from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
-from queryd.codec import Undecodable, decode_status, encode
-from queryd.contract import contract
-from queryd.events import (
-    Delivery,
-    ErrorCode,
-    Invalid,
-    Mode,
-    OrgId,
-    OutputFormat,
-    Parameter,
-    QueryCancelRequested,
-    QueryId,
-    QueryRequested,
-    QueryStatusChanged,
-    Topic,
-)
-from queryd.headers import build_headers, continue_trace, to_kafka
-from queryd.outages import QUIET
-from queryd.results import ResultReader
-
-# How long a submit waits for the broker's acknowledgement before it says that it failed.
-_DELIVERY_SECONDS = 30.0
-# How long the broker may take to say where its topics end.
-_BROKER_SECONDS = 15.0
-# How long the listener blocks in one poll; only `close` waits for it.
-_POLL_SECONDS = 0.2
+from queryd.environment import read_kafka
+from queryd.events import QueryStatusChanged
+from queryd.feed import EventFeed
+from queryd.requests import SubmitOptions
+from queryd.session import KnownQuery, Session, still_waiting
 
 
-class NotSubmitted(Exception):
-    """The broker did not acknowledge it: it may have arrived or not. Submit or cancel again, under the same id."""
-
-
-class QueryFailed(Exception):
-    """The query ended `Failed`; `code` says why."""
-
-    def __init__(self, event: QueryStatusChanged) -> None:
-        super().__init__(f"{event.error_code}: {event.error_message}")
-        self.code: ErrorCode | None = event.error_code
-        self.event = event
-
-
-class QueryHandle:
-    """A submitted query."""
-
-    def __init__(self, client: "QueryClient", query_id: QueryId) -> None:
-        self._client = client
-        self.query_id = query_id
-
-    @property
-    def event(self) -> QueryStatusChanged | None:
-        """The newest event that has been seen of it."""
-        return self._client._latest(self.query_id)
+class QueryHandle(KnownQuery):
+    """A query: what it has come to, and its result."""
 
     def wait(self, timeout: float | None = None) -> QueryStatusChanged:
-        """The terminal event, `Succeeded` or `Failed`; raises `TimeoutError` after `timeout` seconds."""
-        return self._client._wait(self.query_id, timeout)
+        """The terminal event, `Succeeded` or `Failed`.
+
+        Raises `TimeoutError` after `timeout` seconds, `QueryDeleted`, and `ClientStopped`.
+        """
+        try:
+            self._query.track.ended.result(timeout)
+        except TimeoutError:
+            raise still_waiting(timeout) from None
+        return self._query.track.answer()
+
+    def latest(self, timeout: float | None = None) -> QueryStatusChanged | None:
+        """The newest event, once the log has been read for it if need be; None where the log does not know the query.
+
+        For a query that this client has just submitted under a new id, its first event. Raises as `wait` does.
+        """
+        try:
+            self._query.track.looked_up.result(timeout)
+        except TimeoutError:
+            raise still_waiting(timeout) from None
+        self._query.track.check()
+        return self.event
 
     def result(self, timeout: float | None = None) -> pa.Table:
-        """The result as an Arrow table, waiting for it; raises `QueryFailed` and `TimeoutError`."""
-        event = self.wait(timeout)
-        if event.error_code is not None:
-            raise QueryFailed(event)
-        return self._client._reader().read_table(event)
+        """The result as an Arrow table, waiting for it; it is checked against its event's size and SHA-256.
+
+        Raises `QueryFailed`, `ResultExpired`, `ResultDamaged`, `ResultUnreadable`, and as `wait` does.
+        """
+        self.wait(timeout)
+        return self._query.session.reader.read_table(self._query.succeeded())
+
+    def batches(self, timeout: float | None = None) -> Iterator[pa.RecordBatch]:
+        """The result batch by batch, never all of it in memory, waiting for it; raises as `result` does."""
+        self.wait(timeout)
+        return self._query.session.reader.read_batches(self._query.succeeded())
+
+    def links(self, timeout: float | None = None) -> list[str]:
+        """URLs by which anybody may read the result's files for an hour, waiting for it.
+
+        Raises `ResultInline` for a result that lies in its event, and as `result` does.
+        """
+        self.wait(timeout)
+        return self._query.session.reader.links(self._query.succeeded())
+
+    def cancel(self, *, user_id: str | None = None, reason: str | None = None) -> None:
+        """Ask for the query to stop; see `QueryClient.cancel`."""
+        _, answer = self._query.session.cancel(self.query_id, self._query.org_id, user_id, reason)
+        answer.result()
 
 
 class QueryClient:
@@ -82,65 +71,30 @@ class QueryClient:
 
     def __init__(self, kafka: Mapping[str, Any]) -> None:
         """`kafka` is librdkafka's configuration. Raises `KafkaException` when the broker does not answer in 15 s."""
-        self._kafka = dict(kafka)
-        self._producer = Producer(self._kafka | QUIET | {"enable.idempotence": True, "acks": "all"})
-        self._events: dict[str, QueryStatusChanged] = {}
-        self._changed = threading.Condition()
-        self._closing = threading.Event()
-        self._failure: KafkaException | None = None
-        self._consumer = self._listen()
-        self._listener = threading.Thread(target=self._follow, name="queryd-client", daemon=True)
-        self._listener.start()
+        self._session = Session(kafka)
 
     @classmethod
     def from_environment(cls) -> Self:
-        """A client of the broker in `QUERYD_KAFKA_BOOTSTRAP`; raises `LookupError` where it is not set."""
-        bootstrap = os.environ.get("QUERYD_KAFKA_BOOTSTRAP")
-        if not bootstrap:
-            raise LookupError(
-                "QUERYD_KAFKA_BOOTSTRAP is not set: beside `queryd up`, run `set -a; . .queryd/env` first"
-            )
-        return cls({"bootstrap.servers": bootstrap})
+        """A client of the broker in `QUERYD_KAFKA_BOOTSTRAP`, with the librdkafka properties in `QUERYD_KAFKA_OPTIONS`;
+        raises `LookupError` where no broker is set. S3 takes the standard `AWS_*` variables."""
+        return cls(read_kafka())
 
-    def submit(
-        self,
-        sql: str | None = None,
-        *,
-        org_id: str,
-        user_id: str | None = None,
-        roles: Sequence[str] = (),
-        query_id: str | None = None,
-        saved_query_id: str | None = None,
-        parameters: Mapping[str, Parameter] | None = None,
-        mode: Mode | str = Mode.INTERACTIVE,
-        task_id: str | None = None,
-        output_format: OutputFormat | str = OutputFormat.PARQUET,
-        delivery: Delivery | str = Delivery.OBJECT,
-        timeout_seconds: int | None = None,
-        max_rows: int | None = None,
-    ) -> QueryHandle:
-        """Publish a request and return once the broker has it; raises `NotSubmitted`.
+    def submit(self, sql: str | None = None, **options: Unpack[SubmitOptions]) -> QueryHandle:
+        """Publish a request and return once the broker has it; raises `NotSubmitted`, and `Invalid` for a wrong id.
 
-        Submitting again under the same `query_id` with the same content is the same request.
+        Submitting again under the same `query_id` with the same content is the same request: the handle tells what has
+        come of the first. With other content it is refused into `query.requests.dead`, and the first stays.
         """
-        request = QueryRequested(
-            query_id=QueryId(query_id or str(uuid.uuid4())),
-            org_id=OrgId(org_id),
-            mode=Mode(mode),
-            user_id=user_id,
-            roles=tuple(roles),
-            sql=sql,
-            saved_query_id=saved_query_id,
-            parameters=dict(parameters or {}),
-            task_id=task_id,
-            output_format=OutputFormat(output_format),
-            delivery=Delivery(delivery),
-            timeout_seconds=timeout_seconds,
-            max_rows=max_rows,
-            requested_at=datetime.now(UTC),
-        )
-        self._publish(request.mode.topic, request)
-        return QueryHandle(self, request.query_id)
+        query, answer = self._session.submit(sql, options)
+        answer.result()
+        return QueryHandle(query)
+
+    def handle(self, query_id: str, *, org_id: str | None = None) -> QueryHandle:
+        """A query that was submitted before, by anybody, finished or not. Publishes nothing.
+
+        What the log knows of it is looked up in the background. `org_id` is for its `cancel`, before an event says it.
+        """
+        return QueryHandle(self._session.find(query_id, org_id))
 
     def cancel(
         self, query_id: str, *, org_id: str, user_id: str | None = None, reason: str | None = None
@@ -150,17 +104,17 @@ class QueryClient:
         Its terminal event confirms it: `Failed` with `QUERY_CANCELLED`, unless the query was finished before. A query
         of another org goes on as if nobody had asked.
         """
-        cancel = QueryCancelRequested(
-            QueryId(query_id), OrgId(org_id), user_id=user_id, reason=reason, requested_at=datetime.now(UTC)
-        )
-        self._publish(Topic.CANCELLATIONS, cancel)
-        return QueryHandle(self, cancel.query_id)
+        query, answer = self._session.cancel(query_id, org_id, user_id, reason)
+        answer.result()
+        return QueryHandle(query)
+
+    def events(self, *, group: str, org: str | None = None) -> EventFeed:
+        """All status events, or those of one org, as a durable subscription of the caller's group: see `EventFeed`."""
+        return EventFeed(self._session.kafka, group, org=org)
 
     def close(self) -> None:
-        """Stop listening."""
-        self._closing.set()
-        self._listener.join()
-        self._consumer.close()
+        """Stop following; who still waits gets `ClientStopped`."""
+        self._session.close()
 
     def __enter__(self) -> Self:
         return self
@@ -169,101 +123,3 @@ class QueryClient:
         self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _publish(self, topic: Topic, request: QueryRequested | QueryCancelRequested) -> None:
-        refused: list[KafkaError] = []
-
-        def report(error: KafkaError | None, _message: Message) -> None:
-            if error is not None:
-                refused.append(error)
-
-        self._producer.produce(
-            topic,
-            key=request.query_id.encode(),
-            value=encode(request),
-            headers=to_kafka(request_headers(request)),
-            on_delivery=report,
-        )
-        if self._producer.flush(_DELIVERY_SECONDS) or refused:
-            raise NotSubmitted(refused[0].str() if refused else f"no acknowledgement in {_DELIVERY_SECONDS:.0f} s")
-
-    def _listen(self) -> Consumer:
-        consumer = Consumer(
-            self._kafka
-            | QUIET
-            # Nothing is committed: the group is only a name that the protocol wants.
-            | {"group.id": f"queryd-client-{uuid.uuid4()}", "enable.auto.commit": False}
-            | {"isolation.level": "read_committed"}
-        )
-        partitions = consumer.list_topics(Topic.STATUS, timeout=_BROKER_SECONDS).topics[Topic.STATUS].partitions
-        ends = []
-        for number in partitions:
-            partition = TopicPartition(Topic.STATUS, number)
-            # Where the topic ends now: everything about a later submit lies behind.
-            _, partition.offset = consumer.get_watermark_offsets(partition, timeout=_BROKER_SECONDS)
-            ends.append(partition)
-        consumer.assign(ends)
-        return consumer
-
-    def _follow(self) -> None:
-        while not self._closing.is_set():
-            try:
-                messages = self._consumer.consume(500, _POLL_SECONDS / 10)
-            except KafkaException as error:
-                with self._changed:
-                    self._failure = error
-                    self._changed.notify_all()
-                return
-            self._learn(messages)
-
-    def _learn(self, messages: Sequence[Message]) -> None:
-        with self._changed:
-            for message in messages:
-                if message.error() is not None or message.value() is None:
-                    continue
-                value: Any = message.value()
-                try:
-                    event = decode_status(value)
-                except (Undecodable, Invalid):
-                    # Not one of queryd's events, so not one that anybody waits for.
-                    continue
-                known = self._events.get(event.query_id)
-                if known is None or known.sequence < event.sequence:
-                    self._events[event.query_id] = event
-            self._changed.notify_all()
-
-    def _latest(self, query_id: QueryId) -> QueryStatusChanged | None:
-        with self._changed:
-            return self._events.get(query_id)
-
-    def _wait(self, query_id: QueryId, timeout: float | None) -> QueryStatusChanged:
-        deadline = None if timeout is None else time.monotonic() + timeout
-        with self._changed:
-            while True:
-                event = self._events.get(query_id)
-                if event is not None and event.status.terminal:
-                    return event
-                if self._failure is not None:
-                    raise self._failure
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
-                    raise TimeoutError(f"the query is not finished after {timeout} s")
-                self._changed.wait(left)
-
-    def _reader(self) -> ResultReader:
-        return ResultReader()
-
-
-def request_headers(request: QueryRequested | QueryCancelRequested) -> dict[str, str]:
-    """CloudEvents headers of a request, and a trace of its own."""
-    name = type(request).__name__
-    return build_headers(
-        event_type=f"queryd.{name}",
-        # A request's own id makes it the same request when it comes again; of cancels each is one of its own.
-        event_id=request.query_id if isinstance(request, QueryRequested) else str(uuid.uuid4()),
-        subject=request.query_id,
-        time=request.requested_at or datetime.now(UTC),
-        source="queryd-client",
-        traceparent=continue_trace(None),
-        schema=f"{name}.v{contract().newest[name].version}.avsc",
-    )

@@ -65,6 +65,10 @@ class OutputFormat(StrEnum):
     JSON = "json"
 
 
+# A larger file is stored as an object whatever the delivery, so that an event stays well below what a broker takes.
+MAX_INLINE_BYTES = 65_536
+
+
 class Delivery(StrEnum):
     """Where a result goes: always an object, or into the event when it is at most 64 KiB."""
 

@@ -7,11 +7,34 @@ import re
 import secrets
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from enum import StrEnum
+
+from queryd.contract import contract
+from queryd.events import QueryStatusChanged
 
 Headers = dict[str, str]
 
 # Version 00 has exactly these four parts; ids of all zeros are invalid.
 _TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+class ReplayHeader(StrEnum):
+    """What a replay adds to the copy of a record."""
+
+    # The replay's id, and how often the record was replayed by now.
+    ID = "queryd_replay_id"
+    COUNT = "queryd_replay_count"
+    # Where the record was read that this is a copy of, and its timestamp there, in milliseconds since the epoch.
+    TOPIC = "queryd_origin_topic"
+    PARTITION = "queryd_origin_partition"
+    OFFSET = "queryd_origin_offset"
+    TIMESTAMP = "queryd_origin_timestamp"
+    # The record's own trace: the copy's is another, which links to it.
+    TRACEPARENT = "queryd_origin_traceparent"
+
+
+# On a status event that is published once more because what it carried has gone from it. Its value says what.
+REPUBLISHED = "queryd_republished"
 
 
 def build_headers(
@@ -29,6 +52,20 @@ def build_headers(
         "content-type": "application/avro",
         "traceparent": traceparent,
     }
+
+
+def build_status_headers(event: QueryStatusChanged, traceparent: str) -> Headers:
+    """The headers of a step of a query's story."""
+    name = QueryStatusChanged.__name__
+    return build_headers(
+        event_type=f"queryd.{name}",
+        event_id=event.event_id,
+        subject=event.query_id,
+        time=event.occurred_at,
+        source="queryd",
+        traceparent=traceparent,
+        schema=f"{name}.v{contract().newest[name].version}.avsc",
+    )
 
 
 def to_kafka(headers: Mapping[str, str]) -> list[tuple[str, str | bytes | None]]:

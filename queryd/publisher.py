@@ -16,6 +16,8 @@ _DELIVERY_MILLIS = 60_000
 MESSAGE_BYTES = 256 * 1024 * 1024
 # How long one poll for delivery reports blocks its thread; only a close waits for it.
 _POLL_SECONDS = 0.1
+# librdkafka's word for a partition that its partitioner chooses.
+_BY_KEY = -1
 
 
 class NotDelivered(Exception):
@@ -60,10 +62,13 @@ class Publisher:
         self._loop = asyncio.get_running_loop()
         self._poller.start()
 
-    async def publish(self, topic: str, key: bytes | None, value: bytes | None, headers: Any) -> Delivered:
+    async def publish(
+        self, topic: str, key: bytes | None, value: bytes | None, headers: Any, partition: int | None = None
+    ) -> Delivered:
         """Publish one record and wait for its acknowledgement; raises `NotDelivered`.
 
-        `headers` is a mapping of text, or a list of pairs as confluent-kafka takes it.
+        `headers` is a mapping of text, or a list of pairs as confluent-kafka takes it. Without a partition the key
+        decides.
         """
         assert self._loop is not None
         loop = self._loop
@@ -81,6 +86,7 @@ class Publisher:
                     key=key,
                     value=value,
                     headers=to_kafka(headers) if isinstance(headers, dict) else headers,
+                    partition=_BY_KEY if partition is None else partition,
                     on_delivery=report,
                 )
                 break

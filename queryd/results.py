@@ -1,24 +1,35 @@
-"""Reading a result: the whole file, or an Arrow table."""
+"""Reading a result, from its event or from S3: whole, as an Arrow table, as record batches, or by links.
 
+What is handed out was checked before: a file has the size and the SHA-256 that its event says. A large one goes through
+a temporary file for that, so that a result needs disk, and not memory, for its size.
+"""
+
+import hashlib
 import io
 import os
+import tempfile
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import IO, Any
 
 import boto3
 import pyarrow as pa
 from botocore.config import Config
-from pyarrow import csv, json, parquet
+from botocore.exceptions import ClientError
 
-from queryd.events import OutputFormat, QueryStatusChanged
+from queryd.errors import ResultDamaged, ResultExpired, ResultInline
+from queryd.events import QueryStatusChanged, ResultFile
+from queryd.tables import open_batches
 
 _LINK_SECONDS = 3600
-
-
-class ResultDamaged(Exception):
-    """The object is not what its event says: it was changed or removed behind queryd's back."""
+# As much as a boto3 client copies at a time without being slowed by the number of its calls.
+_CHUNK_BYTES = 1024 * 1024
+# A result up to this size is read from memory: as large as an uploader's single PUT.
+_MEMORY_BYTES = 16 * 1024 * 1024
 
 
 class ResultReader:
-    """Reads results from S3 by the standard `AWS_*` settings."""
+    """Reads results from S3 by the standard `AWS_*` settings. Safe for several threads."""
 
     def __init__(self) -> None:
         # Version 4 is the only signature that S3 takes in newer regions, and boto3 still signs links with version 2. It
@@ -37,32 +48,90 @@ class ResultReader:
         )
         return url
 
-    def read_table(self, event: QueryStatusChanged) -> pa.Table:
-        """The result that a `Succeeded` event announces; raises `ResultDamaged`.
+    def links(self, event: QueryStatusChanged) -> list[str]:
+        """A presigned URL of each of the result's files, good for one hour; nothing is looked at.
 
-        Parquet keeps every type; in CSV and JSON types are guessed anew from the text.
+        Raises `ResultInline` for a result that lies in its event, and `ResultExpired`.
         """
+        if event.inline_result is not None:
+            raise ResultInline(
+                f"the result of {event.query_id} is in its event: read it with result(), or take the bytes of the "
+                "file from event.inline_result"
+            )
+        return [self.link(location, file.key) for location, file in _files(event)]
+
+    def read_table(self, event: QueryStatusChanged) -> pa.Table:
+        """The result that a `Succeeded` event announces; raises as `read_batches` does."""
         tables = []
-        for file in event.files:
-            body = self.read_object(event.output_location or "", file.key)
-            if len(body) != file.bytes:
-                raise ResultDamaged(f"{file.key} has {len(body)} bytes, and {file.bytes} were announced")
-            tables.append(_parse(body, event.output_format))
+        for body in self.open_files(event):
+            with body:
+                tables.append(open_batches(body, event).read_all())
         return pa.concat_tables(tables)
+
+    def read_batches(self, event: QueryStatusChanged) -> Iterator[pa.RecordBatch]:
+        """The same, batch by batch, never all of it in memory.
+
+        Raises `ResultExpired`, `ResultDamaged`, `ResultUnreadable` for a CSV or JSON file that is no table, and
+        botocore's errors where the store can't be read.
+        """
+        for body in self.open_files(event):
+            with body:
+                yield from open_batches(body, event)
+
+    def open_files(self, event: QueryStatusChanged) -> Iterator[IO[bytes]]:
+        """Each file, whole and checked, at its beginning; the caller closes it. Raises as `read_batches` does, but for
+        `ResultUnreadable`."""
+        if event.inline_result is not None:
+            yield io.BytesIO(event.inline_result)
+            return
+        for location, file in _files(event):
+            yield self._fetch(event, location, file)
+
+    def _fetch(self, event: QueryStatusChanged, location: str, file: ResultFile) -> IO[bytes]:
+        try:
+            source: Any = self._s3.get_object(Bucket=_bucket(location), Key=file.key)["Body"]
+        except ClientError as error:
+            if error.response.get("Error", {}).get("Code") not in ("NoSuchKey", "NoSuchBucket", "404"):
+                raise
+            raise _missing(event, file) from None
+        body: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=_MEMORY_BYTES)  # noqa: SIM115 — the caller closes it
+        try:
+            _copy_checked(source, body, file)
+        except BaseException:
+            body.close()
+            raise
+        body.seek(0)
+        return body
 
 
 def _bucket(location: str) -> str:
     return location.removeprefix("s3://").partition("/")[0]
 
 
-def _parse(body: bytes, output_format: OutputFormat | None) -> pa.Table:
-    match output_format:
-        case OutputFormat.CSV:
-            return csv.read_csv(
-                io.BytesIO(body),
-                convert_options=csv.ConvertOptions(strings_can_be_null=True, quoted_strings_can_be_null=False),
-            )
-        case OutputFormat.JSON:
-            return json.read_json(io.BytesIO(body)) if body else pa.table({})
-        case _:
-            return parquet.read_table(io.BytesIO(body))
+def _files(event: QueryStatusChanged) -> list[tuple[str, ResultFile]]:
+    """Where the files lie; an event that has neither files nor an inline result has lost the latter at its expiry."""
+    if event.output_location is None:
+        raise _expired(event)
+    return [(event.output_location, file) for file in event.files]
+
+
+def _copy_checked(source: Any, body: IO[bytes], file: ResultFile) -> None:
+    hashed, size = hashlib.sha256(), 0
+    while chunk := source.read(_CHUNK_BYTES):
+        hashed.update(chunk)
+        size += body.write(chunk)
+    if size != file.bytes:
+        raise ResultDamaged(f"{file.key} has {size} bytes, and {file.bytes} were announced: submit the query again")
+    if file.sha256 is not None and hashed.hexdigest() != file.sha256:
+        raise ResultDamaged(f"{file.key} has another SHA-256 than was announced: submit the query again")
+
+
+def _missing(event: QueryStatusChanged, file: ResultFile) -> ResultExpired | ResultDamaged:
+    if event.expires_at is not None and event.expires_at <= datetime.now(UTC):
+        return _expired(event)
+    return ResultDamaged(f"{file.key} was removed before it had expired: submit the query again")
+
+
+def _expired(event: QueryStatusChanged) -> ResultExpired:
+    when = "" if event.expires_at is None else f" at {event.expires_at.isoformat(timespec='seconds')}"
+    return ResultExpired(f"the result of {event.query_id} expired{when}: submit the query again, under another id")

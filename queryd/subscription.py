@@ -31,6 +31,7 @@ from confluent_kafka import (
 from queryd.lag import STATISTICS_MILLIS, read_behind
 from queryd.offsets import PartitionOffsets
 from queryd.outages import QUIET, OutageLog
+from queryd.registry import RegistryAway, registry_in_use
 
 _log = logging.getLogger("queryd.subscription")
 
@@ -44,6 +45,9 @@ _COMMIT_SECONDS = 0.5
 _DRAIN_SECONDS = 3.0
 # How long to wait for the group's offsets or a synchronous commit before the broker counts as gone.
 _BROKER_SECONDS = 10.0
+
+# How often the schema registry is asked again while it is away: each time may hold the poll up for 3 s.
+_ASK_AGAIN_SECONDS = 2.0
 
 # Assignments are numbered across all subscriptions of a process, so that work of one that was lost can't be taken for
 # work of its successor.
@@ -130,6 +134,9 @@ class Subscription:
         self._assigned: dict[Partition, _Assigned] = {}
         self._next_commit = 0.0
         self._behind: dict[Partition, int] = {}
+        # Received and not handed over: their schemas are still to come from the registry.
+        self._held: list[Record] = []
+        self._next_asking = 0.0
         self._failure: Exception | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lock = threading.Lock()
@@ -190,7 +197,8 @@ class Subscription:
             return held is not None and held.offsets.is_over(offset, held.start)
 
     async def poll(self) -> list[Record]:
-        """Up to 500 records; an empty list after 100 ms without any.
+        """Up to 500 records; an empty list after 100 ms without any. A record whose schema has to come from the schema
+        registry is handed over once it is here.
 
         Raises `SubscriptionLost` (make a new subscription) and `OffsetOutOfRange` (stop).
         """
@@ -239,7 +247,26 @@ class Subscription:
                 self._next_commit = time.monotonic() + _COMMIT_SECONDS
         except KafkaException as error:
             raise SubscriptionLost(_reason(error)) from error
-        return records
+        return self._wait_for_schemas(records)
+
+    def _wait_for_schemas(self, records: list[Record]) -> list[Record]:
+        """What can be handed over. Without the registry the poll goes on, and what arrives is held, up to the window:
+        nothing is passed over, and nothing judged by what nobody knows."""
+        registry = registry_in_use()
+        if registry is None:
+            return records
+        self._held += records
+        batch = self._held[:_BATCH]
+        try:
+            if missing := registry.missing(record.value for record in batch):
+                if time.monotonic() < self._next_asking:
+                    return []
+                registry.fetch(missing)
+        except RegistryAway:
+            self._next_asking = time.monotonic() + _ASK_AGAIN_SECONDS
+            return []
+        del self._held[:_BATCH]
+        return [record for record in batch if self.owns(record)]
 
     def _receive(self, message: Message) -> Record | None:
         if self._failure is not None:

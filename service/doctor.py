@@ -22,6 +22,7 @@ from engines.duckdb.settings import DuckDBSettings
 from engines.protocol import EngineUnavailable
 from queryd.events import Topic
 from queryd.outages import QUIET
+from queryd.registry import EVENT_OF_TOPIC, RegistryAway, RegistryRefused, registry_in_use
 from service.diagnosis import explain_kafka, explain_postgres, explain_store, status_of
 from service.settings import Settings, describe_unknown, find_unknown_variables
 
@@ -42,6 +43,7 @@ def examine(settings: Settings) -> list[Finding]:
     checks: list[Callable[[Settings], Iterator[Finding]]] = [
         _examine_environment,
         _examine_kafka,
+        _examine_registry,
         _examine_data,
         _examine_state,
         _examine_datasets,
@@ -76,6 +78,22 @@ def _examine_kafka(settings: Settings) -> Iterator[Finding]:
         yield Finding("kafka", "well", f"{len(Topic)} topics")
     if not settings.relay_transactions:
         yield Finding("relay", "warning", "QUERYD_RELAY_TRANSACTIONS is false: only for a broker without transactions")
+
+
+def _examine_registry(_settings: Settings) -> Iterator[Finding]:
+    registry = registry_in_use()
+    if registry is None:
+        return
+    try:
+        registry.announce()
+    except RegistryAway as error:
+        advice = f"{error}; look at QUERYD_SCHEMA_REGISTRY_URL"
+    except RegistryRefused as error:
+        advice = f"{error}; run `queryd topics apply` with credentials that may register schemas"
+    else:
+        yield Finding("schema registry", "well", f"{len(EVENT_OF_TOPIC)} subjects")
+        return
+    yield Finding("schema registry", "wrong", advice)
 
 
 def _examine_data(settings: Settings) -> Iterator[Finding]:

@@ -17,6 +17,7 @@ from db.health import DATA_TABLES, STATE_TABLES, require_tables
 from db.retrying import until_available
 from processes.lifeline import hold_lifeline
 from producers.relay.depth import measure_for_ever
+from queryd.registry import announce_schemas
 from service.dependencies import Dependencies, Dependency, kafka, postgres_data, postgres_state, s3
 from service.http import Health, bind, make_app, serving
 from service.settings import Settings, WrongSetting, check_kafka_options, load_settings
@@ -85,6 +86,7 @@ async def _run(service: Service, settings: Settings, listener: socket.socket | N
 
 async def _run_executor(settings: Settings, health: Health) -> None:
     await _require_data(settings)
+    await announce_schemas()
     async with AsyncExitStack() as stack:
         executor = await make_executor(settings, stack)
         cancellations = await make_cancellations(settings, stack)

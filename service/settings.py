@@ -19,6 +19,7 @@ from processes.failpoints import FAILPOINTS_VARIABLE
 from processes.lifeline import LIFELINE_VARIABLE
 from queryd.events import Mode
 from queryd.outages import QUIET
+from queryd.registry import OPTIONS_VARIABLE, use
 from service.readiness import READY_VARIABLE
 
 STATE_DIRECTORY = Path(".queryd")
@@ -49,6 +50,12 @@ def _check_postgres_url(url: SecretStr) -> SecretStr:
     return url
 
 
+def _check_registry_url(url: SecretStr) -> SecretStr:
+    if not url.get_secret_value().startswith(("http://", "https://", "mock://")):
+        raise ValueError("must be a URL, https://host:port")
+    return url
+
+
 PostgresUrl = Annotated[SecretStr, AfterValidator(_check_postgres_url)]
 
 
@@ -68,6 +75,10 @@ class Settings(BaseSettings):
     kafka_session_timeout: float = Field(default=15.0, ge=1, le=300)
     # `consumer` is KIP-848, where brokers of 4.0 and newer decide on assignments.
     kafka_group_protocol: Literal["classic", "consumer"] = "classic"
+
+    # With it events are written in Confluent's wire format; the options are confluent-kafka's: credentials, TLS.
+    schema_registry_url: Annotated[SecretStr, AfterValidator(_check_registry_url)] | None = None
+    schema_registry_options: dict[str, str | int | bool] = Field(default_factory=dict, repr=False)
 
     data_url: PostgresUrl
     state_url: PostgresUrl
@@ -220,21 +231,43 @@ def load_env_file() -> None:
 
 
 def load_settings() -> Settings:
-    """The settings of this process; raises `WrongSetting` naming the first variable that is wrong."""
+    """The settings of this process, which set its wire format as well.
+
+    Raises `WrongSetting` naming the first variable that is wrong.
+    """
     load_env_file()
     if region := os.environ.get("AWS_REGION"):
         # The SDKs' standard name; boto3 reads only the other one.
         os.environ.setdefault("AWS_DEFAULT_REGION", region)
     try:
-        return Settings()
+        settings = Settings()
     except SettingsError as error:
-        raise WrongSetting("QUERYD_KAFKA_OPTIONS: must be a JSON object of librdkafka properties") from error
+        raise WrongSetting(f"{_find_options(str(error))}: must be a JSON object of properties") from error
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
         if not problem["loc"]:
             raise WrongSetting(problem["msg"].removeprefix("Value error, ")) from None
         name = "QUERYD_" + str(problem["loc"][0]).upper()
         raise WrongSetting(f"{name}: {_explain(name, problem['type'], problem['msg'])}") from None
+    _use_registry(settings)
+    return settings
+
+
+def _find_options(message: str) -> str:
+    """Which of the two that are JSON can't be read."""
+    return OPTIONS_VARIABLE if OPTIONS_VARIABLE.removeprefix(_PREFIX).lower() in message else "QUERYD_KAFKA_OPTIONS"
+
+
+def _use_registry(settings: Settings) -> None:
+    url = settings.schema_registry_url
+    try:
+        use(None if url is None else url.get_secret_value(), settings.schema_registry_options)
+    except ImportError as error:
+        raise WrongSetting(str(error)) from None
+    except (TypeError, ValueError, OSError) as error:
+        # The client's sentence may quote the URL, and a file that it can't read.
+        why = f"the registry's client does not take them ({type(error).__name__})"
+        raise WrongSetting(f"{OPTIONS_VARIABLE}: {why}") from None
 
 
 def check_kafka_options(settings: Settings) -> None:

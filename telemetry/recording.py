@@ -4,7 +4,7 @@
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Self
 
@@ -13,7 +13,7 @@ from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.trace import NonRecordingSpan, Span, SpanContext, SpanKind, Status, StatusCode, TraceFlags
+from opentelemetry.trace import Link, NonRecordingSpan, Span, SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
 from telemetry.traces import Attributes, SpanAttribute, SpanName
 
@@ -24,6 +24,7 @@ _KINDS = {
     SpanName.RECEIVE: SpanKind.CONSUMER,
     SpanName.PUBLISH: SpanKind.PRODUCER,
     SpanName.PROJECT: SpanKind.CONSUMER,
+    SpanName.REPLAY: SpanKind.PRODUCER,
 }
 
 
@@ -45,15 +46,17 @@ class OtlpRecorder:
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         return cls(provider)
 
-    def start(self, name: SpanName, traceparent: str | None, attributes: Attributes) -> "OtlpSpan":
+    def start(
+        self, name: SpanName, traceparent: str | None, attributes: Attributes, links: Sequence[str] = ()
+    ) -> "OtlpSpan":
         """See `telemetry.traces.Recorder`."""
         parent = None
         if traceparent is not None and not trace.get_current_span().get_span_context().is_valid:
             parent = trace.set_span_in_context(NonRecordingSpan(_read(traceparent)))
         said = {key.value: value for key, value in attributes.items()}
-        return OtlpSpan(
-            self._tracer.start_span(name.value, parent, kind=_KINDS.get(name, SpanKind.INTERNAL), attributes=said)
-        )
+        kind = _KINDS.get(name, SpanKind.INTERNAL)
+        linked = [Link(_read(link)) for link in links]
+        return OtlpSpan(self._tracer.start_span(name.value, parent, kind=kind, attributes=said, links=linked))
 
     def find_current(self) -> str | None:
         """See `telemetry.traces.Recorder`."""

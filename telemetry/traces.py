@@ -41,6 +41,8 @@ class SpanName(StrEnum):
     # An event goes from the outbox to Kafka, and from there to Postgres state.
     PUBLISH = "queryd.publish"
     PROJECT = "queryd.project"
+    # Records are written again: linked to what they were, and the parent of what becomes of them now.
+    REPLAY = "queryd.replay"
 
 
 class SpanAttribute(StrEnum):
@@ -78,8 +80,11 @@ class RunningSpan(Protocol):
 class Recorder(Protocol):
     """What keeps spans; `telemetry.recording` has the real one."""
 
-    def start(self, name: SpanName, traceparent: str | None, attributes: Attributes) -> RunningSpan:
-        """A span in the present one, else in that of `traceparent`, else at the root of a new trace."""
+    def start(
+        self, name: SpanName, traceparent: str | None, attributes: Attributes, links: Sequence[str] = ()
+    ) -> RunningSpan:
+        """A span in the present one, else in that of `traceparent`, else at the root of a new trace; `links` are the
+        `traceparent`s of spans that it has to do with."""
         ...
 
     def find_current(self) -> str | None:
@@ -165,6 +170,18 @@ def spans(name: SpanName, steps: Iterable[Step]) -> Iterator[list[RunningSpan]]:
 def within(started: Sequence[RunningSpan], place: int) -> AbstractContextManager[None]:
     """What begins within the context continues the span at that place, if `spans` began any."""
     return started[place].current() if started else _NOTHING
+
+
+@contextmanager
+def linked_span(name: SpanName, links: Sequence[str]) -> Iterator[str | None]:
+    """A span at the root of a new trace, linked to those of the `traceparent`s; its own, or None where nothing is
+    recorded."""
+    if _recorder is None:
+        yield None
+        return
+    running = _recorder.start(name, None, {}, links)
+    with _Ending(running):
+        yield running.traceparent
 
 
 def begin_trace() -> str | None:

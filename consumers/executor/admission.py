@@ -8,7 +8,6 @@ from typing import Any
 
 from access.limits import OrgLimits, read_limits
 from consumers.executor.endings import Failure
-from consumers.executor.identity import fingerprint_request, hash_sql
 from consumers.executor.story import QueryFacts, tell
 from db.clock import DatabaseClock
 from db.connection import Connection, DataPool, transaction
@@ -30,6 +29,7 @@ from queryd.events import (
     parse_uuid,
 )
 from queryd.headers import continue_trace, find_traceparent
+from queryd.identity import fingerprint_request, hash_sql
 from queryd.subscription import Record
 from telemetry.metrics import METRICS
 from telemetry.traces import RunningSpan, begin_trace, within

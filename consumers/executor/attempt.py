@@ -20,7 +20,7 @@ from access.audit import PersonalRead, record_reads
 from access.grants import authorize
 from access.limits import least
 from consumers.executor.admission import Admitted
-from consumers.executor.endings import CANCELLED, ErrorFile, Failure, Success, fail, succeed
+from consumers.executor.endings import CANCELLED, ErrorFile, Failure, Result, Success, fail, succeed
 from consumers.executor.leases import Lease, Leases, Stop
 from consumers.executor.story import QueryFacts, tell
 from consumers.executor.transitions import Refusal, RowRefused, Transitions
@@ -43,7 +43,7 @@ from engines.protocol import (
     RelationKind,
 )
 from processes.failpoints import Failpoint, failpoint
-from queryd.events import ErrorCode, Mode, ResultFile, Status
+from queryd.events import MAX_INLINE_BYTES, Delivery, ErrorCode, Mode, QueryRequested, ResultFile, Status
 from results.formats import ERROR_CONTENT_TYPE, content_type
 from results.location import ERROR_FILE, file_name, prefix
 from results.uploader import StoreRefused, StoreUnavailable, Uploader
@@ -287,19 +287,15 @@ class Attempts:
     async def _store(self, running: Running, outcome: Output | Failure) -> Success | Failure:
         if isinstance(outcome, Failure):
             return outcome if outcome.detail is None else await self._store_error(running, outcome)
-        output_format = running.query.request.output_format
         try:
             with span(SpanName.STORE):
-                file = await self._put(
-                    running, outcome.path, file_name(output_format), content_type(output_format), outcome.rows
-                )
+                result = _find_inline(running.query.request, outcome) or await self._put_result(running, outcome)
         except StoreRefused as refused:
             _log.error(LogEvent.RESULT_REFUSED, reason=str(refused), **_names(running))
             return Failure(ErrorCode.INTERNAL, "the result store refused the result")
         failpoint(Failpoint.STORE_AFTER)
         return Success(
-            location=self._location(running),
-            file=file,
+            result=result,
             columns=outcome.columns,
             bytes_scanned=outcome.bytes_scanned,
             duration_ms=_elapsed_ms(running),
@@ -307,6 +303,11 @@ class Attempts:
             engine=self._engine.name,
             retention=self._rules.retention,
         )
+
+    async def _put_result(self, running: Running, output: Output) -> Result:
+        output_format = running.query.request.output_format
+        file = await self._put(running, output.path, file_name(output_format), content_type(output_format), output.rows)
+        return Result.stored(self._location(running), file)
 
     async def _store_error(self, running: Running, failure: Failure) -> Failure:
         """The failure with its detail stored for the author; without, where that is not to be had in time."""
@@ -473,6 +474,23 @@ async def make_scratch(running: Running) -> None:
         running.scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     await until_available(make, "scratch", unavailable=OSError, give_up_after=_seconds_left(running))
+
+
+def _find_inline(request: QueryRequested, output: Output) -> Result | None:
+    """The result as its event will carry it, where that was asked for and it is small; None: it becomes an object.
+
+    Nobody sits and waits for a batch, so one trip to the store less is nothing to it.
+    """
+    if request.delivery is not Delivery.INLINE_IF_SMALL or request.mode is not Mode.INTERACTIVE:
+        return None
+    try:
+        # Takes microseconds. One byte more shows that there are more, whatever the engine has said.
+        with output.path.open("rb") as file:
+            body = file.read(MAX_INLINE_BYTES + 1)
+    except OSError:
+        # The uploader runs into it too, and knows what to say.
+        return None
+    return Result.in_event(body, output.rows) if len(body) <= MAX_INLINE_BYTES else None
 
 
 def _prefix(running: Running) -> str:

@@ -1,19 +1,20 @@
 """How a query ends: the row's and the event's side of it, made together so that they can't disagree."""
 
+import builtins
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Self
 
 from psycopg.types.json import Jsonb
 
 from consumers.executor.story import QueryFacts, tell
 from db.data.attempts import Ending
 from db.data.outbox import NewEvent
-from db.data.runs import RunState
+from db.data.runs import INLINE_FILE, RunState
 from queryd.events import Column, ErrorCode, ResultFile, Status
 
 # An event carries this many columns at most, with names of so many characters and types of so many bytes; the file has
-# everything. Together they stay well below the 512 KiB of an event.
+# everything. Together, and with an inline result, they stay well below the 512 KiB of an event.
 _MAX_COLUMNS = 200
 _MAX_NAME = 128
 _MAX_TYPE = 1_000
@@ -45,11 +46,32 @@ CANCELLED = Failure(ErrorCode.QUERY_CANCELLED, "the query was cancelled")
 
 
 @dataclass(frozen=True, slots=True)
-class Success:
-    """A whole result in the store. `location` is its prefix as a URL; durations in ms."""
+class Result:
+    """A whole result: a file in the store, under `location`, its prefix as a URL; or `inline`, in the event itself, the
+    bytes of the file that would have been stored."""
 
-    location: str
-    file: ResultFile
+    rows: int
+    bytes: int
+    location: str | None = None
+    files: tuple[ResultFile, ...] = ()
+    inline: builtins.bytes | None = field(default=None, repr=False)
+
+    @classmethod
+    def stored(cls, location: str, file: ResultFile) -> Self:
+        """A result that is one object."""
+        return cls(file.rows, file.bytes, location, (file,))
+
+    @classmethod
+    def in_event(cls, body: builtins.bytes, rows: int) -> Self:
+        """A result that its event carries."""
+        return cls(rows, len(body), inline=body)
+
+
+@dataclass(frozen=True, slots=True)
+class Success:
+    """A query's whole result. Durations in ms."""
+
+    result: Result
     columns: tuple[Column, ...]
     bytes_scanned: int | None
     duration_ms: int
@@ -102,6 +124,7 @@ def fail(
 
 def succeed(facts: QueryFacts, state: RunState, success: Success, *, now: datetime, token: str) -> Ending:
     """The query ends `Succeeded`: from here on its result is visible."""
+    result = success.result
     event = tell(
         facts,
         sequence=state.sequence + 1,
@@ -109,11 +132,12 @@ def succeed(facts: QueryFacts, state: RunState, success: Success, *, now: dateti
         status=Status.SUCCEEDED,
         attempt=state.attempt,
         now=now,
-        output_location=success.location,
-        files=(success.file,),
+        output_location=result.location,
+        files=result.files,
+        inline_result=result.inline,
         columns=tuple(_fit(column, number) for number, column in enumerate(success.columns[:_MAX_COLUMNS], start=1)),
-        row_count=success.file.rows,
-        bytes=success.file.bytes,
+        row_count=result.rows,
+        bytes=result.bytes,
         bytes_scanned=success.bytes_scanned,
         duration_ms=success.duration_ms,
         queued_ms=success.queued_ms,
@@ -142,15 +166,16 @@ def _ending(
     failure: Failure | None = None,
     success: Success | None = None,
 ) -> Ending:
+    result = None if success is None else success.result
     return Ending(
         query_id=state.query_id,
         sequence=state.sequence,
         token=token,
         still_renewal=still_renewal,
         status=status.value,
-        output_location=None if success is None else success.location,
-        row_count=None if success is None else success.file.rows,
-        result_bytes=None if success is None else success.file.bytes,
+        output_location=None if result is None else result.location,
+        row_count=None if result is None else result.rows,
+        result_bytes=None if result is None else result.bytes,
         duration_ms=duration_ms,
         error_code=None if failure is None else failure.code.value,
         error_message=None if failure is None else failure.message,
@@ -164,9 +189,12 @@ def _ending(
 
 
 def _list_files(failure: Failure | None, success: Success | None) -> list[dict[str, Any]]:
-    """What the row remembers of objects, to let them go in time. A failed query has no location to find them by."""
+    """What the row remembers of objects, or of the bytes in its event, to let them go in time. A failed query has no
+    location to find them by."""
+    if success is not None and success.result.inline is not None:
+        return [INLINE_FILE]
     if success is not None:
-        return [asdict(success.file)]
+        return [asdict(file) for file in success.result.files]
     if failure is not None and failure.error_file is not None:
         return [asdict(failure.error_file.file) | {"location": failure.error_file.location}]
     return []

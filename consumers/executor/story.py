@@ -9,12 +9,9 @@ from psycopg.types.json import Jsonb
 from db.data.outbox import NewEvent
 from db.data.runs import CanonicalRow
 from queryd.codec import encode
-from queryd.contract import contract
 from queryd.events import Mode, OrgId, OutputFormat, QueryId, QueryStatusChanged, Status
-from queryd.headers import build_headers, continue_trace
+from queryd.headers import build_status_headers, continue_trace
 from telemetry.traces import find_current
-
-_EVENT = QueryStatusChanged.__name__
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,21 +71,13 @@ def tell(
         occurred_at=now,
         **details,
     )
-    headers = build_headers(
-        event_type=f"queryd.{_EVENT}",
-        event_id=event.event_id,
-        subject=facts.query_id,
-        time=now,
-        source="queryd",
-        # The span that makes the event, where one is recorded.
-        traceparent=find_current(facts.traceparent) or continue_trace(facts.traceparent),
-        schema=f"{_EVENT}.v{contract().newest[_EVENT].version}.avsc",
-    )
+    # The span that makes the event, where one is recorded.
+    headers = build_status_headers(event, find_current(facts.traceparent) or continue_trace(facts.traceparent))
     return NewEvent(
         query_id=facts.query_id,
         sequence=sequence,
         event_id=event.event_id,
-        type=_EVENT,
+        type=QueryStatusChanged.__name__,
         payload=encode(event),
         headers=Jsonb(headers),
     )

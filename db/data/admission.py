@@ -71,10 +71,11 @@ WITH input AS (
     RETURNING id
 ), runs AS (
     INSERT INTO query_runs (query_id, org_id, fingerprint, topic, partition, record_offset, traceparent, sequence,
-                            queued_at, deadline, cancelled, last_event)
+                            queued_at, deadline, ended_at, cancelled, last_event)
     SELECT i.query_id, i.org_id, i.fingerprint, i.topic, i.partition, i.record_offset, i.traceparent, i.sequence,
            i.queued_at,
            CASE WHEN i.status = 'Queued' THEN i.queued_at + make_interval(secs => i.queue_seconds) END,
+           CASE WHEN i.status <> 'Queued' THEN %(steady_now)s END,
            i.cancelled, i.last_event
     FROM input i JOIN new ON new.id = i.query_id
 )

@@ -168,7 +168,7 @@ WITH input AS (
     ORDER BY i.query_id, i.token IS NULL, i.wish
 ), moved AS (
     UPDATE query_runs r
-    SET sequence = r.sequence + 1, deadline = NULL, files = i.files, last_event = i.payload,
+    SET sequence = r.sequence + 1, deadline = NULL, ended_at = %(steady_now)s, files = i.files, last_event = i.payload,
         expires_at = %(steady_now)s + make_interval(secs => i.retention_seconds)
     FROM allowed i
     -- The cancel that locked the row first is seen here, for the row is read again after the wait for its lock.

@@ -18,6 +18,7 @@ from psycopg.types.json import Jsonb
 
 from db.clock import STEADY_NOW
 from db.connection import Connection, conninfo, unavailable_told_apart
+from db.data.runs import INLINE_FILE
 from db.rows import to_arrays
 
 # Two keys: the second number space of ours beside the relay's, and its only member. Session-level: the lock goes when
@@ -42,28 +43,70 @@ ON CONFLICT (bucket) DO UPDATE
 SET position = excluded.position, finished_at = coalesce(excluded.finished_at, s.finished_at)
 """
 
-# The row goes first: from then on it promises nothing, and its objects are strays. `was` is the row before.
+# An ended row changes no more but by its expiry and its deletion, so what is read here without a lock still holds then.
+READ_DUE = """
+SELECT r.query_id::text AS query_id, r.traceparent,
+       CASE WHEN r.files @> %(inline_file)s THEN r.last_event END AS inline_event
+FROM query_runs r
+WHERE r.expires_at <= __NOW__ AND r.files <> '[]'
+ORDER BY r.expires_at
+LIMIT %(limit)s
+""".replace("__NOW__", STEADY_NOW)
+
+# The row goes first: from then on it promises nothing, and its objects are strays. `was` is the row before. An inline
+# result goes from the row and is told again without itself in this one statement, so once, and never of a query that
+# was deleted meanwhile.
 EXPIRE = """
-WITH due AS (
+WITH input AS (
+    SELECT * FROM unnest(%(query_id)s::uuid[], %(shard)s::smallint[], %(event_id)s::uuid[], %(payload)s::bytea[],
+                         %(headers)s::jsonb[]) AS i(query_id, shard, event_id, payload, headers)
+), due AS (
     SELECT r.query_id, r.files FROM query_runs r
-    WHERE r.expires_at <= __NOW__ AND r.files <> '[]'
-    ORDER BY r.expires_at
-    LIMIT %(limit)s
+    WHERE r.query_id IN (SELECT i.query_id FROM input i) AND r.files <> '[]'
+    ORDER BY r.query_id
     FOR UPDATE SKIP LOCKED
 ), emptied AS (
-    UPDATE query_runs r SET files = '[]' FROM due WHERE r.query_id = due.query_id
+    UPDATE query_runs r SET files = '[]', last_event = coalesce(i.payload, r.last_event)
+    FROM due JOIN input i USING (query_id)
+    WHERE r.query_id = due.query_id
+), told AS (
+    INSERT INTO outbox (shard, event_id, query_id, type, payload, headers)
+    SELECT i.shard, i.event_id, i.query_id, 'QueryStatusChanged', i.payload, i.headers
+    FROM due JOIN input i USING (query_id)
+    WHERE i.payload IS NOT NULL
+    ORDER BY i.query_id
 )
 UPDATE query_results q SET output_location = NULL, updated_at = now()
 FROM due JOIN query_results was ON was.id = due.query_id
 WHERE q.id = due.query_id
 RETURNING due.query_id::text, coalesce(was.output_location, due.files -> 0 ->> 'location') AS location, due.files
-""".replace("__NOW__", STEADY_NOW)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class DueResult:
+    """A result whose time is over; `inline_event` is its query's last event, where that carries it."""
+
+    query_id: str
+    traceparent: str
+    inline_event: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Expiry:
+    """A result to let go. With a payload it is an inline one, and the payload its event without it."""
+
+    query_id: str
+    shard: int
+    event_id: str | None = None
+    payload: bytes | None = None
+    headers: Jsonb | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StoredResult:
-    """A result, or a failure's `error.json`, of which the row told: its prefix as a URL, None where there is no object,
-    and its files."""
+    """A result, or a failure's `error.json`, of which the row told: its prefix as a URL, None where there is no object
+    (an inline result has none), and its files."""
 
     query_id: str
     location: str | None
@@ -255,6 +298,8 @@ WHERE d.id = g.dataset_id
   AND (%(user_id)s::uuid IS NULL OR d.org_id = %(org_id)s::uuid)
 """
 DELETE_LIMITS = "DELETE FROM org_limits WHERE org_id = %(org_id)s::uuid AND %(user_id)s::uuid IS NULL"
+# One that is active stops at its next checkpoint, which finds no row.
+DELETE_REPLAYS = f"DELETE FROM replays WHERE {_IN_SCOPE.format(row='')}"  # noqa: S608
 DELETE_SCOPE_CANCELLATIONS = f"DELETE FROM query_cancellations WHERE {_IN_SCOPE.format(row='')}"  # noqa: S608
 DELETE_SCOPE_AUDIT = f"""
 DELETE FROM pii_access_log WHERE ctid = ANY(ARRAY(
@@ -303,10 +348,20 @@ async def write_sweep(connection: Connection, bucket: str, position: str, *, fin
     await connection.execute(WRITE_SWEEP, {"bucket": bucket, "position": position, "finished": finished})
 
 
-async def expire_results(connection: Connection) -> list[StoredResult]:
-    """Let a batch of rows whose time is over point to nothing any more; what they pointed to, at most 500."""
+async def read_due(connection: Connection) -> list[DueResult]:
+    """The results whose time has been over for longest, at most 500."""
+    async with connection.cursor(row_factory=class_row(DueResult)) as cursor:
+        await cursor.execute(READ_DUE, {"limit": _BATCH, "inline_file": Jsonb([INLINE_FILE])})
+        return await cursor.fetchall()
+
+
+async def expire_results(connection: Connection, expiries: Sequence[Expiry]) -> list[StoredResult]:
+    """Let the rows point to nothing any more, and tell again what carried its result; what they pointed to.
+
+    Leaves out what somebody else expires, or deletes, at this moment or has before.
+    """
     async with connection.cursor(row_factory=class_row(StoredResult)) as cursor:
-        await cursor.execute(EXPIRE, {"limit": _BATCH})
+        await cursor.execute(EXPIRE, to_arrays(Expiry, expiries))
         return await cursor.fetchall()
 
 
@@ -433,6 +488,7 @@ async def delete_belongings(connection: Connection, scope: Scope) -> dict[str, i
         "datasets": (await connection.execute(DELETE_DATASETS, keys)).rowcount,
         "dataset_grants": (await connection.execute(DELETE_GRANTS, keys)).rowcount,
         "org_limits": (await connection.execute(DELETE_LIMITS, keys)).rowcount,
+        "replays": (await connection.execute(DELETE_REPLAYS, keys)).rowcount,
         "query_cancellations": (await connection.execute(DELETE_SCOPE_CANCELLATIONS, keys)).rowcount,
         "pii_access_log": await _repeat(connection, DELETE_SCOPE_AUDIT, keys),
     }

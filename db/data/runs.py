@@ -128,7 +128,14 @@ class CanonicalRow:
     updated_at: datetime
 
 
-READ_FILES = "SELECT files FROM query_runs WHERE query_id = %(query_id)s"
+# Stands in the row's `files` for a result that is no object but in the query's last event. The index of what expires
+# finds it, and its bytes are nowhere else.
+INLINE_FILE = {"inline": True}
+
+READ_FILES = """
+SELECT jsonb_path_query_array(files, '$[*] ? (exists(@.key))') FROM query_runs WHERE query_id = %(query_id)s
+"""
+READ_LAST_EVENT = "SELECT last_event FROM query_runs WHERE query_id = %(query_id)s"
 
 
 async def read_states(connection: Connection, query_ids: Iterable[str], steady_now: datetime) -> dict[str, RunState]:
@@ -169,3 +176,9 @@ async def read_files(connection: Connection, query_id: str) -> list[dict[str, An
     cursor = await connection.execute(READ_FILES, {"query_id": query_id})
     row = await cursor.fetchone()
     return list(row[0]) if row else []
+
+
+async def read_last_event(connection: Connection, query_id: str) -> bytes | None:
+    """The bytes of a query's last event, in which an inline result is; None where there is no such query."""
+    row = await (await connection.execute(READ_LAST_EVENT, {"query_id": query_id})).fetchone()
+    return None if row is None else row[0]

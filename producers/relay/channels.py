@@ -21,7 +21,7 @@ from processes.failpoints import Failpoint, failpoint
 from producers.read_back import EndNotReached, read_to_end
 from producers.relay.ledger import Ledger, read_ledger, write_ledger
 from queryd.events import Topic
-from queryd.headers import to_kafka
+from queryd.headers import REPUBLISHED, ReplayHeader, to_kafka
 from queryd.outages import QUIET, OutageLog
 
 # A zombie's transaction is aborted by the broker after this; readers at read_committed wait for no longer.
@@ -34,12 +34,21 @@ class ChannelBroken(Exception):
     """The session with the broker can't go on: close it, make a new one and recover from what was committed."""
 
 
+# What tells a published record from every other: its event's id, and why the event came once more, if it did.
+Identity = tuple[str, str | None]
+
+
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """What an earlier session had published: positions by the ledger, or event ids by reading back."""
+    """What an earlier session had published: positions by the ledger, or events by reading back."""
 
     ledger: Ledger | None = None
-    event_ids: frozenset[str] = frozenset()
+    published: frozenset[Identity] = frozenset()
+
+
+def identify(event: WaitingEvent) -> Identity:
+    """What the event's record will be recognized by."""
+    return event.event_id, event.headers.get(REPUBLISHED)
 
 
 class Channel(Protocol):
@@ -168,13 +177,12 @@ class ReadBackChannel:
             | QUIET
             | {"enable.idempotence": True, "acks": "all", "linger.ms": 0, "error_cb": self._outages.complain}
         )
-        return Recovered(event_ids=found)
+        return Recovered(published=found)
 
-    def _read_back(self) -> frozenset[str]:
-        found: set[str] = set()
-        for message in read_to_end(self._config, "queryd-relay-read-back", Topic.STATUS, self._positions):
-            found |= _event_id(message)
-        return frozenset(found)
+    def _read_back(self) -> frozenset[Identity]:
+        messages = read_to_end(self._config, "queryd-relay-read-back", Topic.STATUS, self._positions)
+        found = (_identify_record(message) for message in messages)
+        return frozenset(identity for identity in found if identity is not None)
 
     def publish(self, events: Sequence[WaitingEvent], ledger: Ledger) -> dict[int, int]:
         """All of the batch, acknowledged."""
@@ -226,9 +234,13 @@ def _produce(producer: Producer, event: WaitingEvent, deliveries: _Deliveries) -
     )
 
 
-def _event_id(message: Message) -> set[str]:
+def _identify_record(message: Message) -> Identity | None:
+    """None for a record that is no relay's: a replay's copy says nothing about the row it is a copy of."""
     headers: Any = message.headers() or ()
-    return {value.decode() for name, value in headers if name == "ce_id" and value is not None}
+    values = {name: value.decode(errors="replace") for name, value in headers if value is not None}
+    if "ce_id" not in values or ReplayHeader.ID in values:
+        return None
+    return values["ce_id"], values.get(REPUBLISHED)
 
 
 def _reason(error: Exception) -> str:

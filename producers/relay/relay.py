@@ -6,6 +6,7 @@ Kafka its transactional id fences it.
 """
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -38,6 +39,7 @@ from producers.relay.channels import (
     ReadBackChannel,
     Recovered,
     TransactionalChannel,
+    identify,
 )
 from producers.relay.ledger import Ledger, digest_events, within_span
 from queryd.events import Topic
@@ -49,6 +51,8 @@ from telemetry.traces import SpanAttribute, SpanName, Step, spans
 _log = structlog.get_logger("queryd.relay")
 
 _BATCH = 500
+# Inline results make events large. So many bytes get through a slow link, of 10 Mbit/s, while a transaction lives.
+_BATCH_BYTES = 8 * 1024 * 1024
 # How long to wait for a notification before looking anyway: keeps the session alive, and a lost notification cheap.
 _LOOK_SECONDS = 1.0
 # Under load, batches that aren't full start this far apart: an event more in a batch costs far less than a batch more.
@@ -176,7 +180,7 @@ class Relay:
                 events = await read_waiting(connection, self._rules.shards, _BATCH)
                 waiting = len(events)
                 if events:
-                    events = events[: within_span([event.position for event in events])]
+                    events = _fit_batch(events)
                     batches += self._rules.transactions
                     ledger = _make_ledger(progress.generation, batches, events)
                     failpoint(Failpoint.RELAY_BEFORE)
@@ -225,9 +229,9 @@ class Relay:
             return ledger.batch
         if self._rules.transactions and progress.batches is not None:
             raise OutboxMismatch(_KAFKA_FORGOT)
-        if recovered.event_ids:
-            waiting_events = await read_waiting(connection, self._rules.shards, len(recovered.event_ids) + _BATCH)
-            known = [event.position for event in waiting_events if event.event_id in recovered.event_ids]
+        if recovered.published:
+            waiting_events = await read_waiting(connection, self._rules.shards, len(recovered.published) + _BATCH)
+            known = [event.position for event in waiting_events if identify(event) in recovered.published]
             if known:
                 _log.info(LogEvent.EVENTS_PUBLISHED_BEFORE, events=len(known))
                 await delete_published(connection, self._rules.name, batches, known)
@@ -251,6 +255,13 @@ class Relay:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._stopping.wait(), seconds)
         return self._stopping.is_set()
+
+
+def _fit_batch(events: list[WaitingEvent]) -> list[WaitingEvent]:
+    """As many of the events, from the first, as one batch may hold; at least one."""
+    sizes = itertools.accumulate(len(event.payload or b"") for event in events)
+    most = within_span([event.position for event in events])
+    return events[: max(1, min(most, sum(1 for size in sizes if size <= _BATCH_BYTES)))]
 
 
 def _to_steps(events: Sequence[WaitingEvent]) -> Iterator[Step]:

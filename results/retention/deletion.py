@@ -53,6 +53,7 @@ class Deleted:
     datasets: int = 0
     dataset_grants: int = 0
     org_limits: int = 0
+    replays: int = 0
     query_cancellations: int = 0
     pii_access_log: int = 0
     objects: int = 0

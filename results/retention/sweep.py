@@ -25,7 +25,6 @@ from db.data.retention import (
     StoredResult,
     Tombstone,
     delete_queries,
-    expire_results,
     forget_notes,
     judge,
     opened_sweep,
@@ -39,6 +38,7 @@ from processes import scratch
 from queryd.headers import build_headers, continue_trace
 from results.location import ROOT, read_key
 from results.retention.bucket import Bucket, Listed, Page, split_location
+from results.retention.expiry import expire_batch
 from results.uploader import StoreRefused, StoreUnavailable, Uploader
 from telemetry.events import LogEvent
 
@@ -158,7 +158,7 @@ class _Sweep:
 
     async def expire(self) -> None:
         """Results whose time is over by the database's clock: the row first, then the objects."""
-        while expired := await expire_results(self._connection):
+        while expired := await expire_batch(self._connection):
             await delete_results(self._uploader, expired)
             self.swept.expired += len(expired)
 

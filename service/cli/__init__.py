@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from service.cli import datasets, limits, operate, query, retention, run, saved
+from service.cli import datasets, limits, operate, query, replay, retention, run, saved, watch
 from service.settings import WrongSetting, describe_unknown, find_unknown_variables
 
 app = typer.Typer(
@@ -39,11 +39,13 @@ def start(
 
 run.add_commands(app)
 query.add_commands(app)
+watch.add_commands(app)
 operate.add_commands(app)
 app.add_typer(datasets.app, name="datasets")
 app.add_typer(saved.app, name="saved")
 app.add_typer(limits.app, name="limits")
 app.add_typer(retention.app, name="retention")
+app.add_typer(replay.app, name="replay")
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """What commands share that work on Postgres data: a connection, ids as arguments, one sentence for what goes wrong."""
 
 import asyncio
+import logging
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -20,6 +21,8 @@ _Answer = TypeVar("_Answer")
 def with_data(work: Callable[[DataPool], Awaitable[_Answer]]) -> _Answer:
     """The answer of `work`; exits with 2 for what was asked wrongly, with 1 when the database does not answer."""
     settings = load_settings()
+    # What the pool runs into while it connects is told by the command itself, in one sentence.
+    logging.getLogger("psycopg.pool").setLevel(logging.CRITICAL)
 
     async def run() -> _Answer:
         async with opened_data_pool(settings) as pool:

@@ -7,6 +7,7 @@ import typer
 
 from db.migrations.upgrade import upgrade_data, upgrade_state
 from db.state.platform import create_platform_tables
+from queryd.registry import RegistryAway, RegistryRefused, registry_in_use
 from service.bucket import BucketRefused, apply_bucket
 from service.cli.output import complain, print_json, print_rows
 from service.cli.query import Json
@@ -66,11 +67,15 @@ def platform(as_json: Json = False) -> None:
 
 
 def apply(as_json: Json = False) -> None:
-    """Make missing topics and put the settings of the others right. Safe to repeat."""
+    """Make missing topics and put the settings of the others right; with a schema registry, register the schemas, and
+    hold new versions against all older ones. Safe to repeat."""
     settings = load_settings()
+    registry = registry_in_use()
     try:
         done = apply_topics(settings.kafka, settings.partitions, settings.replication)
-    except TopicsRefused as error:
+        if registry is not None:
+            done |= registry.apply()
+    except (TopicsRefused, RegistryAway, RegistryRefused) as error:
         complain(str(error))
     if as_json:
         print_json(done)

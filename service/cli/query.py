@@ -1,5 +1,6 @@
 """`queryd submit`, `cancel`, `status` and `fetch`."""
 
+import base64
 import hashlib
 import json
 import sys
@@ -11,9 +12,12 @@ import typer
 from confluent_kafka import KafkaException
 
 from db.connection import DataPool, transaction
-from db.data.runs import CanonicalRow, read_canonical, read_files
-from queryd.client import NotSubmitted, QueryClient, QueryHandle
-from queryd.events import ErrorCode, Invalid, Mode, OutputFormat, Parameter, QueryStatusChanged, Status
+from db.data.runs import CanonicalRow, read_canonical, read_files, read_last_event
+from queryd.client import QueryClient, QueryHandle
+from queryd.codec import Undecodable, decode_status
+from queryd.errors import ClientError, NotSubmitted
+from queryd.events import Delivery, ErrorCode, Invalid, Mode, OutputFormat, Parameter, QueryStatusChanged, Status
+from queryd.registry import RegistryAway
 from queryd.results import ResultReader
 from service.cli.database import optional_uuid, uuid_argument, with_data
 from service.cli.output import complain, print_fields, print_json
@@ -48,6 +52,9 @@ def submit(
     task: Annotated[str | None, typer.Option(help="The task it runs for.")] = None,
     query_id: Annotated[str | None, typer.Option("--id", help="The request's own id; made up where not given.")] = None,
     timeout: Annotated[int | None, typer.Option(help="Time limit in seconds.", min=1, max=2**31 - 1)] = None,
+    inline: Annotated[
+        bool, typer.Option("--inline", help="A result of at most 64 KiB comes with its event; interactive only.")
+    ] = False,
     wait: Annotated[bool, typer.Option(help="Wait until the query is finished.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -71,15 +78,18 @@ def submit(
                 mode=mode,
                 task_id=optional_uuid(task, "--task"),
                 output_format=format_,
+                delivery=Delivery.INLINE_IF_SMALL if inline else Delivery.OBJECT,
                 timeout_seconds=timeout,
             )
             sql_hash = None if text is None or settings.sql_hash_key is not None else _hash(text)
             ended = _wait(handle, sql_hash) if wait else None
     except (NotSubmitted, KafkaException) as error:
         complain(f"the request could not be published: {error}")
+    except ClientError as error:
+        complain(str(error))
     except Invalid as error:
         complain(str(error), 2)
-    _print_submitted(handle.query_id, ended, as_json)
+    _print_submitted(handle.query_id, ended, format_, as_json)
     if ended is not None and ended["status"] == Status.FAILED:
         raise SystemExit(1)
 
@@ -104,6 +114,8 @@ def cancel(
             ended = _wait(handle, None) if wait else None
     except (NotSubmitted, KafkaException) as error:
         complain(f"the cancel could not be published: {error}")
+    except ClientError as error:
+        complain(str(error))
     except Invalid as error:
         complain(str(error), 2)
     fields: dict[str, Any] = {"query_id": wanted} | (ended or {})
@@ -137,21 +149,60 @@ def fetch(
     if why:
         _print_error(row, files)
         return
-    location = _find_result(row)
-    reader = ResultReader()
+    if row.status != Status.SUCCEEDED:
+        complain(f"the query is {row.status}" + (f", {row.error_code}: {row.error_message}" if row.error_code else ""))
     if output is not None and (link or as_json):
         complain("-o writes the result; --link and --json print where it is: one of them at a time", 2)
+    inline = _read_inline(row.query_id) if row.output_location is None else None
+    if inline is None and row.output_location is None:
+        complain("the result has expired and was removed")
     if link or as_json:
-        links = [{**file, "link": reader.link(location, file["key"])} for file in files]
-        if as_json:
-            print_json({"query_id": row.query_id, "output_location": location, "files": links})
-        else:
-            for each in links:
-                print(each["link"])
+        _print_place(row, files, inline, as_json=as_json)
         return
     if output is None and row.output_format == OutputFormat.PARQUET and sys.stdout.isatty():
         complain("Parquet is not for a terminal: give -o FILE, or send it through a pipe", 2)
-    body = b"".join(reader.read_object(location, file["key"]) for file in files)
+    _write(output, inline if inline is not None else _read_objects(row, files))
+
+
+def _read_inline(query_id: str) -> bytes | None:
+    """The result in the query's last event; None when it has left it."""
+
+    async def read(pool: DataPool) -> bytes | None:
+        async with transaction(pool) as connection:
+            return await read_last_event(connection, query_id)
+
+    encoded = with_data(read)
+    if encoded is None:
+        complain("the query was deleted at this moment")
+    try:
+        return decode_status(encoded).inline_result
+    except (Undecodable, Invalid, RegistryAway) as error:
+        complain(f"its last event can't be read: {error}")
+
+
+def _read_objects(row: CanonicalRow, files: list[dict[str, Any]]) -> bytes:
+    reader = ResultReader()
+    return b"".join(reader.read_object(row.output_location or "", file["key"]) for file in files)
+
+
+def _print_place(row: CanonicalRow, files: list[dict[str, Any]], inline: bytes | None, *, as_json: bool) -> None:
+    """Where the result is, with links; an inline one is nowhere else, so JSON has it as base64."""
+    place: dict[str, Any] = {"query_id": row.query_id, "output_location": row.output_location, "files": []}
+    if inline is not None:
+        if not as_json:
+            complain("the result is in the query's event, so there is no object to link to: leave --link out", 2)
+        print_json(place | {"inline_result": base64.b64encode(inline).decode()})
+        return
+    reader = ResultReader()
+    links = [{**file, "link": reader.link(row.output_location or "", file["key"])} for file in files]
+    if as_json:
+        print_json(place | {"files": links})
+        return
+    for each in links:
+        print(each["link"])
+
+
+def _write(output: Path | None, body: bytes) -> None:
     try:
         if output is None:
             sys.stdout.buffer.write(body)
@@ -162,15 +213,6 @@ def fetch(
         raise
     except OSError as error:
         complain(f"can't write {output or 'the output'}: {error.strerror}")
-
-
-def _find_result(row: CanonicalRow) -> str:
-    """Where the result lies; there is none unless the query has succeeded, and it lasts only so long."""
-    if row.status != Status.SUCCEEDED:
-        complain(f"the query is {row.status}" + (f", {row.error_code}: {row.error_message}" if row.error_code else ""))
-    if row.output_location is None:
-        complain("the result has expired and was removed")
-    return row.output_location
 
 
 def _print_error(row: CanonicalRow, files: list[dict[str, Any]]) -> None:
@@ -224,14 +266,20 @@ def _show_row(row: CanonicalRow, files: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: getattr(row, name) for name in shown} | {"files": files if row.status == Status.SUCCEEDED else []}
 
 
-def _print_submitted(query_id: str, ended: dict[str, Any] | None, as_json: bool) -> None:
+def _print_submitted(query_id: str, ended: dict[str, Any] | None, output_format: OutputFormat, as_json: bool) -> None:
     fields: dict[str, Any] = {"query_id": query_id} | (ended or {})
     if as_json:
         print_json(fields)
         return
     print_fields(fields | {"files": ", ".join(file["key"] for file in fields.get("files", ())) or None})
     if ended is not None and ended["status"] == Status.SUCCEEDED:
-        print(f"fetch it: queryd fetch {query_id}")
+        readable = ended["output_location"] is None and output_format is not OutputFormat.PARQUET
+        inline = _read_inline(query_id) if readable else None
+        if inline is None:
+            print(f"fetch it: queryd fetch {query_id}")
+        else:
+            print(flush=True)
+            _write(None, inline)
     if ended is not None and ended["error_code"] == ErrorCode.QUERY_ERROR:
         print(f"what the engine said: queryd fetch {query_id} --error")
 

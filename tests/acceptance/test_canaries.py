@@ -37,12 +37,14 @@ _KEPT = {
     "sql": [],
     "parameter": [],
     "value": [],
+    # A value that a query asks to be told: its event has it, wherever the event is.
+    "told": ["public.query_runs.last_event", "public.outbox.payload"],
     "file": ["public.datasets.location"],
     "saved": ["public.saved_queries.query"],
 }
 
 # What a table of ours or of the datasets' may hold, their server's files hold.
-_STORED = ("value", "file", "saved")
+_STORED = ("value", "told", "file", "saved")
 
 
 @pytest.fixture(scope="module")
@@ -71,24 +73,28 @@ def test_nothing_tells_sql_or_data_but_what_is_made_to(stack: Stack, tmp_path: P
         )
     ]
     released = make_fields(sql="SELECT word FROM words ORDER BY ALL", org_id=ORG, output_format="csv")
+    told_inline = make_fields(sql="SELECT word FROM told", org_id=ORG, delivery="inline_if_small")
+    asked = (*fields, released, told_inline)
     servers, contract = stack.servers, Contract()
     with (
         Publisher(servers.bootstrap) as publisher,
         StatusTail(servers.bootstrap, contract) as told,
         Tail(servers.bootstrap, DEAD_LETTER_TOPIC) as letters,
     ):
-        publisher.publish([to_outgoing(contract, Valid(each, (), ())) for each in (*fields, released)])
-        query_ids = [each["query_id"] for each in (*fields, released)]
+        publisher.publish([to_outgoing(contract, Valid(each, (), ())) for each in asked])
+        query_ids = [each["query_id"] for each in asked]
         told.read_terminal(query_ids, QUERY_SECONDS)
         events = [event for query_id in query_ids for event in told.events[query_id]]
         assert letters.poll() == []
     ends = {query_id: told.events[query_id][-1].fields for query_id in query_ids}
-    assert ends.pop(released["query_id"])["status"] == "Succeeded"
+    for succeeded in (released, told_inline):
+        assert ends.pop(succeeded["query_id"])["status"] == "Succeeded"
     assert {end["error_code"] for end in ends.values()} <= {"SQL_REJECTED", "QUERY_ERROR"}
 
     objects = _read_objects(stack)
+    tells = [str(told.events[told_inline["query_id"]][-1].record.place)]
     for kind, canary in canaries.items():
-        assert find_in_events(canary, events) == [], kind
+        assert find_in_events(canary, events) == (tells if kind == "told" else []), kind
         for url in (servers.data_url, servers.state_url):
             assert set(find_in_tables(canary, url)) <= set(_KEPT[kind]), kind
         files = find_in_files(canary, stack.folder)
@@ -124,12 +130,14 @@ def _statements(canary: str) -> list[str]:
 
 
 def _add_datasets(stack: Stack, canaries: dict[str, str], folder: Path) -> None:
-    """`words` and `stored` hold values; the file of `missing` is not there, and that of `spoilt` is no Parquet."""
+    """`words`, `told` and `stored` hold values; `missing` has no file, and that of `spoilt` is no Parquet."""
     servers = stack.servers
-    pq.write_table(pa.table({"word": ["a", canaries["value"]]}), folder / "words.parquet")
     prefix = f"datasets/{canaries['file']}"
     s3 = servers.s3()
-    s3.upload_file(str(folder / "words.parquet"), servers.bucket, f"{prefix}/words.parquet")
+    for name, kind in (("words", "value"), ("told", "told")):
+        path = folder / f"{name}.parquet"
+        pq.write_table(pa.table({"word": ["a", canaries[kind]]}), path)
+        s3.upload_file(str(path), servers.bucket, f"{prefix}/{path.name}")
     s3.put_object(Bucket=servers.bucket, Key=f"{prefix}/spoilt.parquet", Body=b"PAR1 and nothing more")
     with psycopg.connect(servers.data_url.removesuffix("/data") + "/datasets", autocommit=True) as connection:
         connection.execute("CREATE TABLE stored (word TEXT)")
@@ -137,6 +145,7 @@ def _add_datasets(stack: Stack, canaries: dict[str, str], folder: Path) -> None:
     with psycopg.connect(servers.data_url, autocommit=True) as connection:
         for name, kind, location in (
             ("words", "parquet", f"s3://{servers.bucket}/{prefix}/words.parquet"),
+            ("told", "parquet", f"s3://{servers.bucket}/{prefix}/told.parquet"),
             ("missing", "parquet", f"s3://{servers.bucket}/{prefix}/missing.parquet"),
             ("spoilt", "parquet", f"s3://{servers.bucket}/{prefix}/spoilt.parquet"),
             ("stored", "postgres", "public.stored"),

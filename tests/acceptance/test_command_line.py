@@ -1,16 +1,24 @@
 """The command line as a person has it: what it leaves alone, and one sentence for what went wrong."""
 
+import base64
 import json
+import os
+import re
+import signal
+import sqlite3
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 
 import psycopg
 import pytest
 
+from queryd import QueryClient
+from tests.acceptance.printed import read_blocks
 from tests.acceptance.stack import Stack, run_stack
 
 ORG = "6a1f7f4e-3f0e-4f5c-9d55-0d6f1f2f9a10"
@@ -50,6 +58,28 @@ def test_a_query_is_submitted_waited_for_and_fetched(stack: Stack) -> None:
     query_id = submitted.stdout.splitlines()[0].removeprefix("query id: ")
     assert _queryd(stack.folder, "status", query_id).stdout.splitlines()[3] == "status: Succeeded"
     assert _queryd(stack.folder, "fetch", query_id).stdout.split() == ["answer", "42"]
+
+
+def test_an_inline_result_is_printed_at_once_and_can_be_fetched(stack: Stack, tmp_path: Path) -> None:
+    asked = ("submit", "SELECT 42 AS answer", "--org", ORG, "--format", "csv", "--inline", "--wait")
+    submitted = _queryd(stack.folder, *asked)
+    assert submitted.returncode == 0, submitted.stderr
+    assert submitted.stdout.endswith("\n\nanswer\n42\n")
+    query_id = submitted.stdout.splitlines()[0].removeprefix("query id: ")
+    status = json.loads(_queryd(stack.folder, "status", query_id, "--json").stdout)
+    assert (status["status"], status["output_location"], status["row_count"], status["bytes"]) == (
+        *("Succeeded", None),
+        *(1, len(b"answer\r\n42\r\n")),
+    )
+    path = tmp_path / "result.csv"
+    assert _queryd(stack.folder, "fetch", query_id, "-o", str(path)).returncode == 0
+    assert path.read_bytes() == b"answer\r\n42\r\n"
+    place = json.loads(_queryd(stack.folder, "fetch", query_id, "--json").stdout)
+    assert base64.b64decode(place.pop("inline_result")) == path.read_bytes()
+    assert place == {"query_id": query_id, "output_location": None, "files": []}
+    link = _queryd(stack.folder, "fetch", query_id, "--link")
+    assert (link.returncode, link.stdout) == (2, "")
+    assert "no object to link to" in link.stderr
 
 
 # Hours of work on any machine.
@@ -134,3 +164,86 @@ def test_an_output_that_cannot_be_written_is_one_sentence(stack: Stack, tmp_path
     assert (answer.returncode, answer.stderr.count("\n")) == (1, 1)
     assert "can't write" in answer.stderr
     assert _queryd(stack.folder, "fetch", query_id, "-o", str(tmp_path)).returncode == 1
+
+
+def test_the_readmes_five_lines_run_as_printed(stack: Stack) -> None:
+    [code] = read_blocks("README.md", "sh", "A client in five lines")
+    assert len(code.partition("<<'END'\n")[2].partition("END\n")[0].splitlines()) == 5
+    activated = stack.folder / ".venv"
+    activated.symlink_to(sys.prefix)
+    ran = subprocess.run(
+        ["sh", "-e", "-c", code],
+        cwd=stack.folder,
+        env=_without_settings(),
+        capture_output=True,
+        text=True,
+        timeout=_PATIENCE_SECONDS,
+        check=False,
+    )
+    activated.unlink()
+    assert (ran.stdout, ran.stderr, ran.returncode) == ("Succeeded\n[{'answer': 42}]\n", "", 0)
+
+
+_PAGE = {
+    "Submit, wait, read": (
+        r"Succeeded\n\[{'n': 0}, {'n': 1}, {'n': 2}\]\n3\nhttp://.*X-Amz-Expires=3600.*\nQUERY_ERROR\n"
+    ),
+    "On asyncio": r"\[0, 1, 4, 9, 16\]\n1\n",
+    "Events": r"([0-9a-f-]{36} \d (Queued|Running)\n)*[0-9a-f-]{36} \d (Succeeded|Failed)\n",
+}
+
+
+def test_the_code_of_the_clients_page_runs_as_printed(stack: Stack) -> None:
+    # In one program: the events are of the org whose queries the first section has submitted.
+    code = "".join(block for section in _PAGE for block in read_blocks("docs/clients.md", "python", section))
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=stack.folder,
+        env=_without_settings() | _settings_of(stack),
+        capture_output=True,
+        text=True,
+        timeout=_PATIENCE_SECONDS,
+        check=False,
+    )
+    assert (ran.stderr, ran.returncode) == ("", 0)
+    assert re.fullmatch("".join(_PAGE.values()), ran.stdout), ran.stdout
+
+
+def test_the_projector_of_the_clients_page_keeps_its_table(stack: Stack) -> None:
+    [code] = read_blocks("docs/clients.md", "python", "Your own tables")
+    running = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=stack.folder, env=_without_settings() | _settings_of(stack)
+    )
+    try:
+        with QueryClient({"bootstrap.servers": stack.servers.bootstrap}) as client:
+            ended = client.submit("SELECT 1", org_id=ORG).wait(_PATIENCE_SECONDS)
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while _read_spending(stack.folder / "spending.db", ended.query_id) != (ORG, ended.duration_ms):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(_PATIENCE_SECONDS) == 0
+    finally:
+        running.kill()
+        running.wait()
+
+
+def _read_spending(path: Path, query_id: str) -> tuple[str, int] | None:
+    if not path.exists():
+        return None
+    with closing(sqlite3.connect(path)) as database, suppress(sqlite3.OperationalError):
+        found: tuple[str, int] | None = database.execute(
+            "SELECT org, ms FROM queries WHERE id = ? AND sequence = 3", [query_id]
+        ).fetchone()
+        return found
+    # The table is not there yet.
+    return None
+
+
+def _without_settings() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith(("QUERYD_", "AWS_"))}
+
+
+def _settings_of(stack: Stack) -> dict[str, str]:
+    lines = (stack.folder / ".queryd/env").read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines)

@@ -3,8 +3,11 @@
 Deadlines here guard against hanging and say nothing about speed.
 """
 
+import os
 import random
 import re
+import shutil
+import subprocess
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +30,9 @@ from tests.acceptance.checker import (
     judge_state,
     judge_story,
 )
+from tests.acceptance.printed import read_blocks
 from tests.acceptance.stack import Stack, run_stack
+from tests.acceptance.stock_tools import lay_out_distribution
 from tests.acceptance.stranger import (
     DEAD_LETTER_TOPIC,
     REQUEST_TOPICS,
@@ -391,3 +396,40 @@ def test_every_event_is_a_cloud_event_in_the_trace_of_its_request(
         assert header("ce_id") == event.fields["event_id"]
         for name in ("ce_source", "ce_type", "ce_time", "ce_subject", "ce_dataschema", "content-type"):
             assert header(name), f"no {name}"
+
+
+def _needs(*programs: str) -> pytest.MarkDecorator:
+    missing = [program for program in programs if shutil.which(program) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)}: not installed here")
+
+
+@pytest.mark.needs_kafka
+@pytest.mark.parametrize(
+    "way",
+    [pytest.param("console", marks=_needs("javac", "mvn")), pytest.param("kcat", marks=_needs("kcat"))],
+)
+def test_the_walk_through_with_stock_tools_runs_as_printed(way: str, shared_stack: Stack, tmp_path: Path) -> None:
+    distribution = tmp_path / "kafka"
+    distribution.mkdir()
+    lay_out_distribution(distribution)
+    request, kcat, console, answer = read_blocks("docs/events.md", "bash", "With stock tools")
+    done = subprocess.run(
+        ["bash", "-c", request + {"kcat": kcat, "console": console}[way] + answer],
+        cwd=tmp_path,
+        env=os.environ | {"KAFKA": str(distribution), "QUERYD_KAFKA_BOOTSTRAP": shared_stack.servers.bootstrap},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=QUERY_SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    last, queued, running, succeeded = done.stdout.splitlines()
+    assert last == succeeded
+    query_id = last[:36]
+    for line, status in ((queued, "Queued"), (running, "Running"), (succeeded, "Succeeded")):
+        assert line.startswith(query_id) and status in line
+    # The file of the result, as it stands in the event.
+    assert "answer..42.." in succeeded
+    # It was a request as any other.
+    assert shared_stack.queryd("status", query_id).splitlines()[3] == "status: Succeeded"

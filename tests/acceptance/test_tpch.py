@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,15 +48,18 @@ class Warehouse:
 @pytest.fixture(scope="module")
 def warehouse(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warehouse]:
     folder = tmp_path_factory.mktemp("tpch")
-    with run_stack() as stack, tpch.open_tpch() as source, pytest.MonkeyPatch.context() as environment:
-        settings = _read_settings(stack)
-        for name in (name for name in settings if name.startswith("AWS_")):
-            environment.setenv(name, settings[name])
-        environment.setenv("AWS_DEFAULT_REGION", settings["AWS_REGION"])
-        tpch.make_tables(source, _SCALE)
-        _fill(source, settings, folder)
-        with QueryClient({"bootstrap.servers": settings["QUERYD_KAFKA_BOOTSTRAP"]}) as client:
-            yield Warehouse(client, ResultReader(), tpch.read_questions(source, _SCALE))
+    with tpch.open_tpch() as source, ThreadPoolExecutor(1) as beside:
+        # Seconds of work each: the tables, and the stack's start.
+        made = beside.submit(tpch.make_tables, source, _SCALE)
+        with run_stack() as stack, pytest.MonkeyPatch.context() as environment:
+            settings = _read_settings(stack)
+            for name in (name for name in settings if name.startswith("AWS_")):
+                environment.setenv(name, settings[name])
+            environment.setenv("AWS_DEFAULT_REGION", settings["AWS_REGION"])
+            made.result()
+            _fill(source, settings, folder, beside)
+            with QueryClient({"bootstrap.servers": settings["QUERYD_KAFKA_BOOTSTRAP"]}) as client:
+                yield Warehouse(client, ResultReader(), tpch.read_questions(source, _SCALE))
 
 
 def _read_settings(stack: Stack) -> dict[str, str]:
@@ -63,14 +67,16 @@ def _read_settings(stack: Stack) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines)
 
 
-def _fill(source: duckdb.DuckDBPyConnection, settings: dict[str, str], folder: Path) -> None:
+def _fill(source: duckdb.DuckDBPyConnection, settings: dict[str, str], folder: Path, beside: Executor) -> None:
+    owner = settings["QUERYD_DATA_URL"].removesuffix("/data") + "/datasets"
+    # A cursor is a connection of its own to the same tables.
+    copied = beside.submit(tpch.copy_to_postgres, source.cursor(), owner, _IN_POSTGRES, folder)
     bucket = settings["QUERYD_RESULTS_URL"].removeprefix("s3://")
     s3 = boto3.client("s3")
     for table, file in tpch.write_parquet(source, folder).items():
         s3.upload_file(str(file), bucket, f"{_PREFIX}{table}.parquet")
         file.unlink()
-    owner = settings["QUERYD_DATA_URL"].removesuffix("/data") + "/datasets"
-    tpch.copy_to_postgres(source, owner, _IN_POSTGRES, folder)
+    copied.result()
     parquet = {table: ("parquet", f"s3://{bucket}/{_PREFIX}{table}.parquet") for table in tpch.TABLES}
     mixed = parquet | {table: ("postgres", f"public.{table}") for table in _IN_POSTGRES}
     with psycopg.connect(settings["QUERYD_DATA_URL"]) as connection:

@@ -55,7 +55,8 @@ def copy_to_postgres(connection: duckdb.DuckDBPyConnection, url: str, tables: Se
         for table in tables:
             described = connection.execute(f"DESCRIBE {table}").fetchall()
             columns = ", ".join(f"{name} {kind}" for name, kind, *_ in described)
-            postgres.execute(f"CREATE TABLE {table} ({columns})".encode())
+            # Made anew for every run: nothing of it has to survive a crash.
+            postgres.execute(f"CREATE UNLOGGED TABLE {table} ({columns})".encode())
             file = folder / f"{table}.csv"
             connection.execute(f"COPY {table} TO '{file}' (FORMAT csv, HEADER false)")
             with (

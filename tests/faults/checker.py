@@ -31,7 +31,7 @@ from tests.acceptance.stranger import TERMINAL, StatusEvent, prefix_of
 from tests.faults.canaries import Canaries
 from tests.faults.contents import Content
 from tests.faults.evidence import Evidence, Fault, SentQuery
-from tests.faults.world import RESULTS, FoundObject, World, canaries_of, gather
+from tests.faults.world import RESULTS, FoundObject, World, canaries_of, gather, read_object
 
 # I1: what a query may take beyond its deadline and a lease, and what it may take at most, after the last fault.
 _GRACE_SECONDS = 20.0
@@ -39,6 +39,8 @@ _MOST_SECONDS = 60.0
 
 _CANCELLED = "QUERY_CANCELLED"
 _INVALID = "INVALID_REQUEST"
+# What an event carries of a result at most.
+_MOST_INLINE = 65_536
 # What a failed query may have in the bucket: the engine's own words, for its author.
 _ERROR_FILE = "error.json"
 _FAULT_ROWS = range(1, 7)
@@ -205,8 +207,8 @@ def _judge_failure(
 ) -> Iterator[str]:
     if row["output_location"] is not None:
         yield "failed and has an output_location"
-    if last is not None and last["files"]:
-        yield "failed and announces files"
+    if last is not None and (last["files"] or last["inline_result"] is not None):
+        yield "failed and announces files, or a result"
     if mine and [key.rpartition("/")[2] for key in mine] != [_ERROR_FILE]:
         yield f"failed and has {len(mine)} objects under its prefix that are not one {_ERROR_FILE}"
 
@@ -218,6 +220,11 @@ def _judge_success(
     bucket: str,
     mine: Mapping[str, FoundObject],
 ) -> Iterator[str]:
+    if last is not None and last["inline_result"] is not None:
+        yield from _judge_inline(query, row, last)
+        return
+    if query.inline and row["bytes"] <= _MOST_INLINE:
+        yield f"has a result of {row['bytes']} bytes as an object, and was to be told it"
     home = f"s3://{bucket}/{RESULTS}{query.org_id}/{query.query_id}/"
     location = row["output_location"] or ""
     if not location.startswith(home) or not location.endswith("/") or location == home:
@@ -236,6 +243,23 @@ def _judge_success(
     yield from _judge_file(query, row, last, key, mine[key])
 
 
+def _judge_inline(query: SentQuery, row: Mapping[str, Any], last: Mapping[str, Any]) -> Iterator[str]:
+    """The event itself is the one visible result; that no object lies about besides is I6's."""
+    if not query.inline:
+        yield "is told its result, and did not ask for that"
+    if row["output_location"] is not None or last["files"]:
+        yield "has its result in its event, and a location or files besides"
+    body: bytes = last["inline_result"]
+    if len(body) > _MOST_INLINE:
+        yield f"is told a result of {len(body)} bytes"
+    read = read_object(f"result.{query.output_format}", body, with_rows=query.content is not None)
+    if read.content is None:
+        yield f"is told a result that can't be read as {query.output_format}"
+        return
+    yield from _judge_numbers(row, read.bytes, read.content)
+    yield from _judge_content(query, last, read.content)
+
+
 def _judge_file(
     query: SentQuery, row: Mapping[str, Any], last: Mapping[str, Any], key: str, found: FoundObject
 ) -> Iterator[str]:
@@ -250,10 +274,14 @@ def _judge_file(
     for name, value in (file | {"etag": found.etag}).items():
         if last["files"][0][name] != value:
             yield f"announces {last['files'][0][name]!r} as its file's {name}, which is {value!r}"
-    for name, value in (("bytes", found.read.bytes), ("row_count", content.row_count)):
+    yield from _judge_numbers(row, found.read.bytes, content)
+    yield from _judge_content(query, last, content)
+
+
+def _judge_numbers(row: Mapping[str, Any], size: int, content: Content) -> Iterator[str]:
+    for name, value in (("bytes", size), ("row_count", content.row_count)):
         if row[name] != value:
             yield f"has {row[name]} as its row's {name}, and its result {value}"
-    yield from _judge_content(query, last, content)
 
 
 def _judge_content(query: SentQuery, last: Mapping[str, Any], content: Content) -> Iterator[str]:

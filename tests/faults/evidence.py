@@ -15,7 +15,8 @@ class SentQuery:
     `outcomes` are the ends it may have: "Succeeded", or error codes. `content` are the rows of a result, as text per
     cell and in order, or None where only the numbers are judged. `deadline_seconds` is its own time limit. A request
     that was sent twice under one id stands here once. `cancelled`: somebody asked to cancel it, at any time.
-    `task_id` names a row of `tasks` that was made before the request was sent.
+    `task_id` names a row of `tasks` that was made before the request was sent. `inline`: its event must carry the
+    result if that is small.
     """
 
     query_id: str
@@ -30,6 +31,7 @@ class SentQuery:
     columns: tuple[str, ...] = ()
     content: tuple[tuple[str, ...], ...] | None = None
     cancelled: bool = False
+    inline: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,8 @@ CANCELLATIONS = "query.cancellations"
 
 _FORMATS = ("parquet", "csv", "json")
 _ORGS = 8
+# Enough of them to be hit by every fault, and objects stay the most.
+_INLINE_SHARE = 0.3
 _SUCCEEDED = frozenset({"Succeeded"})
 # Enough for a query of seconds to live through an outage of 20 s and several attempts.
 _PATIENT_SECONDS = 90
@@ -103,6 +105,7 @@ class _Query:
             columns=self.draft.columns,
             content=self.draft.content,
             cancelled=self.cancelled,
+            inline=self.fields["delivery"] == "inline_if_small" and self.fields["mode"] == "interactive",
         )
 
 
@@ -398,6 +401,8 @@ class Load:
             "parameters": draft.parameters,
             "output_format": draft.output_format or self._random.choice(_FORMATS),
             "timeout_seconds": draft.seconds,
+            # A batch that asks for it gets an object all the same.
+            "delivery": "inline_if_small" if self._random.random() < _INLINE_SHARE else "object",
         }
         query_id = str(fields["query_id"])
         value = self._contract.encode("QueryRequested", fields)

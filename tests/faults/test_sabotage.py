@@ -176,7 +176,7 @@ def plant(stack: SmallStack) -> set[tuple[int, str]]:
         )
         connection.execute(
             "INSERT INTO replays (kind, scope, status, actor, reason, plan) "
-            "VALUES ('', '', '', '', '', jsonb_build_object('sql', %(canary)s::text))",
+            "VALUES ('', '', 'Done', '', '', jsonb_build_object('sql', %(canary)s::text))",
             known,
         )
     with psycopg.connect(place.state_url) as connection:

@@ -28,7 +28,7 @@ from queryd.client import QueryClient
 from queryd.codec import decode_status
 from queryd.events import QueryStatusChanged, Topic
 from service.embedded.broker import Broker
-from service.embedded.object_store import ObjectStore
+from service.embedded.object_store import Credentials, ObjectStore
 from service.embedded.postgres import Postgres
 from service.embedded.servers import Lifeline
 from service.readiness import READY_VARIABLE
@@ -206,17 +206,34 @@ class Fleet:
 
     def read_objects(self, org_id: str, query_id: str) -> dict[str, tuple[str, bytes]]:
         """Every object of a query by key: ETag and bytes."""
-        s3 = boto3.client(
+        s3 = self._s3()
+        keys = [item["Key"] for item in self._list(f"results/{org_id}/{query_id}/")]
+        found = {key: s3.get_object(Bucket=self._store.bucket, Key=key) for key in keys}
+        return {key: (each["ETag"], each["Body"].read()) for key, each in found.items()}
+
+    def put_object(self, key: str, body: bytes) -> str:
+        """An object at a key, and its URL."""
+        self._s3(self._store.writer).put_object(Bucket=self._store.bucket, Key=key, Body=body)
+        return f"s3://{self._store.bucket}/{key}"
+
+    def list_objects(self, org_id: str) -> set[tuple[str, str]]:
+        """Every object of an org: its key and its ETag."""
+        return {(item["Key"], item["ETag"]) for item in self._list(f"results/{org_id}/")}
+
+    def _list(self, prefix: str) -> list[dict[str, Any]]:
+        pages = self._s3().get_paginator("list_objects_v2").paginate(Bucket=self._store.bucket, Prefix=prefix)
+        return [item for page in pages for item in page.get("Contents", [])]
+
+    def _s3(self, identity: Credentials | None = None) -> Any:
+        """As the one who may only read, unless it is to be another."""
+        who = identity or self._store.reader
+        return boto3.client(
             "s3",
             endpoint_url=self._store.endpoint_url,
             region_name=self._store.region,
-            aws_access_key_id=self._store.reader.access_key,
-            aws_secret_access_key=self._store.reader.secret_key,
+            aws_access_key_id=who.access_key,
+            aws_secret_access_key=who.secret_key,
         )
-        bucket = self._store.bucket
-        listed = s3.list_objects_v2(Bucket=bucket, Prefix=f"results/{org_id}/{query_id}/").get("Contents", [])
-        found = {item["Key"]: s3.get_object(Bucket=bucket, Key=item["Key"]) for item in listed}
-        return {key: (each["ETag"], each["Body"].read()) for key, each in found.items()}
 
 
 def await_that(look: Callable[[], _Found], what: str, seconds: float = PATIENCE_SECONDS) -> _Found:

@@ -12,7 +12,7 @@ from typing import Any
 from access.limits import OrgLimits
 from consumers.executor.admission import Admitted, Legible, Rules, Verdict, admit, read_record
 from consumers.executor.ages import RecordAges
-from consumers.executor.endings import Failure, Success, fail, succeed
+from consumers.executor.endings import Failure, Result, Success, fail, succeed
 from consumers.executor.story import QueryFacts, tell
 from consumers.executor.transitions import Refusal, Transitions
 from db.clock import DatabaseClock
@@ -184,9 +184,9 @@ def make_claim(
 def make_success(facts: QueryFacts, state: RunState, rows: int = 1) -> Ending:
     assert state.token is not None
     prefix = f"results/{facts.org_id}/{facts.query_id}/{state.attempt}-{state.token[:8]}/"
+    file = ResultFile(f"{prefix}result.parquet", bytes=100, rows=rows, etag="etag", sha256="0" * 64)
     success = Success(
-        location=f"s3://results/{prefix}",
-        file=ResultFile(f"{prefix}result.parquet", bytes=100, rows=rows, etag="etag", sha256="0" * 64),
+        result=Result.stored(f"s3://results/{prefix}", file),
         columns=(),
         bytes_scanned=None,
         duration_ms=5,

@@ -72,8 +72,10 @@ def _mark_ends(config: dict[str, Any], topic: str, partitions: list[int]) -> byt
     return marker
 
 
-def write(config: dict[str, Any], topic: str, key: str, value: bytes | None, partition: int = 0) -> int:
-    """Write one record; its offset."""
+def write(
+    config: dict[str, Any], topic: str, key: str, value: bytes | None, partition: int = 0, timestamp_ms: int = 0
+) -> int:
+    """Write one record, of now or of that time; its offset."""
     offsets: list[int | None] = []
     producer = Producer(config)
     producer.produce(
@@ -81,6 +83,7 @@ def write(config: dict[str, Any], topic: str, key: str, value: bytes | None, par
         key=key,
         value=value,
         partition=partition,
+        timestamp=timestamp_ms,
         on_delivery=lambda _, message: offsets.append(message.offset()),
     )
     assert producer.flush(PATIENCE_SECONDS) == 0

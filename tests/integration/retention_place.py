@@ -12,7 +12,7 @@ from typing import Any
 
 import boto3
 
-from consumers.executor.endings import Success, succeed
+from consumers.executor.endings import Result, Success, succeed
 from consumers.executor.story import QueryFacts
 from db.connection import DataPool
 from db.data.retention import Scope
@@ -101,10 +101,15 @@ class Place:
         await self.worker.hand_back(attempt.state)
         return Attempt(attempt.facts, await self.worker.start(attempt.facts))
 
-    async def succeed(self, attempt: Attempt, retention: timedelta = timedelta(days=7)) -> RunState | None:
+    async def succeed(
+        self, attempt: Attempt, retention: timedelta = timedelta(days=7), inline: bytes | None = None
+    ) -> RunState | None:
+        """The attempt's result is one object, or `inline` if that is given."""
+        file = ResultFile(attempt.key, bytes=1, rows=1, etag="etag", sha256="0" * 64)
         success = Success(
-            location=f"s3://{self.bucket}/{attempt.prefix}",
-            file=ResultFile(attempt.key, bytes=1, rows=1, etag="etag", sha256="0" * 64),
+            result=Result.stored(f"s3://{self.bucket}/{attempt.prefix}", file)
+            if inline is None
+            else Result.in_event(inline, rows=1),
             columns=(),
             bytes_scanned=None,
             duration_ms=5,
@@ -126,6 +131,12 @@ class Place:
         attempt = await self.start(**changes)
         self.put(attempt.key)
         await self.succeed(attempt, retention)
+        return attempt
+
+    async def announce_inline(self, body: bytes, retention: timedelta = timedelta(days=7), **changes: Any) -> Attempt:
+        """A query that has succeeded, with its result in its last event."""
+        attempt = await self.start(**changes)
+        await self.succeed(attempt, retention, body)
         return attempt
 
     def put(self, *keys: str) -> None:

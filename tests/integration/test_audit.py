@@ -26,7 +26,7 @@ from db.data.retention import Scope
 from db.migrations.upgrade import upgrade_data
 from engines.duckdb.pool import DuckDBEngine
 from engines.duckdb.settings import DuckDBSettings
-from queryd.events import Mode
+from queryd.events import Delivery, Mode
 from results.retention.deletion import DeletionRules, delete_for_good
 from results.retention.sweep import Retention, RetentionRules
 from results.uploader import Uploader
@@ -230,15 +230,17 @@ async def test_a_read_by_nobody_is_denied_and_leaves_nothing(place: Place, tmp_p
 # No entry, no result.
 
 
-async def test_without_its_entry_a_result_is_not_released(place: Place, tmp_path: Path) -> None:
+@pytest.mark.parametrize("delivery", Delivery)
+async def test_without_its_entry_a_result_is_not_released(place: Place, tmp_path: Path, delivery: Delivery) -> None:
     await place.add_dataset(tmp_path)
     with psycopg.connect(place.url, autocommit=True) as connection:
         connection.execute("ALTER TABLE pii_access_log ADD CONSTRAINT shut CHECK (dataset <> 'people')")
-    query_id = await place.run("SELECT email FROM people")
+    query_id = await place.run("SELECT email FROM people", delivery=delivery)
     row = await read_row(place.pool, query_id)
     assert row is not None
     assert (row.status, row.error_code, row.output_location) == ("Failed", "INTERNAL", None)
     assert place.objects(query_id) == []
+    assert [stored.event.inline_result for stored in await read_events(place.pool, query_id)] == [None] * 3
 
 
 async def test_a_retry_records_nothing_twice(place: Place) -> None:

@@ -89,7 +89,7 @@ def test_a_broker_that_stays_silent_leaves_the_end_unknown(own_broker: Broker, m
     config = {"bootstrap.servers": own_broker.bootstrap}
     _make_topic(config)
     write(config, "t", "0", b"value")
-    monkeypatch.setattr(read_back, "_SILENCE_SECONDS", 1.0)
+    monkeypatch.setattr(read_back, "SILENCE_SECONDS", 1.0)
     with _stopped_before_the_first_fetch(own_broker, monkeypatch), pytest.raises(EndNotReached, match=r"^t could not"):
         _read(config, "t", {})
 

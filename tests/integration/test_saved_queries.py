@@ -25,7 +25,7 @@ from db.migrations.upgrade import upgrade_data
 from engines.duckdb.pool import DuckDBEngine
 from engines.duckdb.settings import DuckDBSettings
 from engines.protocol import Execution
-from queryd.client import NotSubmitted
+from queryd.errors import NotSubmitted
 from queryd.events import ErrorCode, OrgId, OutputFormat, Parameter, QueryId
 from service.cli import app, query
 from service.embedded.postgres import Postgres
@@ -445,6 +445,7 @@ def test_running_one_is_submitting_it(monkeypatch: pytest.MonkeyPatch) -> None:
             "mode": "batch",
             "task_id": task,
             "output_format": "csv",
+            "delivery": "object",
             "timeout_seconds": None,
         }
     ]

@@ -1,5 +1,6 @@
 """What an install brings: one top-level name with rooms and schemas inside, and a command that runs from anywhere."""
 
+import hashlib
 import importlib.util
 import os
 import subprocess
@@ -7,7 +8,15 @@ import sys
 import zipfile
 from pathlib import Path
 
+import boto3
 import pytest
+
+from queryd.events import Column, OutputFormat, ResultFile
+from service.embedded.object_store import ObjectStore
+from tests.integration.queries import new_id
+from tests.integration.records import prepare_topics
+from tests.integration.stories import make_story, publish
+from tests.servers.kafka import Kafka
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("service", "consumers", "producers", "engines", "results", "access", "db", "processes", "telemetry")
@@ -15,13 +24,13 @@ ROOMS = ("service", "consumers", "producers", "engines", "results", "access", "d
 PROGRAM = """
 import db, schemas, queryd
 from queryd import QueryClient
-from queryd.codec import encode
-from queryd.events import Mode, OrgId, QueryId, QueryRequested
 assert db.WHOSE == schemas.WHOSE == "the caller's", (db.__file__, schemas.__file__)
-assert encode(QueryRequested(QueryId({id!r}), OrgId({id!r}), Mode.BATCH, sql="SELECT 1"))[:2] == b"\\xc3\\x01"
 print(queryd.__file__, QueryClient.__module__, sep="\\n")
+with QueryClient.from_environment() as client:
+    query = client.submit("SELECT 42 AS answer", org_id={id!r}, query_id={id!r}, output_format="csv")
+    print(query.wait(60).status)
+    print(query.result().to_pylist())
 """
-ID = "0c7f3a52-6c1e-4f0a-9d3b-2f5e8a1b4c6d"
 
 
 def _run(*command: str, cwd: Path, environment: dict[str, str] | None = None) -> str:
@@ -99,11 +108,39 @@ def test_the_rooms_of_an_install_are_its_own(installed: Path, program_folder: Pa
     assert [Path(path).relative_to(installed).parts[:2] for path in seen] == [("queryd", "_rooms")] * 2
 
 
-def test_a_program_with_packages_named_db_and_schemas_imports_the_client(installed: Path, program_folder: Path) -> None:
+def test_a_program_with_packages_named_db_and_schemas_submits_waits_and_reads(
+    installed: Path, program_folder: Path, kafka: Kafka, object_store: ObjectStore
+) -> None:
+    config = prepare_topics(kafka)
+    # The other side's part: the query has been run before, so that its story and its result are there.
+    body = b"answer\r\n42\r\n"
+    key = f"results/{new_id()}/result.csv"
+    s3_settings = {
+        "AWS_ENDPOINT_URL": object_store.endpoint_url,
+        "AWS_REGION": object_store.region,
+        "AWS_ACCESS_KEY_ID": object_store.writer.access_key,
+        "AWS_SECRET_ACCESS_KEY": object_store.writer.secret_key,
+    }
+    boto3.client(
+        "s3",
+        endpoint_url=object_store.endpoint_url,
+        region_name=object_store.region,
+        aws_access_key_id=object_store.writer.access_key,
+        aws_secret_access_key=object_store.writer.secret_key,
+    ).put_object(Bucket=object_store.bucket, Key=key, Body=body)
+    story = make_story(
+        files=(ResultFile(key, len(body), 1, "etag", hashlib.sha256(body).hexdigest()),),
+        output_location=f"s3://{object_store.bucket}/results/",
+        output_format=OutputFormat.CSV,
+        columns=(Column("answer", "INTEGER"),),
+    )
+    publish(config, *story)
     program = program_folder / "program.py"
-    program.write_text(PROGRAM.format(id=ID), encoding="utf-8")
-    where, module = _run(
-        sys.executable, str(program), cwd=program_folder, environment=_environment(installed)
+    program.write_text(PROGRAM.format(id=story[0].query_id), encoding="utf-8")
+    environment = _environment(installed) | s3_settings | {"QUERYD_KAFKA_BOOTSTRAP": kafka.bootstrap}
+    where, module, status, rows = _run(
+        sys.executable, "-W", "error", str(program), cwd=program_folder, environment=environment
     ).splitlines()
     assert Path(where).is_relative_to(installed)
     assert module == "queryd.client"
+    assert (status, rows) == ("Succeeded", "[{'answer': 42}]")

@@ -16,7 +16,6 @@ import pytest
 from access.limits import OrgLimits
 from consumers.executor import admission
 from consumers.executor.admission import Admitted, Done, Legible, Refused, Rules, Verdict, admit, read_record
-from consumers.executor.identity import fingerprint_request, hash_sql
 from db.clock import DatabaseClock
 from db.connection import DataPool
 from db.data.admission import NewQuery, SavedLookup
@@ -34,6 +33,7 @@ from queryd.events import (
     QueryStatusChanged,
     Status,
 )
+from queryd.identity import fingerprint_request, hash_sql
 from queryd.subscription import Record
 from tests.unit.samples import NOW, ORG_ID, QUERY_ID, SAVED_ID, TRACEPARENT, make_record, make_request, make_state
 

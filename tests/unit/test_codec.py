@@ -232,7 +232,7 @@ def _broken() -> dict[str, tuple[bytes | None, str]]:
         "a tombstone": (None, "empty"),
         "nothing": (b"", "empty"),
         "JSON": (b'{"sql": "canary4711"}', "C3 01"),
-        "another framing": (b"\0\0\0\0\1" + whole[10:], "C3 01"),
+        "another framing": (b"\1\0\0\0\1" + whole[10:], "C3 01"),
         "half a marker": (b"\xc3", "C3 01"),
         "the marker alone": (b"\xc3\x01", "fingerprint"),
         "half a fingerprint": (whole[:6], "fingerprint"),

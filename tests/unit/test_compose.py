@@ -86,9 +86,10 @@ def test_every_stage_of_our_image_is_of_a_fixed_version() -> None:
     assert all(re.fullmatch(r"python:3\.1[12]\.[0-9]+-slim-[a-z]+", stage) for stage in stages), stages
 
 
-def test_kafka_is_the_version_that_the_tests_run_on() -> None:
+@pytest.mark.parametrize("place", ["tests/kafka/pom.xml", "tests/kafka/tools/pom.xml"])
+def test_kafka_is_the_version_that_the_tests_run_on(place: str) -> None:
     space = {"m": "http://maven.apache.org/POM/4.0.0"}
-    pom = ElementTree.parse(ROOT / "tests" / "kafka" / "pom.xml")  # noqa: S314 — a file of ours
+    pom = ElementTree.parse(ROOT / place)  # noqa: S314 — a file of ours
     versions = {
         each.findtext("m:groupId", None, space): each.findtext("m:version", None, space)
         for each in pom.iterfind("m:dependencies/m:dependency", space)

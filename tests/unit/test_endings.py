@@ -7,11 +7,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumers.executor.endings import Failure, Success, fail, overdue_failure, succeed
+from consumers.executor.endings import Failure, Result, Success, fail, overdue_failure, succeed
 from db.data.attempts import Ending
 from db.data.outbox import shard_of
 from queryd.codec import MAX_EVENT_BYTES, decode_status
-from queryd.events import Column, ErrorCode, OutputFormat, QueryStatusChanged, ResultFile, Status, event_id
+from queryd.events import (
+    MAX_INLINE_BYTES,
+    Column,
+    ErrorCode,
+    OutputFormat,
+    QueryStatusChanged,
+    ResultFile,
+    Status,
+    event_id,
+)
 from tests.unit.samples import NOW, ORG_ID, QUERY_ID, QUICK, TRACEPARENT, make_facts, make_state
 
 TOKEN = "7d785322-a380-412b-8bec-39b59596e66d"
@@ -20,10 +29,12 @@ FACTS = make_facts(output_format=OutputFormat.CSV, user_id=ORG_ID, task_id=QUERY
 FILE = ResultFile("results/o/q/2-7d785322/result.csv", 1_234, 56, "etag", "ab" * 32)
 
 
-def _success(columns: tuple[Column, ...] = (Column("n", "BIGINT"),)) -> Success:
+STORED = Result.stored("s3://bucket/results/o/q/2-7d785322/", FILE)
+
+
+def _success(columns: tuple[Column, ...], result: Result) -> Success:
     return Success(
-        location="s3://bucket/results/o/q/2-7d785322/",
-        file=FILE,
+        result=result,
         columns=columns,
         bytes_scanned=99,
         duration_ms=321,
@@ -33,8 +44,8 @@ def _success(columns: tuple[Column, ...] = (Column("n", "BIGINT"),)) -> Success:
     )
 
 
-def _succeed(columns: tuple[Column, ...] = (Column("n", "BIGINT"),)) -> Ending:
-    return succeed(FACTS, RUNNING, _success(columns), now=NOW, token=TOKEN)
+def _succeed(columns: tuple[Column, ...] = (Column("n", "BIGINT"),), result: Result = STORED) -> Ending:
+    return succeed(FACTS, RUNNING, _success(columns, result), now=NOW, token=TOKEN)
 
 
 def _assert_agree(ending: Ending, event: QueryStatusChanged) -> None:
@@ -51,7 +62,10 @@ def _assert_agree(ending: Ending, event: QueryStatusChanged) -> None:
     )
     assert (event.error_code, event.error_message) == (ending.error_code, ending.error_message)
     files: list[dict[str, Any]] = ending.files.obj
-    assert [ResultFile(**file) for file in files] == list(event.files)
+    if event.inline_result is None:
+        assert [ResultFile(**file) for file in files] == list(event.files)
+    else:
+        assert (files, event.files) == ([{"inline": True}], ())
     kept = None if ending.retention_seconds is None else NOW + timedelta(seconds=ending.retention_seconds)
     assert event.expires_at == kept
     assert ending.shard == shard_of(event.query_id)
@@ -70,6 +84,18 @@ def test_row_and_event_of_a_success_agree() -> None:
     assert (event.user_id, event.task_id, event.output_format) == (ORG_ID, QUERY_ID, OutputFormat.CSV)
     assert (ending.token, ending.still_renewal) == (TOKEN, None)
     assert event.error_code is None
+
+
+@pytest.mark.parametrize("body", [b"n\r\n7\r\n", b""])
+def test_row_and_event_of_an_inline_result_agree(body: bytes) -> None:
+    ending = _succeed(result=Result.in_event(body, rows=1))
+    event = decode_status(ending.payload)
+    _assert_agree(ending, event)
+    assert (event.inline_result, event.output_location, event.row_count, event.bytes) == (body, None, 1, len(body))
+    assert event.expires_at is not None
+    assert ending.output_location is None
+    if body:
+        assert body.decode() not in repr(ending.files.obj) + repr(_success((), Result.in_event(body, rows=1)))
 
 
 @pytest.mark.parametrize("code", ErrorCode)
@@ -130,3 +156,13 @@ def test_two_hundred_columns_with_names_of_any_script_fit_into_an_event() -> Non
     payload = _succeed((column,) * 200).payload
     assert len(payload) < MAX_EVENT_BYTES
     assert decode_status(payload).columns == (column,) * 200
+
+
+def test_an_inline_result_fits_beside_the_longest_columns() -> None:
+    # So that no event is ever too large, and none has to become an object after all.
+    column = Column("🦆" * 128, "L" * 1_001)
+    payload = _succeed((column,) * 200, Result.in_event(bytes(MAX_INLINE_BYTES), rows=1)).payload
+    assert len(payload) < MAX_EVENT_BYTES * 3 // 4
+    told = decode_status(payload)
+    assert told.columns == (Column(column.name, "L" * 1_000 + "…"),) * 200
+    assert told.inline_result == bytes(MAX_INLINE_BYTES)

@@ -99,7 +99,7 @@ class Case:
 
 def make_event(fields: dict[str, Any], offset: int, timestamp_ms: int) -> StatusEvent:
     headers = (("ce_id", str(fields["event_id"]).encode()),)
-    payload = json.dumps(fields, sort_keys=True).encode()
+    payload = json.dumps(fields, sort_keys=True, default=repr).encode()
     record = Record(Place("query.status", 0, offset), fields["query_id"].encode(), payload, headers, timestamp_ms)
     return StatusEvent(record, fields)
 
@@ -154,6 +154,7 @@ def make_story(query_id: str, task_id: str | None, steps: list[dict[str, Any]]) 
             "duration_ms": None,
             "files": [],
             "columns": [],
+            "inline_result": None,
         }
         story.append(make_event(fields | _NUMBERS | step, number, round((SENT_AT + number) * 1000)))
         status = step["status"]
@@ -263,6 +264,35 @@ def test_one_who_asked_to_cancel_may_come_in_time_or_too_late() -> None:
     case.fail_both("QUERY_CANCELLED")
     case.tasks[BAD_TASK] = "Canceled"
     assert not case.judge().violations
+
+
+def test_a_result_may_be_in_its_event() -> None:
+    case = make_case()
+    _deliver_inline(case)
+    assert [str(violation) for violation in case.judge().violations] == []
+    # Small as it is, it must not be an object where that was asked for.
+    case = make_case()
+    case.change_query(GOOD, inline=True)
+    [violation] = case.judge().violations
+    assert (violation.invariant, violation.query_id) == (2, GOOD)
+
+
+def _deliver_inline(case: Case, body: bytes = CSV) -> None:
+    case.change_query(GOOD, inline=True)
+    case.change_event(GOOD, -1, files=[], output_location=None, inline_result=body)
+    case.results[GOOD]["output_location"] = case.statuses[GOOD]["output_location"] = None
+    del case.objects[KEY]
+
+
+def _deliver_inline_unasked(case: Case) -> None:
+    _deliver_inline(case)
+    case.change_query(GOOD, inline=False)
+
+
+def _deliver_inline_and_as_an_object(case: Case) -> None:
+    found = case.objects[KEY]
+    _deliver_inline(case)
+    case.objects[KEY] = found
 
 
 def _end_late(case: Case) -> None:
@@ -421,6 +451,12 @@ BREAKS: list[tuple[int, Callable[[Case], object]]] = [
     (2, lambda case: case.results[GOOD].update(bytes=1)),
     (2, lambda case: case.results[GOOD].update(output_location=None)),
     (2, lambda case: case.change_event(GOOD, -1, files=[])),
+    (2, _deliver_inline_unasked),
+    (2, lambda case: case.change_event(GOOD, -1, inline_result=CSV)),
+    (2, lambda case: _deliver_inline(case, CSV[:-3])),
+    (2, lambda case: _deliver_inline(case, CSV.replace(b"42", b"43"))),
+    (2, lambda case: _deliver_inline(case, CSV + b"1," + b"x" * 65_536 + b"\r\n")),
+    (2, lambda case: case.change_event(BAD, -1, inline_result=CSV)),
     (3, _publish_twice),
     (3, _publish_never),
     (3, _publish_out_of_order),
@@ -452,6 +488,7 @@ BREAKS: list[tuple[int, Callable[[Case], object]]] = [
     (5, lambda case: case.requests.pop(GARBAGE)),
     (6, lambda case: case.objects.update({PREFIX.replace("/2-", "/1-") + "result.csv": FoundObject(1, "e")})),
     (6, lambda case: case.objects.update({f"results/{ORG}/{STRANGER}/1-00000000/result.csv": FoundObject(1, "e")})),
+    (6, _deliver_inline_and_as_an_object),
     (6, lambda case: case.uploads.append(KEY)),
     (6, lambda case: case.scratch.append(Path("scratch/result.csv"))),
     (7, _leak_into_an_event),

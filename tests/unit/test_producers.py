@@ -10,7 +10,7 @@ from db.data.outbox import WaitingEvent
 from producers.relay import channels
 from producers.relay.channels import ChannelBroken, ReadBackChannel, TransactionalChannel
 from producers.relay.ledger import Ledger
-from queryd import client, publisher
+from queryd import publisher, sender
 from queryd.publisher import NotDelivered, Publisher
 from tests.unit.samples import QUERY_ID
 
@@ -40,7 +40,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch) -> ReadBackChannel:
     return channel
 
 
-@pytest.mark.parametrize("module", [publisher, client, channels], ids=lambda module: str(module.__name__))
+@pytest.mark.parametrize("module", [publisher, sender, channels], ids=lambda module: str(module.__name__))
 def test_our_producers_are_idempotent_whatever_the_callers_options_say(
     monkeypatch: pytest.MonkeyPatch, module: Any
 ) -> None:
@@ -51,8 +51,8 @@ def test_our_producers_are_idempotent_whatever_the_callers_options_say(
         match module.__name__:
             case publisher.__name__:
                 Publisher(options)
-            case client.__name__:
-                client.QueryClient(options)
+            case sender.__name__:
+                sender.Sender(options)
             case _:
                 ReadBackChannel(options, {}).open()
     [config] = caught.value.args

@@ -10,6 +10,7 @@ import pytest
 
 from access.limits import OrgLimits
 from queryd.events import Mode
+from queryd.registry import registry_in_use, use
 from service.settings import WrongSetting, load_settings
 from service.wiring import reader_credentials
 
@@ -33,6 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path
     os.environ.clear()
     os.environ.update(before)
+    use(None)
 
 
 def _write_env_file(folder: Path, lines: dict[str, str]) -> None:
@@ -107,6 +109,8 @@ def test_a_missing_setting_is_named_with_what_to_do(name: str) -> None:
         ("QUERYD_KAFKA_OPTIONS", f"{{{CANARY}"),
         ("QUERYD_KAFKA_OPTIONS", f'["{CANARY}"]'),
         ("QUERYD_KAFKA_OPTIONS", f'{{"sasl.password": ["{CANARY}"]}}'),
+        ("QUERYD_SCHEMA_REGISTRY_URL", f"ftp://{CANARY}"),
+        ("QUERYD_SCHEMA_REGISTRY_OPTIONS", f"{{{CANARY}"),
         ("QUERYD_DATA_URL", f"mysql://{CANARY}"),
         ("QUERYD_STATE_URL", CANARY),
         ("QUERYD_DATASETS_PG_URL", CANARY),
@@ -135,6 +139,19 @@ def test_a_wrong_setting_is_named_in_one_line_and_never_quoted(name: str, value:
     assert CANARY not in sentence
 
 
+def test_a_registry_sets_the_wire_format_and_a_wrong_option_is_told() -> None:
+    os.environ |= VALID | {"QUERYD_SCHEMA_REGISTRY_URL": "mock://registry"}
+    load_settings()
+    assert registry_in_use() is not None
+    os.environ["QUERYD_SCHEMA_REGISTRY_OPTIONS"] = f'{{"{CANARY}": 1}}'
+    with pytest.raises(WrongSetting, match=r"^QUERYD_SCHEMA_REGISTRY_OPTIONS: ") as caught:
+        load_settings()
+    assert CANARY not in str(caught.value)
+    del os.environ["QUERYD_SCHEMA_REGISTRY_URL"]
+    load_settings()
+    assert registry_in_use() is None
+
+
 def test_no_secret_is_in_a_repr() -> None:
     os.environ.update(
         VALID
@@ -144,6 +161,8 @@ def test_no_secret_is_in_a_repr() -> None:
             "QUERYD_DATASETS_SECRET_ACCESS_KEY": CANARY,
             "QUERYD_DATASETS_SESSION_TOKEN": CANARY,
             "QUERYD_SQL_HASH_KEY": CANARY * 2,
+            "QUERYD_SCHEMA_REGISTRY_URL": f"mock://user:{CANARY}@registry",
+            "QUERYD_SCHEMA_REGISTRY_OPTIONS": f'{{"proxy": "http://user:{CANARY}@proxy"}}',
             "AWS_SECRET_ACCESS_KEY": CANARY,
         }
     )

@@ -4,13 +4,14 @@ import asyncio
 import dataclasses
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any, ClassVar
 
 import pytest
 from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 
+from queryd.registry import RegistryAway
 from queryd.subscription import (
     OffsetOutOfRange,
     Partition,
@@ -438,3 +439,54 @@ def test_headers_that_the_binding_cannot_read_do_not_stop_the_record(caplog: pyt
     unreadable: Any = Unreadable()
     assert _headers(unreadable) == ()
     assert "('query.requests.batch', 3, 7)" in caplog.text
+
+
+class _Registry:
+    """A schema registry that is away until it knows the one schema that records need."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked = False
+        self.known = False
+        monkeypatch.setattr("queryd.subscription.registry_in_use", lambda: self)
+        monkeypatch.setattr("queryd.subscription._ASK_AGAIN_SECONDS", 0.0)
+
+    def missing(self, records: Iterable[bytes | None]) -> set[int]:
+        return {7} if any(records) and not self.known else set()
+
+    def fetch(self, ids: set[int]) -> None:
+        assert ids == {7}
+        self.asked = True
+        raise RegistryAway
+
+
+async def test_while_the_registry_is_away_the_poll_goes_on_and_nothing_is_handed_over_or_committed(
+    cluster: Cluster, topic: str, group: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = _Registry(monkeypatch)
+    cluster.write(topic, _numbers(3))
+    async with _opened(cluster, topic, group) as subscription:
+        assert await _poll_until(subscription, lambda _: registry.asked) == []
+        cluster.write(topic, ["3", "4"])
+        # Received all the same: what is held counts as unfinished.
+        assert await _poll_until(subscription, lambda _: subscription._unfinished(topic)[0] == 5) == []
+        registry.known = True
+        records = await _read(subscription, 5)
+        assert _values(records) == _numbers(5)
+        assert cluster.committed(group, topic) < 0
+        for record in records:
+            subscription.finish(record)
+        await subscription.commit()
+        assert cluster.committed(group, topic) == 5
+
+
+async def test_what_was_held_of_a_partition_that_is_gone_is_not_handed_over(
+    cluster: Cluster, topic: str, group: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = _Registry(monkeypatch)
+    cluster.write(topic, ["0"])
+    cluster.write(topic, ["1"], partition=1)
+    async with _opened(cluster, topic, group) as subscription:
+        await _poll_until(subscription, lambda _: subscription._unfinished(topic)[0] == 2)
+        subscription._forget({(topic, 0)})
+        registry.known = True
+        assert _values(await _read(subscription, 1)) == ["1"]

@@ -1,0 +1,1 @@
+"""Records that were written once are written again: requests, dead letters, status events."""

@@ -1,0 +1,106 @@
+"""The copy of a record: what it keeps, what it loses, and what it says of where it comes from."""
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from producers.replay.log import LoggedRecord
+from queryd.headers import ReplayHeader, find_traceparent
+
+# A copy's trace is its replay's; the record's own is kept beside it, as a link.
+_TRACE = frozenset({"traceparent", "tracestate"})
+_OURS = frozenset(header.value for header in ReplayHeader)
+
+Pairs = list[tuple[str, bytes | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderRules:
+    """Which of a record's headers its copy keeps: all but `denied`, or, where any is named, only those `allowed`.
+    Names are compared without regard to case."""
+
+    allowed: frozenset[str] = frozenset()
+    denied: frozenset[str] = frozenset()
+
+    def keeps(self, name: str) -> bool:
+        """Whether a header of that name stays."""
+        lower = name.lower()
+        if lower in _TRACE or lower in _OURS or lower in self.denied:
+            return False
+        return not self.allowed or lower in self.allowed
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A record to be published. Without a partition the key decides. `origin` is its own traceparent, `was` its
+    query's id where the copy has another."""
+
+    topic: str
+    partition: int | None
+    key: bytes | None
+    value: bytes | None = field(repr=False)
+    headers: Pairs = field(repr=False)
+    query_id: str | None
+    origin: str | None
+    was: str | None = None
+
+    def headers_with(self, traceparent: str) -> list[tuple[str, str | bytes | None]]:
+        """The headers as Kafka gets them, in the trace of the replay."""
+        return [*self.headers, ("traceparent", traceparent.encode())]
+
+
+def copy_headers(
+    record: LoggedRecord, replay_id: str, rules: HeaderRules, changed: Mapping[str, str | None] | None = None
+) -> Pairs:
+    """A record's headers for its copy. `changed` are such that get another value, or none and so go."""
+    changes = changed or {}
+    kept: Pairs = []
+    for name, value in record.headers:
+        if not rules.keeps(name):
+            continue
+        if name in changes:
+            told = changes[name]
+            if told is not None:
+                kept.append((name, told.encode()))
+        else:
+            kept.append((name, value))
+    said = {
+        ReplayHeader.ID: replay_id,
+        ReplayHeader.COUNT: str(count_replays(record) + 1),
+        ReplayHeader.TOPIC: record.topic,
+        ReplayHeader.PARTITION: str(record.partition),
+        ReplayHeader.OFFSET: str(record.offset),
+    }
+    if record.timestamp_ms is not None:
+        said[ReplayHeader.TIMESTAMP] = str(record.timestamp_ms)
+    if (traceparent := find_traceparent(record.headers)) is not None:
+        said[ReplayHeader.TRACEPARENT] = traceparent
+    return [*kept, *((name.value, value.encode()) for name, value in said.items())]
+
+
+def count_replays(record: LoggedRecord) -> int:
+    """How often the record was replayed before it lay here."""
+    return read_number(record, ReplayHeader.COUNT)
+
+
+def read_number(record: LoggedRecord, header: str) -> int:
+    """A header's number, of the last of that name; 0 where there is none, or no number."""
+    values = [value for name, value in record.headers if name == header and value is not None]
+    text = values[-1].decode("ascii", "replace") if values else ""
+    # `isdecimal` knows digits of every script, and as many as you like.
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS else 0
+
+
+def read_text(record: LoggedRecord, header: str) -> str | None:
+    """A header's text, of the last of that name."""
+    values = [value for name, value in record.headers if name == header and value is not None]
+    return values[-1].decode("utf-8", "replace") if values else None
+
+
+def mint(replay_id: str, name: str) -> str:
+    """The id of a copy that is a query of its own: `uuid5(replay_id, query_id)`, the same however often it is made."""
+    return str(uuid.uuid5(uuid.UUID(replay_id), name))
+
+
+# A count above this was never counted.
+_MOST_DIGITS = 9

@@ -1,0 +1,112 @@
+"""What the kinds of replays have in common: each judges records, and makes copies of those that are to be replayed."""
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Protocol
+
+from db.connection import Connection
+from producers.replay.copies import Copy
+from producers.replay.log import LoggedRecord
+
+
+class ReplayName(StrEnum):
+    """What is replayed; also the scope on which one replay at a time is active."""
+
+    REQUESTS = "requests"
+    DEAD_LETTERS = "dead-letters"
+    STATUS = "status"
+    STATE_DB = "state-db"
+
+
+class Skip(StrEnum):
+    """Why a record of the selection is not replayed."""
+
+    UNREADABLE = "unreadable"
+    INVALID = "invalid"
+    CONFLICT = "conflict"
+    DELETED = "deleted"
+    PARKED = "parked"
+    FOREIGN = "foreign"
+    SUPERSEDED = "superseded"
+    UNFINISHED = "unfinished"
+    REPEATED = "repeated"
+
+
+SKIP_REASONS: Mapping[Skip, str] = {
+    Skip.UNREADABLE: "can't be read",
+    Skip.INVALID: "breaks the contract: its dead letter is what can be replayed",
+    Skip.CONFLICT: "another request has its query_id: its dead letter is what can be replayed",
+    Skip.DELETED: "its query was deleted for good",
+    Skip.PARKED: "was redriven as often as the cap allows",
+    Skip.FOREIGN: "is no dead letter of queryd's",
+    Skip.SUPERSEDED: "is not its query's last event",
+    Skip.UNFINISHED: "its query is not finished: its last event is still to come",
+    Skip.REPEATED: "lies in the window before",
+}
+
+
+class Note(StrEnum):
+    """What becomes of a copy, as far as it is known."""
+
+    FINISHED = "finished"
+    IN_WORK = "in_work"
+    UNKNOWN = "unknown"
+    AS_NEW = "as_new"
+    OWN_ID = "own_id"
+    NEW_ID = "new_id"
+    LAST_EVENT = "last_event"
+
+
+NOTES: Mapping[Note, str] = {
+    Note.FINISHED: "are finished queries: nothing changes",
+    Note.IN_WORK: "wait or run: nothing changes",
+    Note.UNKNOWN: "were never accepted: they run",
+    Note.AS_NEW: "run again, as queries of their own",
+    Note.OWN_ID: "are sent again under their own id",
+    Note.NEW_ID: "are sent again under a new id, for theirs is taken",
+    Note.LAST_EVENT: "are last events, sent again byte for byte",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A record judged: its copy, or why there is none. Neither says that it was not meant at all."""
+
+    record: LoggedRecord
+    copy: Copy | None = None
+    note: Note | None = None
+    skip: Skip | None = None
+
+
+# One pass over a window; records come in order by partition.
+Judge = Callable[[Connection, Sequence[LoggedRecord]], Awaitable[list[Verdict]]]
+
+
+class ReplayKind(Protocol):
+    """What is replayed, and how."""
+
+    @property
+    def name(self) -> ReplayName:
+        """Its name."""
+        ...
+
+    @property
+    def topics(self) -> Sequence[str]:
+        """Where its records lie."""
+        ...
+
+    @property
+    def follows_all(self) -> bool:
+        """True where a pass must see its window from the beginning, even to go on in the middle."""
+        ...
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """What else makes it another plan: JSON, without SQL or values."""
+        ...
+
+    def begin(self) -> Judge:
+        """A new pass. Where records must stay as they are judged until they are sent, the judge holds them in the
+        connection's transaction."""
+        ...

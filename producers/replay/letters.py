@@ -1,0 +1,183 @@
+"""Dead letters back to their topic, mended or as they are."""
+
+import hashlib
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from db.connection import Connection
+from db.data.replays import Standing, read_standings
+from producers.dead_letters import DEAD_PREFIX
+from producers.replay.copies import Copy, HeaderRules, Pairs, copy_headers, mint, read_number, read_text
+from producers.replay.kinds import Judge, Note, ReplayName, Skip, Verdict
+from producers.replay.log import LoggedRecord, Window
+from producers.replay.requests import ReadRequest, changes_of_id, find_request, read_request
+from producers.replay.selection import Selection
+from queryd.codec import EventTooLarge, decode_request, encode_fields
+from queryd.contract import contract
+from queryd.events import Invalid, Mode, QueryRequested, Topic
+from queryd.headers import find_traceparent
+
+_EVENT = QueryRequested.__name__
+_REDRIVES = f"{DEAD_PREFIX}redrives"
+_LANES = {mode.topic.value for mode in Mode}
+
+
+class PatchRefused(ValueError):
+    """The patch is no use: the sentence says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """New values of some of a request's fields. They may be SQL or parameters, and so are kept nowhere."""
+
+    values: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    def check(self) -> None:
+        """Whether an otherwise valid request is one with these values; raises `PatchRefused`."""
+        known = {each["name"] for each in contract().newest[_EVENT].parsed["fields"]}
+        if unknown := sorted(self.values.keys() - known):
+            raise PatchRefused(f"a request has no field {unknown[0]}; its fields are {', '.join(sorted(known))}")
+        if "query_id" in self.values:
+            raise PatchRefused("one query_id for all letters makes them conflicts; a letter gets a new id by itself")
+        try:
+            # Encoded first: what does not fit the schema can't be judged.
+            encoded = encode_fields(_EXAMPLE | _statement(self.values) | dict(self.values), _EVENT, Mode.BATCH.topic)
+            decode_request(encoded)
+        except (Invalid, EventTooLarge) as error:
+            raise PatchRefused(f"the patch makes every request invalid: {error}") from None
+
+    @property
+    def digest(self) -> str | None:
+        """Tells patches apart without their values; None of an empty one."""
+        if not self.values:
+            return None
+        return hashlib.sha256(json.dumps(self.values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class LetterReplay:
+    """Implements `ReplayKind`. A letter redriven `max_redrives` times stays where it is."""
+
+    replay_id: str
+    window: Window
+    selection: Selection
+    headers: HeaderRules = field(default_factory=HeaderRules)
+    patch: Patch = field(default_factory=Patch)
+    max_redrives: int = 3
+
+    name = ReplayName.DEAD_LETTERS
+    topics: Sequence[str] = (Topic.DEAD_LETTERS.value,)
+    follows_all = False
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """See `ReplayKind`."""
+        return {
+            "max_redrives": self.max_redrives,
+            "patched": sorted(self.patch.values),
+            "patch_digest": self.patch.digest,
+        }
+
+    def begin(self) -> Judge:
+        """See `ReplayKind`. Raises `PatchRefused`; so does the judge."""
+        self.patch.check()
+        return self._judge
+
+    async def _judge(self, connection: Connection, records: Sequence[LoggedRecord]) -> list[Verdict]:
+        read = [read_request(record, read_text(record, f"{DEAD_PREFIX}topic")) for record in records]
+        standings = await read_standings(connection, {each.query_id for each in read if each.query_id is not None})
+        return [self._judge_one(each, standings.get(each.query_id or "")) for each in read]
+
+    def _judge_one(self, read: ReadRequest, standing: Standing | None) -> Verdict:
+        record = read.record
+        if not self._means(read, standing):
+            return Verdict(record)
+        topic = read_text(record, f"{DEAD_PREFIX}topic")
+        if topic not in _LANES:
+            return Verdict(record, skip=Skip.FOREIGN)
+        if (skip := self._find_skip(read, standing)) is not None:
+            return Verdict(record, skip=skip)
+        if read.fields is None:
+            return Verdict(record, self._copy(record, topic, record.value, None), Note.OWN_ID)
+        return self._mend(read, topic, standing)
+
+    def _means(self, read: ReadRequest, standing: Standing | None) -> bool:
+        return (
+            self.window.holds(read.record.timestamp_ms)
+            and self.selection.takes_record(read.record)
+            and self.selection.takes_fields(read.fields)
+            and self.selection.takes_standing(
+                None if standing is None else standing.status, read_text(read.record, f"{DEAD_PREFIX}code")
+            )
+        )
+
+    def _find_skip(self, read: ReadRequest, standing: Standing | None) -> Skip | None:
+        if read_number(read.record, _REDRIVES) >= self.max_redrives:
+            return Skip.PARKED
+        if standing is not None and standing.status is None:
+            return Skip.DELETED
+        # Its bytes are sent again as they are, or not at all.
+        return Skip.UNREADABLE if read.fields is None and self.patch.values else None
+
+    def _mend(self, read: ReadRequest, topic: str, standing: Standing | None) -> Verdict:
+        assert read.fields is not None
+        record, fields = read.record, read.fields | dict(self.patch.values)
+        if "mode" in self.patch.values:
+            topic = Mode(fields["mode"]).topic.value
+        if read.request is not None and find_request(fields, topic) is None:
+            raise PatchRefused(
+                f"the patch makes a valid request invalid: the letter at {record.partition}/{record.offset}"
+            )
+        # An id that was accepted is its query's for good, and one that is no UUID is nobody's.
+        renamed = standing is not None or read.query_id is None
+        query_id = read.query_id
+        if query_id is None or renamed:
+            query_id = mint(self.replay_id, read.query_id or f"{record.partition}/{record.offset}")
+            fields["query_id"] = query_id
+        if not renamed and not self.patch.values:
+            return Verdict(record, self._copy(record, topic, record.value, query_id), Note.OWN_ID)
+        try:
+            value = encode_fields(fields, _EVENT, topic)
+        except (Invalid, EventTooLarge) as error:
+            raise PatchRefused(f"the letter at {record.partition}/{record.offset} can't be patched: {error}") from None
+        copied = self._copy(record, topic, value, query_id, renamed=renamed)
+        return Verdict(record, copied, Note.NEW_ID if renamed else Note.OWN_ID)
+
+    def _copy(
+        self, record: LoggedRecord, topic: str, value: bytes | None, query_id: str | None, *, renamed: bool = False
+    ) -> Copy:
+        return Copy(
+            topic=topic,
+            partition=None,
+            key=query_id.encode() if renamed and query_id is not None else record.key,
+            value=value,
+            headers=self._headers(record, query_id if renamed else None),
+            query_id=query_id,
+            origin=find_traceparent(record.headers),
+        )
+
+    def _headers(self, record: LoggedRecord, query_id: str | None) -> Pairs:
+        """What it died of is over; how often it was sent again stays with it."""
+        changed: dict[str, str | None] = {} if query_id is None else changes_of_id(query_id)
+        changed |= {name: None for name, _ in record.headers if name.startswith(DEAD_PREFIX)}
+        redrives = str(read_number(record, _REDRIVES) + 1)
+        return [*copy_headers(record, self.replay_id, self.headers, changed), (_REDRIVES, redrives.encode())]
+
+
+# A request that nothing is wrong with, to try a patch on.
+_EXAMPLE: dict[str, Any] = {
+    each["name"]: each.get("default") for each in contract().newest[_EVENT].parsed["fields"]
+} | {
+    "query_id": str(uuid.UUID(int=0)),
+    "org_id": str(uuid.UUID(int=0)),
+    "mode": Mode.BATCH.value,
+    "sql": "a statement",
+}
+
+
+def _statement(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A patch that names a saved query takes the place of SQL, and leaves it to the letter to have none."""
+    return {"sql": None} if values.get("saved_query_id") is not None and values.get("sql") is None else {}

@@ -1,0 +1,240 @@
+"""The log between two offsets a partition, which are pinned before anything is read."""
+
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec
+
+from producers.read_back import SILENCE_SECONDS, EndNotReached, Silence, read_ends
+from queryd.events import from_millis
+from queryd.outages import QUIET
+from queryd.topics import TopicIdentity, read_topic_identity
+
+_BROKER_SECONDS = 15.0
+# How long to wait for a batch's first record.
+_LOOK_SECONDS = 0.1
+_GROUP = "queryd-replay"
+
+Place = tuple[str, int]
+
+
+class WindowRefused(ValueError):
+    """What was asked for is not there to be read; the sentence says what is."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedRecord:
+    """One record as it lies in the log. `timestamp_ms` since the epoch."""
+
+    topic: str
+    partition: int
+    offset: int
+    key: bytes | None
+    value: bytes | None = field(repr=False)
+    headers: tuple[tuple[str, bytes | None], ...] = field(repr=False)
+    timestamp_ms: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class OffsetRange:
+    """Offsets `start` to `end` of a partition, without `end`."""
+
+    topic: str
+    partition: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Which part of the topics: their partitions (all where none is named), and either offsets or a span of time.
+
+    Times are aware. A record is in the window if its own timestamp is at `since` or later, and before `until`.
+    """
+
+    partitions: frozenset[int] = frozenset()
+    from_offset: int | None = None
+    to_offset: int | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+
+    def holds(self, timestamp_ms: int | None) -> bool:
+        """Whether a record of that time is in the window; its offset is another matter."""
+        if self.since is None and self.until is None:
+            return True
+        if timestamp_ms is None:
+            return False
+        moment = from_millis(timestamp_ms)
+        return (self.since is None or moment >= self.since) and (self.until is None or moment < self.until)
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """What a window came to: each topic's identity, and the offsets to be read."""
+
+    topics: Mapping[str, TopicIdentity]
+    ranges: tuple[OffsetRange, ...]
+
+
+def pin(config: dict[str, Any], topics: Sequence[str], window: Window) -> Pinned:
+    """Resolve a window to offsets, once. Blocks.
+
+    A range ends where the log ends now, whatever the window's end: a record's timestamp may be odd, so each is judged
+    by itself. Raises `WindowRefused`, `TopicUnknown` and `KafkaException`.
+    """
+    identities = {topic: read_topic_identity(config, topic) for topic in topics}
+    ranges = [each for topic in topics for each in _pin_topic(config, topic, window)]
+    return Pinned(identities, tuple(ranges))
+
+
+def _pin_topic(config: dict[str, Any], topic: str, window: Window) -> list[OffsetRange]:
+    ends = read_ends(config, topic)
+    if missing := window.partitions - ends.keys():
+        raise WindowRefused(f"{topic} has no partition {min(missing)}; its partitions are 0 to {max(ends)}")
+    wanted = sorted(window.partitions or ends.keys())
+    admin = AdminClient(config | QUIET)
+    # The binding gives it no types.
+    earliest: Callable[[], Any] = OffsetSpec.earliest
+    firsts = _ask(admin, topic, wanted, earliest())
+    ranges = []
+    for partition in wanted:
+        first, end = firsts[partition][0], ends[partition]
+        start = _check_start(topic, partition, window, first, end)
+        ranges.append(OffsetRange(topic, partition, start, _check_end(topic, partition, window, end)))
+    if window.since is None:
+        return ranges
+    millis = int(window.since.timestamp() * 1000)
+    oldest = _ask(admin, topic, wanted, OffsetSpec.for_timestamp(0))
+    found = _ask(admin, topic, wanted, OffsetSpec.for_timestamp(millis))
+    narrowed = []
+    for each in ranges:
+        offset, timestamp = oldest[each.partition]
+        if firsts[each.partition][0] > 0 and offset >= 0 and timestamp > millis:
+            # What was removed may have been in the window: nobody can tell any more.
+            raise WindowRefused(
+                f"the window begins before what {topic} still holds: partition {each.partition} goes back to "
+                f"{_say(timestamp)}. Begin the window there, or later"
+            )
+        # Nothing at that time or later: the range is empty.
+        start = found[each.partition][0] if found[each.partition][0] >= 0 else each.end
+        narrowed.append(OffsetRange(topic, each.partition, min(start, each.end), each.end))
+    return narrowed
+
+
+def _check_start(topic: str, partition: int, window: Window, first: int, end: int) -> int:
+    if window.from_offset is None:
+        return first
+    if window.from_offset < first:
+        raise WindowRefused(
+            f"offset {window.from_offset} of {topic}/{partition} was removed by retention: the log begins at {first}"
+        )
+    return min(window.from_offset, end)
+
+
+def _check_end(topic: str, partition: int, window: Window, end: int) -> int:
+    if window.to_offset is None:
+        return end
+    if window.to_offset > end:
+        raise WindowRefused(f"{topic}/{partition} ends at offset {end}, before {window.to_offset}")
+    return window.to_offset
+
+
+def _ask(admin: AdminClient, topic: str, partitions: Sequence[int], spec: Any) -> dict[int, tuple[int, int]]:
+    """Offset and timestamp of the answer, by partition; -1 where there is none."""
+    answers = admin.list_offsets(
+        {TopicPartition(topic, partition): spec for partition in partitions}, request_timeout=_BROKER_SECONDS
+    )
+    found = {place.partition: answer.result() for place, answer in answers.items()}
+    return {partition: (answer.offset, answer.timestamp) for partition, answer in found.items()}
+
+
+def _say(millis: int) -> str:
+    return datetime.fromtimestamp(millis / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class LogReader:
+    """Reads ranges to their ends, committed records only. Blocks; one thread at a time. Use it as a context manager."""
+
+    def __init__(self, config: dict[str, Any], ranges: Sequence[OffsetRange], starts: Mapping[Place, int]) -> None:
+        """`starts` is where to go on, for a range that was begun before."""
+        self.positions = {
+            (each.topic, each.partition): max(each.start, starts.get((each.topic, each.partition), each.start))
+            for each in ranges
+        }
+        self._ends = {(each.topic, each.partition): each.end for each in ranges}
+        self._silence = Silence()
+        reading = {"group.id": _GROUP, "enable.auto.commit": False, "enable.partition.eof": True}
+        self._consumer = Consumer(config | QUIET | reading | {"auto.offset.reset": "error"})
+        self._consumer.assign([TopicPartition(*place, self.positions[place]) for place in self._unread()])
+
+    def __enter__(self) -> "LogReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._consumer.close()
+
+    def read(self, most: int) -> list[LoggedRecord]:
+        """The next records, at most `most`; none where all is read. Raises `EndNotReached` and `KafkaException`."""
+        # The caller may have taken its time since the last one.
+        self._silence.end()
+        while self._unread():
+            records = [self._take(message) for message in self._consumer.consume(most, _LOOK_SECONDS)]
+            if found := [record for record in records if record is not None]:
+                return found
+            if self._silence.lasts():
+                places = sorted(self._unread())
+                raise EndNotReached(f"{places[0][0]} said nothing for {SILENCE_SECONDS:.0f} s before its end was read")
+        return []
+
+    def _unread(self) -> AbstractSet[Place]:
+        return {place for place, end in self._ends.items() if self.positions[place] < end}
+
+    def _take(self, message: Message) -> LoggedRecord | None:
+        topic, partition, offset, error = message.topic(), message.partition(), message.offset(), message.error()
+        if error is not None and error.code() != KafkaError._PARTITION_EOF:
+            if error.code() == KafkaError._AUTO_OFFSET_RESET:
+                raise WindowRefused(
+                    "the log has changed under the replay, by retention or because the topic was made anew: plan again"
+                )
+            if error.fatal():
+                raise KafkaException(error)
+            # librdkafka goes on by itself; if it can't, there is silence.
+            return None
+        assert topic is not None and partition is not None and offset is not None
+        self._silence.end()
+        place = topic, partition
+        if offset >= self._ends[place]:
+            self._finish(place)
+            return None
+        if error is not None:
+            # The end of what is committed; an open transaction keeps the rest back until it has ended.
+            return None
+        self.positions[place] = offset + 1
+        kind_and_millis = message.timestamp()
+        return LoggedRecord(
+            topic=topic,
+            partition=partition,
+            offset=offset,
+            key=_bytes(message.key()),
+            value=_bytes(message.value()),
+            headers=tuple((name, _bytes(value)) for name, value in _pairs(message)),
+            timestamp_ms=kind_and_millis[1] if kind_and_millis[1] >= 0 else None,
+        )
+
+    def _finish(self, place: Place) -> None:
+        self.positions[place] = self._ends[place]
+        # Without this a busy partition that is read would crowd out the others.
+        self._consumer.pause([TopicPartition(*place)])
+
+
+def _pairs(message: Message) -> list[tuple[str, Any]]:
+    headers: Any = message.headers() or []
+    return list(headers)
+
+
+def _bytes(value: str | bytes | None) -> bytes | None:
+    return value.encode() if isinstance(value, str) else value

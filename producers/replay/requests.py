@@ -1,0 +1,156 @@
+"""Requests again: as they were, for whoever has lost what came of them; or as new queries, for another answer."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from db.connection import Connection
+from db.data.replays import Standing, read_standings
+from producers.replay.copies import Copy, HeaderRules, copy_headers, mint
+from producers.replay.kinds import Judge, Note, ReplayName, Skip, Verdict
+from producers.replay.log import LoggedRecord, Window
+from producers.replay.selection import Selection
+from queryd.codec import Undecodable, decode_fields, encode, to_request
+from queryd.contract import contract
+from queryd.events import ErrorCode, Invalid, Mode, QueryId, QueryRequested, Status, parse_uuid
+from queryd.headers import find_traceparent
+from queryd.identity import fingerprint_request
+
+_EVENT = QueryRequested.__name__
+
+
+@dataclass(frozen=True, slots=True)
+class RequestReplay:
+    """Implements `ReplayKind`. `as_new` gives each copy the id `uuid5(replay_id, query_id)`.
+
+    `hash_key` is that of the requests' fingerprints.
+    """
+
+    replay_id: str
+    lanes: tuple[Mode, ...]
+    window: Window
+    selection: Selection
+    headers: HeaderRules = field(default_factory=HeaderRules)
+    as_new: bool = False
+    hash_key: str | None = field(default=None, repr=False)
+
+    name = ReplayName.REQUESTS
+    follows_all = False
+
+    @property
+    def topics(self) -> Sequence[str]:
+        """See `ReplayKind`."""
+        return [lane.topic.value for lane in self.lanes]
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """See `ReplayKind`."""
+        return {"as_new": self.as_new}
+
+    def begin(self) -> Judge:
+        """See `ReplayKind`."""
+        return self._judge
+
+    async def _judge(self, connection: Connection, records: Sequence[LoggedRecord]) -> list[Verdict]:
+        read = [read_request(record) for record in records]
+        standings = await read_standings(connection, {each.query_id for each in read if each.query_id is not None})
+        return [self._judge_one(each, standings.get(each.query_id or "")) for each in read]
+
+    def _judge_one(self, read: "ReadRequest", standing: Standing | None) -> Verdict:
+        if not self._means(read, standing):
+            return Verdict(read.record)
+        if (skip := self._find_skip(read, standing)) is not None:
+            return Verdict(read.record, skip=skip)
+        assert read.request is not None
+        if self.as_new:
+            return Verdict(read.record, self._copy_as_new(read.record, read.request), Note.AS_NEW)
+        return Verdict(read.record, self._copy(read.record, read.request.query_id), _note(standing))
+
+    def _means(self, read: "ReadRequest", standing: Standing | None) -> bool:
+        status, error_code = (None, None) if standing is None else (standing.status, standing.error_code)
+        return (
+            self.window.holds(read.record.timestamp_ms)
+            and self.selection.takes_record(read.record)
+            and self.selection.takes_fields(read.fields)
+            and self.selection.takes_standing(status, error_code)
+        )
+
+    def _find_skip(self, read: "ReadRequest", standing: Standing | None) -> Skip | None:
+        if read.fields is None or read.query_id is None:
+            return Skip.UNREADABLE
+        if standing is not None and standing.status is None:
+            return Skip.DELETED
+        if read.request is None or (standing is not None and standing.error_code == ErrorCode.INVALID_REQUEST):
+            return Skip.INVALID
+        if standing is not None and standing.fingerprint not in (None, fingerprint_request(read.fields, self.hash_key)):
+            return Skip.CONFLICT
+        return None
+
+    def _copy(self, record: LoggedRecord, query_id: str) -> Copy:
+        return Copy(
+            topic=record.topic,
+            # Where it was, whatever its producer's partitioner made of the key.
+            partition=record.partition,
+            key=record.key,
+            value=record.value,
+            headers=copy_headers(record, self.replay_id, self.headers),
+            query_id=query_id,
+            origin=find_traceparent(record.headers),
+        )
+
+    def _copy_as_new(self, record: LoggedRecord, request: QueryRequested) -> Copy:
+        query_id = mint(self.replay_id, request.query_id)
+        return Copy(
+            topic=record.topic,
+            partition=None,
+            key=query_id.encode(),
+            value=encode(replace(request, query_id=QueryId(query_id))),
+            headers=copy_headers(record, self.replay_id, self.headers, changes_of_id(query_id)),
+            query_id=query_id,
+            origin=find_traceparent(record.headers),
+            was=request.query_id,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ReadRequest:
+    """A record of a request as far as it can be read: its fields, its id, and the request where it is valid."""
+
+    record: LoggedRecord
+    fields: dict[str, Any] | None = field(default=None, repr=False)
+    query_id: str | None = None
+    request: QueryRequested | None = field(default=None, repr=False)
+
+
+def read_request(record: LoggedRecord, topic: str | None = None) -> ReadRequest:
+    """Read as far as possible; a request is valid on one lane only, `topic` where it is not the record's own."""
+    try:
+        fields = decode_fields(record.value, _EVENT)
+    except Undecodable:
+        return ReadRequest(record)
+    try:
+        query_id = parse_uuid(fields["query_id"], "query_id")
+    except Invalid:
+        return ReadRequest(record, fields)
+    return ReadRequest(record, fields, query_id, find_request(fields, topic or record.topic))
+
+
+def find_request(fields: Mapping[str, Any], topic: str) -> QueryRequested | None:
+    """The request that the fields make, if they make one that is valid on that topic."""
+    try:
+        request = to_request(dict(fields))
+    except Invalid:
+        return None
+    return request if request.mode.topic == topic else None
+
+
+def changes_of_id(query_id: str) -> dict[str, str | None]:
+    """The headers that follow from a request's id, and from its being encoded anew."""
+    schema = f"{_EVENT}.v{contract().newest[_EVENT].version}.avsc"
+    return {"ce_id": query_id, "ce_subject": query_id, "ce_dataschema": schema}
+
+
+def _note(standing: Standing | None) -> Note:
+    if standing is None or standing.status is None:
+        return Note.UNKNOWN
+    return Note.FINISHED if Status(standing.status).terminal else Note.IN_WORK

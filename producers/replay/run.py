@@ -1,0 +1,244 @@
+"""A replay under way: batch by batch judged, published, acknowledged and noted."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from db.connection import unavailable_told_apart
+from db.data.replays import Replay, ReplayStatus
+from producers.replay.copies import Copy, HeaderRules
+from producers.replay.journal import Journal, ReplayRefused
+from producers.replay.kinds import Note, ReplayKind, Skip, Verdict
+from producers.replay.log import LoggedRecord, LogReader, OffsetRange, Place, Window
+from producers.replay.pace import LagGuard, TokenBucket
+from producers.replay.plan import Plan, describe_asked, describe_topics
+from producers.replay.selection import Selection
+from queryd.headers import continue_trace
+from queryd.publisher import Publisher
+from queryd.topics import TopicIdentity
+from telemetry.traces import SpanName, linked_span
+
+# What is sent between two checkpoints, and so what a crash may send again.
+BATCH = 500
+# How often to look whether live traffic has caught up, or somebody has asked for the end.
+_LOOK_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far it has come: copies published of those planned, and how many records wait where it is held back."""
+
+    published: int
+    planned: int
+    behind: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How it ended, or `ACTIVE` where it was stopped and can be resumed. `counts` are as in its row."""
+
+    status: ReplayStatus
+    counts: Mapping[str, Any]
+
+
+def describe_plan(
+    plan: Plan, kind: ReplayKind, window: Window, selection: Selection, headers: HeaderRules
+) -> dict[str, Any]:
+    """The plan as it stands in the replay's row: all that is needed to go on, and for whoever audits it."""
+    return {
+        "hash": plan.hash,
+        "asked": describe_asked(window, selection, headers),
+        "options": dict(kind.options),
+        "topics": describe_topics(plan.pinned.topics),
+        "ranges": [[each.range.topic, each.range.partition, each.range.start, each.range.end] for each in plan.ranges],
+        "matched": plan.matched,
+        "notes": {note.value: count for note, count in plan.notes.items()},
+        "skipped": {skip.value: count for skip, count in plan.skipped.items()},
+    }
+
+
+def read_ranges(replay: Replay) -> list[OffsetRange]:
+    """The ranges of a plan in a replay's row."""
+    return [OffsetRange(*each) for each in replay.plan["ranges"]]
+
+
+def check_topics(replay: Replay, topics: Mapping[str, TopicIdentity]) -> None:
+    """Raises `ReplayRefused` where a topic is not the one that was planned for."""
+    now = describe_topics(topics)
+    for topic, identity in replay.plan["topics"].items():
+        if now.get(topic) != identity:
+            raise ReplayRefused(
+                f"{topic} is not the topic that was planned for, it was made anew or is another cluster's: "
+                f"queryd replay cancel {replay.id}, and plan again"
+            )
+
+
+async def list_pairs(
+    journal: Journal, config: dict[str, Any], kind: ReplayKind, replay: Replay
+) -> list[tuple[str, str]]:
+    """The queries of a replay as new ones, each with its copy's id, found out by another pass over its ranges.
+
+    Raises as `Replayer.run`.
+    """
+    judge, pairs = kind.begin(), []
+    with LogReader(config, read_ranges(replay), {}) as reader:
+        while records := await asyncio.to_thread(reader.read, BATCH):
+            with unavailable_told_apart():
+                copies = [verdict.copy for verdict in await judge(journal.connection, records)]
+            pairs += [(each.was, each.query_id) for each in copies if each is not None and each.was and each.query_id]
+    return pairs
+
+
+class Replayer:
+    """Carries out one replay that the journal holds. `run` returns at its end, or once it has been asked to stop."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        publisher: Publisher,
+        config: dict[str, Any],
+        kind: ReplayKind,
+        *,
+        rate: float,
+        guard: LagGuard,
+        told: Callable[[Progress], None] = lambda _: None,
+    ) -> None:
+        """`rate` in records a second; `told` hears of progress."""
+        self._journal = journal
+        self._publisher = publisher
+        self._config = config
+        self._kind = kind
+        self._bucket = TokenBucket(rate)
+        # A second's worth at most: the rows that a batch holds are held no longer than that.
+        self._batch = max(1, min(BATCH, int(rate)))
+        self._guard = guard
+        self._told = told
+        self._stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        """Ask `run` to return after the batch under way."""
+        self._stopping.set()
+
+    async def run(self, replay: Replay) -> Outcome:
+        """From the replay's checkpoint to its end.
+
+        Raises `ReplayRefused`, `WindowRefused`, `NotDelivered`, `EndNotReached`, `KafkaException` and
+        `DatabaseUnavailable`; it can be resumed then.
+        """
+        done = _Done.read(replay)
+        judge = self._kind.begin()
+        starts = {} if self._kind.follows_all else done.positions
+        planned = int(replay.plan["matched"])
+        self._told(Progress(done.published, planned, None))
+        with LogReader(self._config, read_ranges(replay), starts) as reader:
+            while records := await asyncio.to_thread(reader.read, self._batch):
+                status = await self._hold_back(replay, done, planned)
+                if status is not ReplayStatus.ACTIVE or self._stopping.is_set():
+                    return await self._leave(replay, done, status)
+                with unavailable_told_apart():
+                    async with self._journal.connection.transaction():
+                        verdicts = await judge(self._journal.connection, records)
+                        fresh = [each for each in verdicts if not done.covers(each.record)]
+                        await self._publish([each.copy for each in fresh if each.copy is not None])
+                done.add(fresh)
+                done.move(reader.positions)
+                status = await self._save(replay, done)
+                self._told(Progress(done.published, planned, None))
+                if status is not ReplayStatus.ACTIVE:
+                    return await self._leave(replay, done, status)
+        await self._journal.end(replay.id, ReplayStatus.DONE, done.counts())
+        return Outcome(ReplayStatus.DONE, done.counts())
+
+    async def _publish(self, copies: Sequence[Copy]) -> None:
+        """All of them, acknowledged; raises `NotDelivered`."""
+        if not copies:
+            return
+        await self._bucket.take(len(copies))
+        origins = [copied.origin for copied in copies if copied.origin is not None]
+        with linked_span(SpanName.REPLAY, origins) as traceparent:
+            await asyncio.gather(
+                *(
+                    self._publisher.publish(
+                        each.topic,
+                        each.key,
+                        each.value,
+                        each.headers_with(traceparent or continue_trace(None)),
+                        each.partition,
+                    )
+                    for each in copies
+                )
+            )
+
+    async def _hold_back(self, replay: Replay, done: "_Done", planned: int) -> ReplayStatus:
+        """Wait while live traffic suffers; the replay's status then."""
+        status = ReplayStatus.ACTIVE
+        while status is ReplayStatus.ACTIVE and not self._stopping.is_set() and await self._guard.suffers():
+            self._told(Progress(done.published, planned, self._guard.behind))
+            status = await self._save(replay, done)
+            try:
+                await asyncio.wait_for(self._stopping.wait(), _LOOK_SECONDS)
+            except TimeoutError:
+                continue
+        return status
+
+    async def _save(self, replay: Replay, done: "_Done") -> ReplayStatus:
+        status = await self._journal.save(replay.id, done.checkpoint(), done.counts())
+        if status is None:
+            raise ReplayRefused(f"replay {replay.id} is no longer there: its org or user was deleted")
+        return status
+
+    async def _leave(self, replay: Replay, done: "_Done", status: ReplayStatus) -> Outcome:
+        if status is ReplayStatus.CANCELLING:
+            await self._journal.end(replay.id, ReplayStatus.CANCELLED, done.counts())
+            return Outcome(ReplayStatus.CANCELLED, done.counts())
+        return Outcome(status, done.counts())
+
+
+@dataclass(slots=True)
+class _Done:
+    """What is behind us: positions by partition, and counts."""
+
+    positions: dict[Place, int]
+    notes: Counter[Note]
+    skipped: Counter[Skip]
+
+    @classmethod
+    def read(cls, replay: Replay) -> "_Done":
+        positions = {}
+        for name, offset in replay.checkpoint.items():
+            topic, _, partition = name.rpartition("/")
+            positions[topic, int(partition)] = int(offset)
+        notes = Counter({Note(name): count for name, count in replay.counts.get("notes", {}).items()})
+        skipped = Counter({Skip(name): count for name, count in replay.counts.get("skipped", {}).items()})
+        return cls(positions, notes, skipped)
+
+    @property
+    def published(self) -> int:
+        return self.notes.total()
+
+    def covers(self, record: LoggedRecord) -> bool:
+        """Whether an earlier process has dealt with the record."""
+        return record.offset < self.positions.get((record.topic, record.partition), 0)
+
+    def add(self, verdicts: Sequence[Verdict]) -> None:
+        for verdict in verdicts:
+            if verdict.note is not None:
+                self.notes[verdict.note] += 1
+            if verdict.skip is not None:
+                self.skipped[verdict.skip] += 1
+
+    def move(self, positions: Mapping[Place, int]) -> None:
+        for place, offset in positions.items():
+            self.positions[place] = max(offset, self.positions.get(place, 0))
+
+    def checkpoint(self) -> dict[str, int]:
+        return {f"{topic}/{partition}": offset for (topic, partition), offset in self.positions.items()}
+
+    def counts(self) -> dict[str, Any]:
+        return {
+            "published": self.published,
+            "notes": {note.value: count for note, count in self.notes.items()},
+            "skipped": {skip.value: count for skip, count in self.skipped.items()},
+        }

@@ -1,0 +1,76 @@
+"""Sends requests and cancels; each one's acknowledgement is a future of its own, for threads and event loops alike."""
+
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future
+from typing import Any
+
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
+
+from queryd.codec import encode, topic_of
+from queryd.errors import NotSubmitted
+from queryd.events import QueryCancelRequested, QueryRequested
+from queryd.outages import QUIET
+from queryd.registry import RegistryAway, RegistryRefused
+from queryd.requests import make_headers
+
+# How long the broker may take to acknowledge, retries included, before a submit says that it failed. A leader's
+# election takes some ten seconds at worst.
+_DELIVERY_SECONDS = 30.0
+# How long one poll for acknowledgements blocks its thread; only a close waits for it.
+_POLL_SECONDS = 0.1
+
+
+class Sender:
+    """An idempotent producer, acknowledged by all replicas. Safe for several threads."""
+
+    def __init__(self, kafka: Mapping[str, Any]) -> None:
+        self._producer = Producer(
+            dict(kafka)
+            | QUIET
+            | {"enable.idempotence": True, "acks": "all", "delivery.timeout.ms": int(_DELIVERY_SECONDS * 1000)}
+        )
+        self._closing = threading.Event()
+        self._poller = threading.Thread(target=self._poll, name="queryd-sender", daemon=True)
+        self._poller.start()
+
+    def send(self, request: QueryRequested | QueryCancelRequested) -> "Future[None]":
+        """Begin to publish; the future is done once the broker has it, and raises `NotSubmitted` after 30 s.
+
+        Raises `NotSubmitted` where it can't even begin, `Invalid` and `EventTooLarge` for what does not fit its schema.
+        """
+        answer: Future[None] = Future()
+        # What is on its way can't be called back.
+        answer.set_running_or_notify_cancel()
+
+        def report(error: KafkaError | None, _message: Message) -> None:
+            if error is None:
+                answer.set_result(None)
+            else:
+                answer.set_exception(NotSubmitted(error.str()))
+
+        try:
+            self._producer.produce(
+                topic_of(request),
+                key=request.query_id.encode(),
+                value=encode(request),
+                headers=make_headers(request),
+                on_delivery=report,
+            )
+        except BufferError:
+            raise NotSubmitted("too many requests wait for the broker's acknowledgement; submit again later") from None
+        except KafkaException as error:
+            raise NotSubmitted(error.args[0].str()) from error
+        except (RegistryAway, RegistryRefused) as error:
+            raise NotSubmitted(str(error)) from error
+        return answer
+
+    def close(self) -> None:
+        """Wait for what is under way; its futures say how it went. Blocks for up to 30 s."""
+        self._producer.flush(_DELIVERY_SECONDS)
+        self._closing.set()
+        self._poller.join()
+
+    def _poll(self) -> None:
+        while not self._closing.is_set():
+            self._producer.poll(_POLL_SECONDS)

@@ -1,0 +1,228 @@
+"""Replays put together: from settings and what was asked for to a plan, and from a plan to its end."""
+
+import asyncio
+import signal
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from db.data.replays import Replay
+from producers.replay.compare import compare
+from producers.replay.comparison import Comparison
+from producers.replay.copies import HeaderRules
+from producers.replay.journal import Journal, ReplayRefused, opened_journal
+from producers.replay.kinds import ReplayKind, ReplayName
+from producers.replay.letters import LetterReplay, Patch
+from producers.replay.log import Window, pin
+from producers.replay.pace import GroupLag, Lag, LagGuard, OutboxLag
+from producers.replay.plan import Plan, PlanStale, plan, read_asked
+from producers.replay.requests import RequestReplay
+from producers.replay.run import Outcome, Progress, Replayer, check_topics, describe_plan, list_pairs
+from producers.replay.selection import Selection
+from producers.replay.statuses import StatusReplay
+from queryd.events import Mode
+from queryd.publisher import Publisher
+from queryd.results import ResultReader
+from service.settings import Settings
+from service.wiring import opened_data_pool
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What somebody wants to have replayed. `patch` is for dead letters, `as_new` for requests."""
+
+    name: ReplayName
+    window: Window
+    selection: Selection
+    headers: HeaderRules = field(default_factory=HeaderRules)
+    lanes: tuple[Mode, ...] = tuple(Mode)
+    as_new: bool = False
+    patch: Patch = field(default_factory=Patch)
+    max_redrives: int = 3
+
+    def kind(self, replay_id: str, settings: Settings) -> ReplayKind:
+        """The replay under that id."""
+        match self.name:
+            case ReplayName.REQUESTS:
+                key = settings.sql_hash_key
+                return RequestReplay(
+                    replay_id=replay_id,
+                    lanes=self.lanes,
+                    window=self.window,
+                    selection=self.selection,
+                    headers=self.headers,
+                    as_new=self.as_new,
+                    hash_key=None if key is None else key.get_secret_value(),
+                )
+            case ReplayName.DEAD_LETTERS:
+                return LetterReplay(replay_id, self.window, self.selection, self.headers, self.patch, self.max_redrives)
+            case ReplayName.STATUS:
+                return StatusReplay(replay_id, self.window, self.selection, self.headers)
+            case ReplayName.STATE_DB:
+                raise ReplayRefused("a rebuild of the state database can't be resumed: run it again")
+
+    @classmethod
+    def read(cls, replay: Replay, patch: Patch) -> "Asked":
+        """What a replay's row says was asked for. The patch, which no row keeps, is given again; raises
+        `ReplayRefused` where it is another one."""
+        options = replay.plan["options"]
+        if options.get("patch_digest") != patch.digest:
+            raise ReplayRefused(
+                "give the same --set again as at the replay's beginning: its values are kept nowhere. "
+                f"It changes {', '.join(options.get('patched') or ('nothing',))}"
+            )
+        window, selection, headers = read_asked(replay.plan["asked"])
+        return cls(
+            name=ReplayName(replay.kind),
+            window=window,
+            selection=selection,
+            headers=headers,
+            lanes=tuple(mode for mode in Mode if mode.topic.value in replay.plan["topics"]),
+            as_new=bool(options.get("as_new", False)),
+            patch=patch,
+            max_redrives=int(options.get("max_redrives", 0)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Records a second, and how many may wait in live traffic before the replay does; 0 for any."""
+
+    rate: float
+    max_lag: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """Who replays, and why."""
+
+    actor: str
+    reason: str
+
+
+async def plan_replay(settings: Settings, asked: Asked, told: Callable[[int, int], None]) -> Plan:
+    """The plan, and nothing else. Raises as `producers.replay.plan.plan`."""
+    async with opened_journal(settings.data_url.get_secret_value()) as journal:
+        kind = asked.kind(str(uuid.UUID(int=0)), settings)
+        return await _plan(journal, settings, asked, kind, told)
+
+
+async def begin_replay(
+    settings: Settings,
+    asked: Asked,
+    *,
+    expected: str,
+    replay_id: str,
+    cause: Cause,
+    pace: Pace,
+    planning: Callable[[int, int], None],
+    told: Callable[[Progress], None],
+) -> Outcome:
+    """Plan again, and carry it out if it is still the plan whose hash is `expected`.
+
+    Raises `PlanStale`, and as `producers.replay.plan.plan` and `Replayer.run`.
+    """
+    async with opened_journal(settings.data_url.get_secret_value()) as journal:
+        kind = asked.kind(replay_id, settings)
+        planned = await _plan(journal, settings, asked, kind, planning)
+        if planned.hash != expected:
+            raise PlanStale(
+                f"what would be replayed now is not what plan {expected} says: nothing was published. "
+                f"Look at the plan again; its hash is {planned.hash} now"
+            )
+        await journal.begin(
+            replay_id=replay_id,
+            kind=asked.name.value,
+            actor=cause.actor,
+            reason=cause.reason,
+            plan=describe_plan(planned, kind, asked.window, asked.selection, asked.headers),
+            org_id=asked.selection.org_id,
+            user_id=asked.selection.user_id,
+        )
+        return await _run(settings, journal, await journal.find(replay_id), kind, pace, told)
+
+
+async def resume_replay(
+    settings: Settings, replay_id: str, patch: Patch, pace: Pace, told: Callable[[Progress], None]
+) -> Outcome:
+    """Go on where it was left; raises as `Replayer.run`."""
+    async with opened_journal(settings.data_url.get_secret_value()) as journal:
+        replay = await journal.resume(replay_id)
+        asked = Asked.read(replay, patch)
+        kind = asked.kind(replay_id, settings)
+        pinned = await asyncio.to_thread(pin, settings.kafka, kind.topics, Window())
+        check_topics(replay, pinned.topics)
+        return await _run(settings, journal, replay, kind, pace, told)
+
+
+async def compare_replay(
+    settings: Settings, replay_id: str, patience: float, told: Callable[[int, int], None]
+) -> Comparison:
+    """Compare the queries of a replay as new ones with what they were.
+
+    Waits until they have ended, or none has for `patience` seconds. Raises `ReplayRefused` for another replay, and as
+    `Replayer.run` and `producers.replay.compare.compare`.
+    """
+    async with opened_journal(settings.data_url.get_secret_value()) as journal:
+        replay = await journal.find(replay_id)
+        if not replay.plan.get("options", {}).get("as_new"):
+            raise ReplayRefused(f"replay {replay_id} made no new queries: only one with --as-new can be compared")
+        kind = Asked.read(replay, Patch()).kind(replay_id, settings)
+        pairs = await list_pairs(journal, settings.kafka, kind, replay)
+    async with opened_data_pool(settings) as pool:
+        return await compare(pool, ResultReader(), pairs, patience=patience, told=told)
+
+
+async def _plan(
+    journal: Journal, settings: Settings, asked: Asked, kind: ReplayKind, told: Callable[[int, int], None]
+) -> Plan:
+    return await plan(journal.connection, settings.kafka, kind, asked.window, asked.selection, asked.headers, told)
+
+
+async def _run(
+    settings: Settings,
+    journal: Journal,
+    replay: Replay,
+    kind: ReplayKind,
+    pace: Pace,
+    told: Callable[[Progress], None],
+) -> Outcome:
+    publisher = Publisher(settings.kafka)
+    publisher.open()
+    replayer = Replayer(
+        journal,
+        publisher,
+        settings.kafka,
+        kind,
+        rate=pace.rate,
+        guard=LagGuard(_find_lag(settings, journal, kind, pace), pace.max_lag),
+        told=told,
+    )
+    try:
+        with _stopped_by_signals(replayer.stop):
+            return await replayer.run(replay)
+    finally:
+        await publisher.close()
+
+
+def _find_lag(settings: Settings, journal: Journal, kind: ReplayKind, pace: Pace) -> Lag:
+    """Who suffers from requests are those who wait for executors; from events, those who wait for the relay."""
+    if kind.name is ReplayName.STATUS:
+        return OutboxLag(journal.connection, pace.max_lag)
+    group: Mapping[str, Any] = settings.group("executor")
+    return GroupLag(settings.kafka, str(group["group.id"]), [mode.topic.value for mode in Mode])
+
+
+@contextmanager
+def _stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the batch under way, and no more."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)

@@ -1,0 +1,139 @@
+"""A result's file as a table: the event's types, whatever the text looks like."""
+
+import datetime
+import io
+from collections.abc import Sequence
+from decimal import Decimal
+from pathlib import Path
+from tempfile import SpooledTemporaryFile
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pytest
+
+from queryd.errors import ResultUnreadable
+from queryd.events import Column, OutputFormat
+from queryd.tables import open_batches
+from tests.unit.samples import make_status
+
+# As the engine writes them.
+_WRITTEN = {
+    OutputFormat.CSV: r"FORMAT csv, HEADER, NULLSTR '', NEW_LINE '\r\n'",
+    OutputFormat.JSON: "FORMAT json",
+    OutputFormat.PARQUET: "FORMAT parquet",
+}
+_ROWS = r"""
+SELECT * FROM (VALUES
+    (1, 2.0::DOUBLE, 'NULL', DATE '2026-01-02', TIMESTAMP '2026-01-02 03:04:05.5', true, 1.50::DECIMAL(9,2),
+     TIMESTAMPTZ '2026-01-02 03:04:05+00', 12345678901234567890::UBIGINT, '2026-01-02', E'two\nlines'),
+    (NULL, NULL, 'nan', NULL, NULL, NULL, NULL, NULL, NULL, NULL, ''),
+    (3, 2.5, '', NULL, NULL, false, -1, NULL, 0, '007', NULL)
+) AS t("1 + 1", d, s, day, moment, yes, price, instant, large, code, text)
+"""
+_INSTANT = datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
+_FIRST = {
+    "1 + 1": 1,
+    "d": 2.0,
+    "s": "NULL",
+    "day": datetime.date(2026, 1, 2),
+    "moment": datetime.datetime(2026, 1, 2, 3, 4, 5, 500_000),
+    "yes": True,
+    "price": Decimal("1.50"),
+    "instant": _INSTANT,
+    "large": 12_345_678_901_234_567_890,
+    "code": "2026-01-02",
+    "text": "two\nlines",
+}
+
+
+def _write(folder: Path, sql: str, output_format: OutputFormat) -> tuple[bytes, tuple[Column, ...]]:
+    """The file of a query, and its columns as an event says them: a name that is SQL is another there."""
+    with duckdb.connect() as connection:
+        connection.execute("SET TimeZone = 'UTC'")
+        described = connection.execute(f"DESCRIBE {sql}").fetchall()
+        connection.execute(f"COPY ({sql}) TO '{folder / 'result'}' ({_WRITTEN[output_format]})")
+    columns = tuple(
+        Column(f"column_{place}" if name == "1 + 1" else name, type_)
+        for place, (name, type_, *_) in enumerate(described, start=1)
+    )
+    return (folder / "result").read_bytes(), columns
+
+
+def _read(body: bytes, columns: Sequence[Column], output_format: OutputFormat) -> pa.Table:
+    event = make_status(output_format=output_format, columns=tuple(columns))
+    table = open_batches(io.BytesIO(body), event).read_all()
+    # What a large result goes through.
+    with SpooledTemporaryFile(max_size=1) as spooled:
+        spooled.write(body)
+        spooled.seek(0)
+        assert open_batches(spooled, event).read_all().equals(table)
+    return table
+
+
+@pytest.mark.parametrize("output_format", list(OutputFormat))
+def test_every_format_gives_the_same_table(tmp_path: Path, output_format: OutputFormat) -> None:
+    table = _read(*_write(tmp_path, _ROWS, output_format), output_format)
+    rows = table.to_pylist()
+    assert list(rows[0]) == list(_FIRST)
+    assert rows[0] == _FIRST
+    nothing: dict[str, Any] = dict.fromkeys(_FIRST)
+    assert rows[1] == nothing | {"s": "nan", "text": ""}
+    assert rows[2] == nothing | {
+        "1 + 1": 3, "d": 2.5, "s": "", "yes": False, "price": Decimal("-1.00"), "large": 0, "code": "007",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("output_format", list(OutputFormat))
+def test_a_result_without_rows_has_its_columns(tmp_path: Path, output_format: OutputFormat) -> None:
+    table = _read(*_write(tmp_path, "SELECT 1 AS one, 'x' AS x WHERE false", output_format), output_format)
+    assert (table.num_rows, table.schema.names, table.schema.types) == (0, ["one", "x"], [pa.int32(), pa.string()])
+
+
+def test_an_empty_line_is_a_null_of_a_csv_of_one_column(tmp_path: Path) -> None:
+    body, columns = _write(tmp_path, "SELECT * FROM (VALUES (1), (NULL), (3), (NULL)) AS t(x)", OutputFormat.CSV)
+    assert _read(body, columns, OutputFormat.CSV)["x"].to_pylist() == [1, None, 3, None]
+
+
+def test_lists_and_structs_are_text_in_csv_and_themselves_in_json(tmp_path: Path) -> None:
+    sql = "SELECT [1, 2] AS l, {'a': 'b'} AS s, TIME '10:00:00' AS t"
+    [row] = _read(*_write(tmp_path, sql, OutputFormat.CSV), OutputFormat.CSV).to_pylist()
+    assert row == {"l": "[1, 2]", "s": "{'a': b}", "t": datetime.time(10)}
+    [row] = _read(*_write(tmp_path, sql, OutputFormat.JSON), OutputFormat.JSON).to_pylist()
+    assert row == {"l": [1, 2], "s": {"a": "b"}, "t": "10:00:00"}
+
+
+def test_columns_that_the_event_does_not_name_are_guessed() -> None:
+    body = b"known,unknown\r\n1,2\r\n"
+    table = _read(body, [Column("known", "VARCHAR")], OutputFormat.CSV)
+    assert table.to_pylist() == [{"known": "1", "unknown": 2}]
+    table = _read(b'{"known":1,"unknown":2}\n', [Column("known", "DOUBLE")], OutputFormat.JSON)
+    assert table.schema.types == [pa.float64(), pa.int64()]
+
+
+def test_a_large_csv_is_read_in_pieces() -> None:
+    rows = 4_000_000
+    body = io.BytesIO(b"n\r\n" + b"1234567\r\n" * rows)
+    event = make_status(output_format=OutputFormat.CSV, columns=(Column("n", "INTEGER"),))
+    sizes = [batch.num_rows for batch in open_batches(body, event)]
+    assert sum(sizes) == rows
+    assert len(sizes) > 1
+
+
+@pytest.mark.parametrize(
+    ("body", "output_format"),
+    [
+        (b"x\r\n1\r\na secret\r\n", OutputFormat.CSV),
+        (b"x\r\n" + b"1\r\n" * 6_000_000 + b"a secret\r\n", OutputFormat.CSV),
+        (b'{"x":1.0}\n{"x":"a secret"}\n', OutputFormat.JSON),
+    ],
+    ids=["csv", "csv, in a later block", "json"],
+)
+def test_a_file_that_is_no_table_of_its_types_is_said_to_be_without_quoting_it(
+    body: bytes, output_format: OutputFormat
+) -> None:
+    event = make_status(output_format=output_format, columns=(Column("x", "DOUBLE"),))
+    with pytest.raises(ResultUnreadable, match="ask for parquet") as unreadable:
+        open_batches(io.BytesIO(body), event).read_all()
+    assert "secret" not in str(unreadable.value)
+    assert unreadable.value.__suppress_context__
