@@ -190,6 +190,12 @@ class Fleet:
         assert row is not None
         return row
 
+    def read_status(self, query_id: str) -> str | None:
+        """The canonical row's status; None where there is no row yet."""
+        with psycopg.connect(self.environment["QUERYD_DATA_URL"]) as connection:
+            row = connection.execute("SELECT status FROM query_results WHERE id = %s", [query_id]).fetchone()
+        return None if row is None else str(row[0])
+
     def read_story(self, query_id: str) -> list[QueryStatusChanged]:
         """A query's events as a reader at read_committed sees them, in order, once the relay has nothing left."""
         await_that(self._outbox_is_empty, "the relay to publish everything")

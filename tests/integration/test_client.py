@@ -36,7 +36,7 @@ from queryd.codec import decode_cancel, decode_request
 from queryd.events import Column, Invalid, QueryId
 from service.embedded.object_store import ObjectStore
 from tests.integration.queries import new_id
-from tests.integration.records import PATIENCE_SECONDS, prepare_topics, read_topic, write
+from tests.integration.records import PATIENCE_SECONDS, prepare_topics, read_topic
 from tests.integration.stories import make_story, publish, publish_async
 from tests.servers.kafka import Kafka
 
@@ -210,15 +210,6 @@ def test_a_replayed_event_behind_a_later_one_changes_nothing(config: dict[str, A
     publish(config, *make_story(marker.query_id))
     marker.wait(PATIENCE_SECONDS)
     assert handle.event == story[-1]
-
-
-def test_events_that_the_client_cannot_read_at_all_end_its_waits(config: dict[str, Any]) -> None:
-    with QueryClient(config) as client:
-        handle = client.handle(new_id())
-        # Confluent's wire format, and this process has been told of no registry.
-        write(config, Topic.STATUS, handle.query_id, b"\0\0\0\0\7" + b"body")
-        with pytest.raises(ClientStopped, match="QUERYD_SCHEMA_REGISTRY_URL"):
-            handle.wait(PATIENCE_SECONDS)
 
 
 # Results.

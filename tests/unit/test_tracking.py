@@ -11,7 +11,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer, Topic
 
 from queryd import tracking
 from queryd.errors import ClientStopped, QueryDeleted
-from queryd.events import QueryStatusChanged, Status
+from queryd.events import QueryId, QueryStatusChanged, Status
 from queryd.tracking import Known, Track, partition_of
 from tests.unit.samples import QUERY_ID, make_status
 
@@ -147,3 +147,19 @@ def test_a_look_up_holds_nothing() -> None:
     assert tracking._unheard(reference) is None
     del track
     assert tracking._unheard(reference) is None
+
+
+def test_events_that_this_process_cannot_read_at_all_end_the_waits() -> None:
+    """On a mock cluster of its own, for nothing may read such a record by accident."""
+    producer = Producer({"test.mock.num.brokers": 1, "log_level": 0})
+    brokers = producer.list_topics("query.status", timeout=PATIENCE_SECONDS).brokers.values()
+    tracks = tracking.Tracking({"bootstrap.servers": ",".join(f"{broker.host}:{broker.port}" for broker in brokers)})
+    track, later = tracks.take(QUERY_ID), QueryId(str(uuid.uuid4()))
+    # Confluent's wire format, and nobody has told of a registry.
+    producer.produce("query.status", key=QUERY_ID.encode(), value=b"\0\0\0\0\7body")
+    assert producer.flush(PATIENCE_SECONDS) == 0
+    track.ended.result(PATIENCE_SECONDS)
+    with pytest.raises(ClientStopped, match="QUERYD_SCHEMA_REGISTRY_URL"):
+        track.answer()
+    assert tracks.take(later).ended.done()
+    tracks.close()
