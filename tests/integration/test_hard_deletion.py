@@ -10,6 +10,7 @@ import pytest
 
 from consumers.executor.admission import Admitted, Done
 from db.data.datasets import NewDataset, grant, upsert_dataset
+from db.data.replays import begin
 from db.data.retention import Scope
 from db.data.runs import read_deleted
 from db.data.saved_queries import insert_saved
@@ -74,6 +75,18 @@ async def _furnish_user(place: Place, org_id: str, user_id: str, *, limits: bool
         )
         if limits:
             await connection.execute("INSERT INTO org_limits (org_id) VALUES (%s)", [org_id])
+        # Somebody has replayed this user's requests, and names whom it was about.
+        await begin(
+            connection,
+            replay_id=new_id(),
+            kind="requests",
+            scope=user_id,
+            actor="an operator",
+            reason="a test",
+            plan={"selection": {"org_id": org_id, "user_id": user_id}},
+            org_id=org_id,
+            user_id=user_id,
+        )
     announced = await place.announce(**ids, saved_query_id=saved.id)
     task = await place.announce(**ids, task_id=new_id())
     failed, running = await place.start(**ids), await place.start(**ids)
@@ -114,6 +127,7 @@ async def test_deleting_an_org_leaves_nothing_of_it_but_what_refuses_a_redeliver
         "datasets": 2,
         "dataset_grants": 1,
         "org_limits": 1,
+        "replays": 2,
         "query_cancellations": 4,
         "pii_access_log": 4,
         "objects": 8,
@@ -146,6 +160,7 @@ async def test_deleting_a_user_leaves_the_orgs_others_as_they_are(place: Place) 
         assert len(place.objects(attempt.prefix)) == 1
     assert len(place.uploads(f"results/{home.org_id}/")) == 1
     assert await place.count("org_limits") == 1
+    assert await place.count("replays") == 1
     # The same user in another org is another matter.
     elsewhere = await place.announce(user_id=home.user_id)
     assert await place.delete(Scope(home.org_id, home.user_id)) == Deleted()

@@ -1,10 +1,10 @@
 """A replay goes as fast as it may, and not while others wait."""
 
 import asyncio
+import time
 
 import pytest
 
-from producers.replay import pace
 from producers.replay.pace import LagGuard, TokenBucket
 
 
@@ -17,7 +17,7 @@ def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         taken.append(seconds)
 
     monkeypatch.setattr(asyncio, "sleep", sleep)
-    monkeypatch.setattr(pace.time, "monotonic", lambda: 100.0 + sum(taken))
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0 + sum(taken))
     return taken
 
 

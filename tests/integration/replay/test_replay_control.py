@@ -28,6 +28,8 @@ from tests.servers.kafka import Kafka
 pytestmark = pytest.mark.needs_kafka
 
 _REQUESTS = 40
+# Days of a core.
+_ENDLESS = "SELECT count(*) FROM range(0, 9000000) AS a(i), range(0, 9000000) AS b(j) WHERE (i * j) % 7 = 3"
 
 
 def _prepare(fleet: Fleet, kafka: Kafka, org_id: str) -> Stretch:
@@ -92,7 +94,7 @@ def test_it_waits_while_live_traffic_is_behind(fleet: Fleet, queryd: CommandLine
     """A request that runs holds back its partition's offset: everything behind it counts as waiting."""
     org_id = new_id()
     span = _prepare(fleet, kafka, org_id)
-    stuck = make_request(org_id=new_id(), mode=Mode.BATCH, sql="SELECT count(*) FROM range(100000000000)")
+    stuck = make_request(org_id=new_id(), mode=Mode.BATCH, sql=_ENDLESS)
     publish(kafka, [stuck])
     await_that(lambda: fleet.read_status(stuck.query_id) == "Running", "the long query to run")
     publish(kafka, [make_request(org_id=stuck.org_id, mode=Mode.BATCH, saved_query_id=new_id()) for _ in range(30)])
@@ -127,5 +129,6 @@ async def test_a_query_whose_last_event_is_sent_again_can_t_be_deleted_meanwhile
         await deleting.rollback()
         await holding.rollback()
         gone = await deleting.execute("DELETE FROM query_results WHERE id = %s", [request.query_id])
+        await deleting.commit()
         assert gone.rowcount == 1
         assert await hold_last_events(holding, [request.query_id]) == {}
