@@ -10,6 +10,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+# Wider than any table, so that what is measured is the table and not the terminal.
+_ANY_WIDTH = 100_000
+
 
 def print_json(value: Any) -> None:
     """One line of JSON on stdout."""
@@ -21,7 +24,7 @@ def _to_json(value: Any) -> str:
 
 
 def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A table on stdout, its columns named as the first row's keys."""
+    """A table on stdout, its columns named as the first row's keys; on a terminal that is too narrow, a line a cell."""
     if not rows:
         print(f"no {title}")
         return
@@ -37,7 +40,15 @@ def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
         table.add_column(name.replace("_", " "), overflow="fold", no_wrap=name.endswith("id"))
     for row in cells:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    if console.measure(table, options=console.options.update_width(_ANY_WIDTH)).maximum <= console.width:
+        console.print(table)
+        return
+    # Folded columns can't be read: one below the other instead.
+    print(f"{title}:")
+    for each in rows:
+        print()
+        print_fields(each)
 
 
 def print_fields(fields: Mapping[str, Any]) -> None:
