@@ -27,6 +27,7 @@ from queryd.publisher import Publisher
 from queryd.results import ResultReader
 from service.settings import Settings
 from service.wiring import opened_data_pool
+from telemetry.traces import close_traces, set_up_traces
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,8 @@ class Asked:
             case ReplayName.STATUS:
                 return StatusReplay(replay_id, self.window, self.selection, self.headers)
             case ReplayName.STATE_DB:
-                raise ReplayRefused("a rebuild of the state database can't be resumed: run it again")
+                # The command line takes it another way: nothing of it is published.
+                raise ReplayRefused("a rebuild of the state database is no replay of records")
 
     @classmethod
     def read(cls, replay: Replay, patch: Patch) -> "Asked":
@@ -189,6 +191,7 @@ async def _run(
     pace: Pace,
     told: Callable[[Progress], None],
 ) -> Outcome:
+    set_up_traces("replay")
     publisher = Publisher(settings.kafka)
     publisher.open()
     replayer = Replayer(
@@ -205,6 +208,7 @@ async def _run(
             return await replayer.run(replay)
     finally:
         await publisher.close()
+        close_traces()
 
 
 def _find_lag(settings: Settings, journal: Journal, kind: ReplayKind, pace: Pace) -> Lag:

@@ -173,15 +173,17 @@ def within(started: Sequence[RunningSpan], place: int) -> AbstractContextManager
 
 
 @contextmanager
-def linked_span(name: SpanName, links: Sequence[str]) -> Iterator[str | None]:
-    """A span at the root of a new trace, linked to those of the `traceparent`s; its own, or None where nothing is
-    recorded."""
+def linked_spans(name: SpanName, links: Sequence[str | None]) -> Iterator[Sequence[str | None]]:
+    """A span for each of the `traceparent`s, at the root of a trace of its own and linked to it; they all end with the
+    context. Their own `traceparent`s, None where nothing is recorded."""
     if _recorder is None:
-        yield None
+        yield [None] * len(links)
         return
-    running = _recorder.start(name, None, {}, links)
-    with _Ending(running):
-        yield running.traceparent
+    with ExitStack() as stack:
+        started = [_recorder.start(name, None, {}, () if link is None else (link,)) for link in links]
+        for each in started:
+            stack.push(_Ending(each))
+        yield [each.traceparent for each in started]
 
 
 def begin_trace() -> str | None:

@@ -18,7 +18,7 @@ from producers.replay.selection import Selection
 from queryd.headers import continue_trace
 from queryd.publisher import Publisher
 from queryd.topics import TopicIdentity
-from telemetry.traces import SpanName, linked_span
+from telemetry.traces import SpanName, linked_spans
 
 # What is sent between two checkpoints, and so what a crash may send again.
 BATCH = 500
@@ -156,8 +156,7 @@ class Replayer:
         if not copies:
             return
         await self._bucket.take(len(copies))
-        origins = [copied.origin for copied in copies if copied.origin is not None]
-        with linked_span(SpanName.REPLAY, origins) as traceparent:
+        with linked_spans(SpanName.REPLAY, [each.origin for each in copies]) as traceparents:
             await asyncio.gather(
                 *(
                     self._publisher.publish(
@@ -167,7 +166,7 @@ class Replayer:
                         each.headers_with(traceparent or continue_trace(None)),
                         each.partition,
                     )
-                    for each in copies
+                    for each, traceparent in zip(copies, traceparents, strict=True)
                 )
             )
 

@@ -72,7 +72,7 @@ def _fill(source: duckdb.DuckDBPyConnection, settings: dict[str, str], folder: P
     # A cursor is a connection of its own to the same tables.
     copied = beside.submit(tpch.copy_to_postgres, source.cursor(), owner, _IN_POSTGRES, folder)
     bucket = settings["QUERYD_RESULTS_URL"].removeprefix("s3://")
-    s3 = boto3.client("s3")
+    s3 = boto3.session.Session().client("s3")
     for table, file in tpch.write_parquet(source, folder).items():
         s3.upload_file(str(file), bucket, f"{_PREFIX}{table}.parquet")
         file.unlink()

@@ -76,7 +76,7 @@ def _store(
 ) -> list[QueryStatusChanged]:
     """A story whose result is stored."""
     key = f"results/{new_id()}/result.{output_format}"
-    boto3.client("s3", region_name=store.region).put_object(Bucket=store.bucket, Key=key, Body=body)
+    boto3.session.Session().client("s3", region_name=store.region).put_object(Bucket=store.bucket, Key=key, Body=body)
     file = ResultFile(key, len(body), 3, "etag", hashlib.sha256(body).hexdigest())
     return make_story(files=(file,), output_location=f"s3://{store.bucket}/results/", output_format=output_format)
 
@@ -252,7 +252,9 @@ def test_a_result_that_has_gone_says_whether_it_had_expired(
     config: dict[str, Any], client: QueryClient, store: ObjectStore
 ) -> None:
     story = _store(store, b"gone")
-    boto3.client("s3", region_name=store.region).delete_object(Bucket=store.bucket, Key=story[-1].files[0].key)
+    boto3.session.Session().client("s3", region_name=store.region).delete_object(
+        Bucket=store.bucket, Key=story[-1].files[0].key
+    )
     publish(config, *story)
     with pytest.raises(ResultDamaged, match="was removed before it had expired"):
         client.handle(story[0].query_id).result(PATIENCE_SECONDS)
@@ -271,7 +273,7 @@ def test_a_result_that_is_not_what_was_announced_is_not_handed_out(
     story = _store(store, body)
     other = body + b"x" if change == "size" else bytes([body[0] ^ 1]) + body[1:]
     key = story[-1].files[0].key
-    boto3.client("s3", region_name=store.region).put_object(Bucket=store.bucket, Key=key, Body=other)
+    boto3.session.Session().client("s3", region_name=store.region).put_object(Bucket=store.bucket, Key=key, Body=other)
     publish(config, *story)
     with pytest.raises(ResultDamaged, match="bytes" if change == "size" else "SHA-256"):
         next(client.handle(story[0].query_id).batches(PATIENCE_SECONDS))

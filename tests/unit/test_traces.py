@@ -68,6 +68,18 @@ def test_a_span_continues_the_requests_trace(recorded: InMemorySpanExporter) -> 
     assert span.attributes == {"queryd.query_id": QUERY_ID, "queryd.org_id": ORG_ID, "queryd.attempt": 1}
 
 
+def test_a_copy_s_trace_is_its_own_and_links_to_the_record_s(recorded: InMemorySpanExporter) -> None:
+    with traces.linked_spans(SpanName.REPLAY, [TRACEPARENT, None]) as traceparents:
+        pass
+    first, second = sorted(recorded.get_finished_spans(), key=lambda span: len(span.links), reverse=True)
+    assert [f"{link.context.trace_id:032x}" for link in first.links] == [TRACE_ID]
+    assert second.links == ()
+    traces_of_copies = {traceparent[3:35] for traceparent in traceparents if traceparent is not None}
+    assert traces_of_copies == {_ids(first)[0], _ids(second)[0]}
+    assert TRACE_ID not in traces_of_copies
+    assert (_ids(first)[1], _ids(second)[1]) == (None, None)
+
+
 async def test_steps_are_inside_their_attempt_also_in_tasks_of_their_own(recorded: InMemorySpanExporter) -> None:
     @traces.in_span(SpanName.EXECUTE)
     async def execute(answer: int) -> int:
