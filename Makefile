@@ -17,8 +17,10 @@ demo: $(VENV)/demo-installed
 up: $(VENV)/demo-installed
 	@exec $(BIN)/queryd up $(ARGS)
 
+# Two workers, for most tests wait for servers that they have started. A file's tests stay together, as they share such
+# servers, and files keep their order: the long ones come first. ARGS='-n 0' is one process, for a debugger.
 test: $(VENV)/dev-installed
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: format lint types imports test
 

@@ -32,10 +32,9 @@ class ResultReader:
     """Reads results from S3 by the standard `AWS_*` settings. Safe for several threads."""
 
     def __init__(self) -> None:
-        # A session of its own: the one that boto3 shares keeps the credentials of its first client for the process's
-        # life, and making clients of it is not safe for several threads. Version 4 is the only signature that S3 takes
-        # in newer regions, and boto3 still signs links with version 2. It signs the region too, which boto3 itself takes
-        # from AWS_DEFAULT_REGION alone.
+        # A session of its own: the one that boto3 shares keeps the credentials of its first client for good, and is not
+        # for several threads. Version 4 is the only signature that S3 takes in newer regions, and boto3 still signs
+        # links with version 2. It signs the region too, which boto3 itself takes from AWS_DEFAULT_REGION alone.
         self._s3 = boto3.session.Session().client(
             "s3", region_name=os.environ.get("AWS_REGION"), config=Config(signature_version="s3v4")
         )

@@ -29,7 +29,7 @@ _FOLDERS = {
 }
 _SERVERS = {"kafka", "postgres_server", "object_store_server"}
 _BROKER = pytest.StashKey[Kind]()
-_SKIPPED = pytest.StashKey[int]()
+_WITHOUT_KAFKA = f"needs Apache Kafka: install {brokers.WHAT_TO_INSTALL}"
 # The first leader of a partition is elected in milliseconds; the machine may be busy.
 _TOPIC_SECONDS = 30.0
 
@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for folder in folders.keys() & set(item.path.parents):
             item.add_marker(folders[folder])
         _forbid_servers_to_unit_tests(item)
-    config.stash[_SKIPPED] = _skip_without_kafka(config.stash[_BROKER], items)
+    _skip_without_kafka(config.stash[_BROKER], items)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -63,8 +63,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         brokers.prepare(config.stash[_BROKER])
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    skipped = config.stash.get(_SKIPPED, 0)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    # By the reports: tests may have run in other processes than this one.
+    skipped = sum(_WITHOUT_KAFKA in str(report.longrepr) for report in terminalreporter.stats.get("skipped", ()))
     if skipped:
         terminalreporter.section("without Apache Kafka")
         terminalreporter.line(
@@ -79,14 +80,12 @@ def _forbid_servers_to_unit_tests(item: pytest.Item) -> None:
         raise pytest.UsageError(f"{item.nodeid} is a unit test and asks for {', '.join(sorted(wanted))}")
 
 
-def _skip_without_kafka(broker: Kind, items: list[pytest.Item]) -> int:
-    """Mark what the embedded broker can't do; how many tests that are."""
-    if broker is not Kind.EMBEDDED:
-        return 0
-    needy = [item for item in items if item.get_closest_marker("needs_kafka")]
-    for item in needy:
-        item.add_marker(pytest.mark.skip(reason=f"needs Apache Kafka: install {brokers.WHAT_TO_INSTALL}"))
-    return len(needy)
+def _skip_without_kafka(broker: Kind, items: list[pytest.Item]) -> None:
+    """Mark what the embedded broker can't do."""
+    if broker is Kind.EMBEDDED:
+        for item in items:
+            if item.get_closest_marker("needs_kafka"):
+                item.add_marker(pytest.mark.skip(reason=_WITHOUT_KAFKA))
 
 
 def _fixtures(item: pytest.Item) -> set[str]:
