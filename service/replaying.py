@@ -14,10 +14,10 @@ from producers.replay.comparison import Comparison
 from producers.replay.copies import HeaderRules
 from producers.replay.journal import Journal, ReplayRefused, opened_journal
 from producers.replay.kinds import ReplayKind, ReplayName
-from producers.replay.letters import LetterReplay, Patch
+from producers.replay.letters import LetterLine, LetterReplay, Patch, describe_letter
 from producers.replay.log import Window, pin
 from producers.replay.pace import GroupLag, Lag, LagGuard, OutboxLag
-from producers.replay.plan import Plan, PlanStale, plan, read_asked
+from producers.replay.plan import Plan, PlanStale, judge_ranges, plan, read_asked
 from producers.replay.requests import RequestReplay
 from producers.replay.run import Outcome, Progress, Replayer, check_topics, describe_plan, list_pairs
 from producers.replay.selection import Selection
@@ -111,6 +111,17 @@ async def plan_replay(settings: Settings, asked: Asked, told: Callable[[int, int
         return await _plan(journal, settings, asked, kind, told)
 
 
+async def list_letters(settings: Settings, asked: Asked) -> list[LetterLine]:
+    """The dead letters that are asked for, those that would not be sent as well. Raises as `plan_replay`."""
+    async with opened_journal(settings.data_url.get_secret_value()) as journal:
+        kind = asked.kind(str(uuid.UUID(int=0)), settings)
+        pinned = await asyncio.to_thread(pin, settings.kafka, kind.topics, asked.window)
+        lines: list[LetterLine] = []
+        async for verdicts in judge_ranges(journal.connection, settings.kafka, kind.begin(), pinned.ranges):
+            lines += [describe_letter(each) for each in verdicts if each.copy is not None or each.skip is not None]
+        return lines
+
+
 async def begin_replay(
     settings: Settings,
     asked: Asked,
@@ -172,6 +183,8 @@ async def compare_replay(
         if not replay.plan.get("options", {}).get("as_new"):
             raise ReplayRefused(f"replay {replay_id} made no new queries: only one with --as-new can be compared")
         kind = Asked.read(replay, Patch()).kind(replay_id, settings)
+        pinned = await asyncio.to_thread(pin, settings.kafka, kind.topics, Window())
+        check_topics(replay, pinned.topics)
         pairs = await list_pairs(journal, settings.kafka, kind, replay)
     async with opened_data_pool(settings) as pool:
         return await compare(pool, ResultReader(), pairs, patience=patience, told=told)

@@ -27,6 +27,7 @@ class Skip(StrEnum):
     CONFLICT = "conflict"
     DELETED = "deleted"
     PARKED = "parked"
+    REDRIVEN = "redriven"
     FOREIGN = "foreign"
     SUPERSEDED = "superseded"
     UNFINISHED = "unfinished"
@@ -36,12 +37,13 @@ class Skip(StrEnum):
 SKIP_REASONS: Mapping[Skip, str] = {
     Skip.UNREADABLE: "can't be read",
     Skip.INVALID: "breaks the contract: its dead letter is what can be replayed",
-    Skip.CONFLICT: "another request has its query_id: its dead letter is what can be replayed",
-    Skip.DELETED: "its query was deleted for good",
-    Skip.PARKED: "was redriven as often as the cap allows",
+    Skip.CONFLICT: "has the query_id of another request: its dead letter is what can be replayed",
+    Skip.DELETED: "belongs to a query that was deleted for good",
+    Skip.PARKED: "was sent again as often as --max-redrives allows",
+    Skip.REDRIVEN: "was sent again before, under an id of its own",
     Skip.FOREIGN: "is no dead letter of queryd's",
     Skip.SUPERSEDED: "is not its query's last event",
-    Skip.UNFINISHED: "its query is not finished: its last event is still to come",
+    Skip.UNFINISHED: "belongs to a query that is not finished: its last event is still to come",
     Skip.REPEATED: "lies in the window before",
 }
 
@@ -59,13 +61,13 @@ class Note(StrEnum):
 
 
 NOTES: Mapping[Note, str] = {
-    Note.FINISHED: "are finished queries: nothing changes",
-    Note.IN_WORK: "wait or run: nothing changes",
-    Note.UNKNOWN: "were never accepted: they run",
-    Note.AS_NEW: "run again, as queries of their own",
-    Note.OWN_ID: "are sent again under their own id",
-    Note.NEW_ID: "are sent again under a new id, for theirs is taken",
-    Note.LAST_EVENT: "are last events, sent again byte for byte",
+    Note.FINISHED: "of finished queries: nothing changes",
+    Note.IN_WORK: "of queries that wait or run: nothing changes",
+    Note.UNKNOWN: "of queries that were never accepted: these run",
+    Note.AS_NEW: "as queries of their own: these run",
+    Note.OWN_ID: "under their own id",
+    Note.NEW_ID: "under a new id, for theirs is taken",
+    Note.LAST_EVENT: "last events, byte for byte",
 }
 
 

@@ -10,14 +10,14 @@ from typing import Any
 from db.connection import Connection
 from db.data.replays import Standing, read_standings
 from producers.dead_letters import DEAD_PREFIX
-from producers.replay.copies import Copy, HeaderRules, Pairs, copy_headers, mint, read_number, read_text
+from producers.replay.copies import Copy, HeaderRules, Pairs, copy_headers, read_number, read_text
 from producers.replay.kinds import Judge, Note, ReplayName, Skip, Verdict
 from producers.replay.log import LoggedRecord, Window
 from producers.replay.requests import ReadRequest, changes_of_id, find_request, read_request
 from producers.replay.selection import Selection
 from queryd.codec import EventTooLarge, decode_request, encode_fields
 from queryd.contract import contract
-from queryd.events import Invalid, Mode, QueryRequested, Topic
+from queryd.events import Invalid, Mode, QueryRequested, Topic, parse_uuid
 from queryd.headers import find_traceparent
 
 _EVENT = QueryRequested.__name__
@@ -47,7 +47,18 @@ class Patch:
             encoded = encode_fields(_EXAMPLE | _statement(self.values) | dict(self.values), _EVENT, Mode.BATCH.topic)
             decode_request(encoded)
         except (Invalid, EventTooLarge) as error:
-            raise PatchRefused(f"the patch makes every request invalid: {error}") from None
+            raise PatchRefused(
+                f"{self._find_misfit() or 'the new values'} would make every request invalid: {error}"
+            ) from None
+
+    def _find_misfit(self) -> str | None:
+        """The first field whose value alone does not fit, by name."""
+        for name, value in self.values.items():
+            try:
+                encode_fields(_EXAMPLE | {name: value}, _EVENT, Mode.BATCH.topic)
+            except (Invalid, EventTooLarge):
+                return name
+        return None
 
     @property
     def digest(self) -> str | None:
@@ -88,17 +99,18 @@ class LetterReplay:
 
     async def _judge(self, connection: Connection, records: Sequence[LoggedRecord]) -> list[Verdict]:
         read = [read_request(record, read_text(record, f"{DEAD_PREFIX}topic")) for record in records]
-        standings = await read_standings(connection, {each.query_id for each in read if each.query_id is not None})
-        return [self._judge_one(each, standings.get(each.query_id or "")) for each in read]
+        ids = {each.query_id for each in read if each.query_id is not None}
+        standings = await read_standings(connection, ids | {name_anew(record) for record in records})
+        return [self._judge_one(each, standings) for each in read]
 
-    def _judge_one(self, read: ReadRequest, standing: Standing | None) -> Verdict:
-        record = read.record
+    def _judge_one(self, read: ReadRequest, standings: Mapping[str, Standing]) -> Verdict:
+        record, standing = read.record, standings.get(read.query_id or "")
         if not self._means(read, standing):
             return Verdict(record)
         topic = read_text(record, f"{DEAD_PREFIX}topic")
         if topic not in _LANES:
             return Verdict(record, skip=Skip.FOREIGN)
-        if (skip := self._find_skip(read, standing)) is not None:
+        if (skip := self._find_skip(read, standings)) is not None:
             return Verdict(record, skip=skip)
         if read.fields is None:
             return Verdict(record, self._copy(record, topic, record.value, None), Note.OWN_ID)
@@ -114,7 +126,10 @@ class LetterReplay:
             )
         )
 
-    def _find_skip(self, read: ReadRequest, standing: Standing | None) -> Skip | None:
+    def _find_skip(self, read: ReadRequest, standings: Mapping[str, Standing]) -> Skip | None:
+        standing = standings.get(read.query_id or "")
+        if name_anew(read.record) in standings:
+            return Skip.REDRIVEN
         if read_number(read.record, _REDRIVES) >= self.max_redrives:
             return Skip.PARKED
         if standing is not None and standing.status is None:
@@ -129,25 +144,32 @@ class LetterReplay:
             topic = Mode(fields["mode"]).topic.value
         if read.request is not None and find_request(fields, topic) is None:
             raise PatchRefused(
-                f"the patch makes a valid request invalid: the letter at {record.partition}/{record.offset}"
+                f"the new values make a valid request invalid: the letter at {record.partition}/{record.offset}"
             )
         # An id that was accepted is its query's for good, and one that is no UUID is nobody's.
         renamed = standing is not None or read.query_id is None
         query_id = read.query_id
         if query_id is None or renamed:
-            query_id = mint(self.replay_id, read.query_id or f"{record.partition}/{record.offset}")
+            query_id = name_anew(record)
             fields["query_id"] = query_id
         if not renamed and not self.patch.values:
             return Verdict(record, self._copy(record, topic, record.value, query_id), Note.OWN_ID)
         try:
             value = encode_fields(fields, _EVENT, topic)
         except (Invalid, EventTooLarge) as error:
-            raise PatchRefused(f"the letter at {record.partition}/{record.offset} can't be patched: {error}") from None
-        copied = self._copy(record, topic, value, query_id, renamed=renamed)
+            raise PatchRefused(f"the letter at {record.partition}/{record.offset} can't be mended: {error}") from None
+        copied = self._copy(record, topic, value, query_id, was=read.query_id if renamed else None, renamed=renamed)
         return Verdict(record, copied, Note.NEW_ID if renamed else Note.OWN_ID)
 
     def _copy(
-        self, record: LoggedRecord, topic: str, value: bytes | None, query_id: str | None, *, renamed: bool = False
+        self,
+        record: LoggedRecord,
+        topic: str,
+        value: bytes | None,
+        query_id: str | None,
+        *,
+        was: str | None = None,
+        renamed: bool = False,
     ) -> Copy:
         return Copy(
             topic=topic,
@@ -157,6 +179,7 @@ class LetterReplay:
             headers=self._headers(record, query_id if renamed else None),
             query_id=query_id,
             origin=find_traceparent(record.headers),
+            was=was,
         )
 
     def _headers(self, record: LoggedRecord, query_id: str | None) -> Pairs:
@@ -166,6 +189,56 @@ class LetterReplay:
         redrives = str(read_number(record, _REDRIVES) + 1)
         return [*copy_headers(record, self.replay_id, self.headers, changed), (_REDRIVES, redrives.encode())]
 
+
+@dataclass(frozen=True, slots=True)
+class LetterLine:
+    """What is to be known of a letter without its request's text or values. `skip` says why it would not be sent."""
+
+    partition: int
+    offset: int
+    buried_at: str | None
+    code: str | None
+    redrives: int
+    query_id: str | None
+    org_id: str | None
+    reason: str | None
+    skip: Skip | None
+
+
+def describe_letter(verdict: Verdict) -> LetterLine:
+    """One letter that was asked for."""
+    record = verdict.record
+    read = read_request(record)
+    return LetterLine(
+        partition=record.partition,
+        offset=record.offset,
+        buried_at=read_text(record, f"{DEAD_PREFIX}time"),
+        code=read_text(record, f"{DEAD_PREFIX}code"),
+        redrives=read_number(record, _REDRIVES),
+        query_id=read.query_id,
+        org_id=None if read.fields is None else _find_uuid(read.fields["org_id"]),
+        reason=read_text(record, f"{DEAD_PREFIX}reason"),
+        skip=verdict.skip,
+    )
+
+
+def _find_uuid(value: object) -> str | None:
+    """An id that is one; anything else may be anything."""
+    try:
+        return parse_uuid(value, "org_id")
+    except Invalid:
+        return None
+
+
+def name_anew(letter: LoggedRecord) -> str:
+    """The id that a letter's copy gets where its own is taken: of this letter, by its place and time, whatever replays
+    it, so that it runs once. Two letters of one id are two requests."""
+    place = f"{letter.topic}/{letter.partition}/{letter.offset}/{letter.timestamp_ms}"
+    return str(uuid.uuid5(_NAMES, f"{place}/{(letter.key or b'').hex()}"))
+
+
+# Of the ids that letters get.
+_NAMES = uuid.uuid5(uuid.NAMESPACE_URL, "queryd:dead-letters")
 
 # A request that nothing is wrong with, to try a patch on.
 _EXAMPLE: dict[str, Any] = {

@@ -4,14 +4,14 @@ import asyncio
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
 
 from db.connection import Connection, unavailable_told_apart
 from producers.replay.copies import HeaderRules
-from producers.replay.kinds import Note, ReplayKind, Skip, Verdict
+from producers.replay.kinds import Judge, Note, ReplayKind, Skip, Verdict
 from producers.replay.log import LogReader, OffsetRange, Pinned, Place, Window, pin
 from producers.replay.selection import Selection
 from queryd.topics import TopicIdentity
@@ -45,7 +45,8 @@ class RangePlan:
 class Plan:
     """What would be published, by `matched`, and what of it is known, by `notes`; what would be skipped, and why.
 
-    `scanned` records were read in all; those that are neither were not asked for. `hash` stands for all of that but the
+    `scanned` records were read in all; those that are neither were not asked for. `first_ids` are those of the records,
+    not of copies with other ids. `hash` stands for all of that but the
     notes, which change by themselves.
     """
 
@@ -101,19 +102,16 @@ async def plan(
     digests = {place: hashlib.sha256() for place in by_place}
     first_ids: list[str] = []
     offsets = sum(each.end - each.start for each in pinned.ranges)
-    with LogReader(config, pinned.ranges, {}) as reader:
-        while records := await asyncio.to_thread(reader.read, _BATCH):
-            with unavailable_told_apart():
-                verdicts = await judge(connection, records)
-            for verdict in verdicts:
-                place = verdict.record.topic, verdict.record.partition
-                total.add(verdict)
-                by_place[place].add(verdict)
-                if verdict.copy is not None:
-                    digests[place].update(f"{verdict.record.offset}\n".encode())
-                    if len(first_ids) < _FIRST_IDS:
-                        first_ids.append(verdict.copy.query_id or "unreadable")
-            told(total.scanned, offsets)
+    async for verdicts in judge_ranges(connection, config, judge, pinned.ranges):
+        for verdict in verdicts:
+            place = verdict.record.topic, verdict.record.partition
+            total.add(verdict)
+            by_place[place].add(verdict)
+            if verdict.copy is not None:
+                digests[place].update(f"{verdict.record.offset}\n".encode())
+                if len(first_ids) < _FIRST_IDS:
+                    first_ids.append(verdict.copy.was or verdict.copy.query_id or "unreadable")
+        told(total.scanned, offsets)
     if not total.matched:
         raise NothingMatches(_describe_nothing(total))
     return Plan(
@@ -132,6 +130,17 @@ async def plan(
         skipped=dict(total.skipped),
         first_ids=tuple(first_ids),
     )
+
+
+async def judge_ranges(
+    connection: Connection, config: dict[str, Any], judge: Judge, ranges: Sequence[OffsetRange]
+) -> AsyncIterator[list[Verdict]]:
+    """All records of the ranges judged, batch by batch, and nothing sent. Raises as `plan`."""
+    with LogReader(config, ranges, {}) as reader:
+        while records := await asyncio.to_thread(reader.read, _BATCH):
+            with unavailable_told_apart():
+                verdicts = await judge(connection, records)
+            yield verdicts
 
 
 def describe_asked(window: Window, selection: Selection, headers: HeaderRules) -> dict[str, Any]:
@@ -200,8 +209,8 @@ def _from_json(value: Any) -> Any:
 
 def _describe_nothing(total: Tally) -> str:
     if not total.scanned:
-        return "the window holds no records: widen it"
+        return "there are no records in these partitions at that time: look at the times"
     if not total.skipped:
-        return f"none of the window's {total.scanned} records is asked for: look at the filters and the times"
+        return f"none of the {total.scanned} records that were read lies in the window and is asked for: look at both"
     why = ", ".join(f"{count} {skip.value}" for skip, count in sorted(total.skipped.items()))
-    return f"nothing of the window's {total.scanned} records can be replayed: {why}"
+    return f"nothing of the {total.scanned} records that were read can be replayed: {why}"

@@ -13,7 +13,7 @@ from producers.replay.journal import Journal, ReplayRefused
 from producers.replay.kinds import Note, ReplayKind, Skip, Verdict
 from producers.replay.log import LoggedRecord, LogReader, OffsetRange, Place, Window
 from producers.replay.pace import LagGuard, TokenBucket
-from producers.replay.plan import Plan, describe_asked, describe_topics
+from producers.replay.plan import Plan, describe_asked, describe_topics, judge_ranges
 from producers.replay.selection import Selection
 from queryd.headers import continue_trace
 from queryd.publisher import Publisher
@@ -70,8 +70,8 @@ def check_topics(replay: Replay, topics: Mapping[str, TopicIdentity]) -> None:
     for topic, identity in replay.plan["topics"].items():
         if now.get(topic) != identity:
             raise ReplayRefused(
-                f"{topic} is not the topic that was planned for, it was made anew or is another cluster's: "
-                f"queryd replay cancel {replay.id}, and plan again"
+                f"{topic} is not the topic that replay {replay.id} was planned for: it was made anew, or is another "
+                "cluster's. What it was about is gone; cancel it if it has not ended, and plan again"
             )
 
 
@@ -82,12 +82,10 @@ async def list_pairs(
 
     Raises as `Replayer.run`.
     """
-    judge, pairs = kind.begin(), []
-    with LogReader(config, read_ranges(replay), {}) as reader:
-        while records := await asyncio.to_thread(reader.read, BATCH):
-            with unavailable_told_apart():
-                copies = [verdict.copy for verdict in await judge(journal.connection, records)]
-            pairs += [(each.was, each.query_id) for each in copies if each is not None and each.was and each.query_id]
+    pairs: list[tuple[str, str]] = []
+    async for verdicts in judge_ranges(journal.connection, config, kind.begin(), read_ranges(replay)):
+        copies = [verdict.copy for verdict in verdicts]
+        pairs += [(each.was, each.query_id) for each in copies if each is not None and each.was and each.query_id]
     return pairs
 
 

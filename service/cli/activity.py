@@ -101,6 +101,8 @@ def to_line(frame: Frame) -> str:
 def to_lines(frame: Frame) -> Iterator[str]:
     """The lanes in one line, and one for each query, for grep and cut."""
     yield to_line(frame)
+    if frame.queries:
+        yield "\t".join(_HEADINGS)
     for query in frame.queries:
         yield "\t".join(_show_query(query, wide=True))
 
@@ -163,7 +165,8 @@ def _show_query(query: SeenQuery, *, wide: bool) -> list[str]:
     ran = "" if query.run_seconds is None else _show_span(query.run_seconds)
     times = [_show_span(query.age_seconds), ran]
     if not wide:
-        return [query.query_id, query.org_id[:_ID_DIGITS], query.status, *times]
+        # What failed says why: that it failed, the code says as well.
+        return [query.query_id, query.org_id[:_ID_DIGITS], query.error_code or query.status, *times]
     return [query.query_id, query.org_id, query.mode, query.status, query.error_code or "", *times]
 
 

@@ -62,6 +62,8 @@ def submit(
     settings = load_settings()
     if (sql is None) == (saved is None):
         complain("give the SQL, or --saved with a saved query's id; one of them and not both", 2)
+    if inline and mode is Mode.BATCH:
+        complain("--inline is for the interactive lane: leave it out, or --mode batch", 2)
     text = sys.stdin.read() if sql == "-" else sql
     if text is not None and not text.strip():
         complain("the SQL is empty", 2)
@@ -150,7 +152,9 @@ def fetch(
         _print_error(row, files)
         return
     if row.status != Status.SUCCEEDED:
-        complain(f"the query is {row.status}" + (f", {row.error_code}: {row.error_message}" if row.error_code else ""))
+        known = f", {row.error_code}: {row.error_message}" if row.error_code else ""
+        more = f"; what the engine said: queryd fetch {query_id} --error" if files else ""
+        complain(f"the query is {row.status}{known}{more}")
     if output is not None and (link or as_json):
         complain("-o writes the result; --link and --json print where it is: one of them at a time", 2)
     inline = _read_inline(row.query_id) if row.output_location is None else None
@@ -243,7 +247,7 @@ def _wait(handle: QueryHandle, sql_hash: str | None) -> dict[str, Any]:
 
 def _check_same(query_id: str, ran: str, asked: str | None) -> None:
     if asked is not None and ran != asked:
-        complain(f"{query_id} was used before, for another query: see query.requests.dead")
+        complain(f"{query_id} was used before, for another query: queryd replay dead-letters --list --key {query_id}")
 
 
 def _show_event(event: QueryStatusChanged) -> dict[str, Any]:
@@ -268,14 +272,15 @@ def _show_row(row: CanonicalRow, files: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _print_submitted(query_id: str, ended: dict[str, Any] | None, output_format: OutputFormat, as_json: bool) -> None:
     fields: dict[str, Any] = {"query_id": query_id} | (ended or {})
+    inline = None
+    if ended is not None and ended["status"] == Status.SUCCEEDED and ended["output_location"] is None:
+        inline = _read_inline(query_id)
     if as_json:
-        print_json(fields)
+        print_json(fields | ({} if inline is None else {"inline_result": base64.b64encode(inline).decode()}))
         return
     print_fields(fields | {"files": ", ".join(file["key"] for file in fields.get("files", ())) or None})
     if ended is not None and ended["status"] == Status.SUCCEEDED:
-        readable = ended["output_location"] is None and output_format is not OutputFormat.PARQUET
-        inline = _read_inline(query_id) if readable else None
-        if inline is None:
+        if inline is None or output_format is OutputFormat.PARQUET:
             print(f"fetch it: queryd fetch {query_id}")
         else:
             print(flush=True)

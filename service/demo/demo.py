@@ -22,7 +22,7 @@ from access.datasets import add_dataset
 from access.saved_queries import save_query
 from db.data.datasets import NewDataset
 from queryd.client import QueryClient, QueryHandle
-from queryd.events import QueryStatusChanged, Status
+from queryd.events import Mode, QueryStatusChanged, Status
 from service.demo.flights import DEPARTED, FLIGHTS, TABLES, flights_location, load_flights
 from service.demo.questions import QUESTIONS, SAVED_NAME, SAVED_SQL, Question
 from service.settings import Settings, load_settings
@@ -32,6 +32,8 @@ from service.wiring import opened_data_pool
 # Two cores answer in some 15 s; without an answer for this long something is wrong.
 _ANSWER_SECONDS = 120.0
 _REFRESH_SECONDS = 0.1
+# From here on the places have room beside the titles.
+_WIDE = 120
 
 _ORG = "00000000-0000-4000-8000-00000000f113"
 _USER = "00000000-0000-4000-8000-00000000da7a"
@@ -151,7 +153,7 @@ async def _follow(asked: Sequence[Asked], console: Console) -> list[QueryStatusC
             latest = [each.handle.event for each in asked]
             finished = [event for event in latest if event is not None and event.status.terminal]
             progress.update(bar, completed=len(finished))
-            live.update(Group(progress, _table(asked, latest)))
+            live.update(Group(progress, _table(asked, latest, wide=live.console.width >= _WIDE)))
             if len(finished) == len(asked):
                 return finished
             if time.monotonic() > deadline:
@@ -190,22 +192,25 @@ def _summarize(asked: Sequence[Asked], events: Sequence[QueryStatusChanged]) -> 
     }
 
 
-def _table(asked: Sequence[Asked], events: Sequence[QueryStatusChanged | None]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("query", "lane", "status"):
-        table.add_column(name)
+def _table(asked: Sequence[Asked], events: Sequence[QueryStatusChanged | None], *, wide: bool) -> Table:
+    """A line a query; where there is little room a title is cut, and of the place only the query's id is told."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1) if wide else (0, 1, 0, 0))
+    table.add_column("query", no_wrap=True, overflow="ellipsis")
+    for name in ("lane", "status"):
+        table.add_column(name, no_wrap=True)
     for name in ("rows", "bytes", "ms"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("where", no_wrap=True)
     for each, event in zip(asked, events, strict=True):
         question = each.question
         if event is None:
-            table.add_row(question.title, question.mode.value, "requested", "", "", "", "")
+            table.add_row(question.title, _lane(question.mode, wide=wide), "requested", "", "", "", "")
             continue
-        where = _shorten(event.output_location) or (event.error_code.value if event.error_code is not None else "")
+        place = _shorten(event.output_location) if wide or event.output_location is None else f"{event.query_id[:8]}…"
+        where = place or (event.error_code.value if event.error_code is not None else "")
         table.add_row(
             question.title,
-            event.mode.value,
+            _lane(event.mode, wide=wide),
             event.status.value,
             "" if event.row_count is None else f"{event.row_count:,}",
             "" if event.bytes is None else f"{event.bytes:,}",
@@ -218,7 +223,12 @@ def _table(asked: Sequence[Asked], events: Sequence[QueryStatusChanged | None]) 
 def _print_table(asked: Sequence[Asked], events: Sequence[QueryStatusChanged]) -> None:
     # Where nobody sets a width (a pipe, CI), each query still has one line.
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
-    Console(width=width).print(_table(asked, events))
+    console = Console(width=width)
+    console.print(_table(asked, events, wide=console.width >= _WIDE))
+
+
+def _lane(mode: Mode, *, wide: bool) -> str:
+    return mode.value if wide or mode is Mode.BATCH else "inter."
 
 
 def _shorten(location: str | None) -> str | None:

@@ -44,6 +44,11 @@ class CommandLine:
         found: list[dict[str, Any]] = self._read(["list"], 0)
         return found
 
+    def list_letters(self, *arguments: str) -> list[dict[str, Any]]:
+        """`queryd replay dead-letters --list`."""
+        found: list[dict[str, Any]] = self._read(["dead-letters", "--list", *arguments], 0)
+        return found
+
     def refuse(self, *arguments: str) -> str:
         """What it says instead of doing it."""
         done = self._run(arguments)
