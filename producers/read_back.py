@@ -43,11 +43,25 @@ def read_ends(config: dict[str, Any], topic: str) -> dict[int, int]:
 
     Raises `KafkaException`.
     """
-    admin = AdminClient(config | QUIET)
-    partitions = admin.list_topics(topic, timeout=_BROKER_SECONDS).topics[topic].partitions
     # The binding gives it no types.
     latest: Callable[[], Any] = OffsetSpec.latest
-    wanted = {TopicPartition(topic, partition): latest() for partition in partitions}
+    return _read_offsets(config, topic, latest())
+
+
+def read_starts(config: dict[str, Any], topic: str) -> dict[int, int]:
+    """The offsets of the first records that a topic still holds, by partition; of an empty one its end. Blocks.
+
+    Raises `KafkaException`.
+    """
+    # The binding gives it no types.
+    earliest: Callable[[], Any] = OffsetSpec.earliest
+    return _read_offsets(config, topic, earliest())
+
+
+def _read_offsets(config: dict[str, Any], topic: str, spec: Any) -> dict[int, int]:
+    admin = AdminClient(config | QUIET)
+    partitions = admin.list_topics(topic, timeout=_BROKER_SECONDS).topics[topic].partitions
+    wanted = {TopicPartition(topic, partition): spec for partition in partitions}
     found = admin.list_offsets(wanted, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=_BROKER_SECONDS)
     return {place.partition: future.result().offset for place, future in found.items()}
 

@@ -1,7 +1,7 @@
 """`QueryClient` for programs on asyncio: the same, awaited."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -11,6 +11,7 @@ import pyarrow as pa
 from queryd.environment import read_kafka
 from queryd.events import QueryStatusChanged
 from queryd.feed import AsyncEventFeed
+from queryd.registry import registry_in_use
 from queryd.requests import SubmitOptions
 from queryd.session import KnownQuery, Query, Session, still_waiting
 
@@ -54,8 +55,8 @@ class AsyncQueryHandle(KnownQuery):
 
     async def cancel(self, *, user_id: str | None = None, reason: str | None = None) -> None:
         """Ask for the query to stop; see `QueryClient.cancel`."""
-        _, answer = self._query.session.cancel(self.query_id, self._query.org_id, user_id, reason)
-        await asyncio.wrap_future(answer)
+        org_id = self._query.org_id
+        await _send(lambda: self._query.session.cancel(self.query_id, org_id, user_id, reason))
 
 
 class AsyncQueryClient:
@@ -77,7 +78,8 @@ class AsyncQueryClient:
 
     async def submit(self, sql: str | None = None, **options: Unpack[SubmitOptions]) -> AsyncQueryHandle:
         """Publish a request and return once the broker has it; see `QueryClient.submit`."""
-        return await _acknowledged(self._session.submit(sql, options))
+        session = self._session
+        return AsyncQueryHandle(await _send(lambda: session.submit(sql, options)))
 
     def handle(self, query_id: str, *, org_id: str | None = None) -> AsyncQueryHandle:
         """A query that was submitted before; see `QueryClient.handle`."""
@@ -87,7 +89,8 @@ class AsyncQueryClient:
         self, query_id: str, *, org_id: str, user_id: str | None = None, reason: str | None = None
     ) -> AsyncQueryHandle:
         """Ask for a query of that org to stop; see `QueryClient.cancel`."""
-        return await _acknowledged(self._session.cancel(query_id, org_id, user_id, reason))
+        session = self._session
+        return AsyncQueryHandle(await _send(lambda: session.cancel(query_id, org_id, user_id, reason)))
 
     def events(self, *, group: str, org: str | None = None) -> AsyncEventFeed:
         """All status events, or those of one org, as a durable subscription of the caller's group."""
@@ -114,10 +117,12 @@ class AsyncQueryClient:
         return self._opened
 
 
-async def _acknowledged(sent: "tuple[Query, Future[None]]") -> AsyncQueryHandle:
-    query, answer = sent
+async def _send(send: "Callable[[], tuple[Query, Future[None]]]") -> Query:
+    """The query, once the broker has what `send` publishes."""
+    # A schema registry may be asked first, and one that is away takes seconds: not in the event loop.
+    query, answer = send() if registry_in_use() is None else await asyncio.to_thread(send)
     await asyncio.wrap_future(answer)
-    return AsyncQueryHandle(query)
+    return query
 
 
 async def _wait_for(future: "asyncio.Future[None]", seconds: float | None) -> None:

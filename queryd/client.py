@@ -80,7 +80,8 @@ class QueryClient:
         return cls(read_kafka())
 
     def submit(self, sql: str | None = None, **options: Unpack[SubmitOptions]) -> QueryHandle:
-        """Publish a request and return once the broker has it; raises `NotSubmitted`, and `Invalid` for a wrong id.
+        """Publish a request and return once the broker has it; raises `NotSubmitted`, `Invalid` for a wrong id, and
+        `ClientStopped` after `close`.
 
         Submitting again under the same `query_id` with the same content is the same request: the handle tells what has
         come of the first. With other content it is refused into `query.requests.dead`, and the first stays.
@@ -99,7 +100,7 @@ class QueryClient:
     def cancel(
         self, query_id: str, *, org_id: str, user_id: str | None = None, reason: str | None = None
     ) -> QueryHandle:
-        """Ask for a query of that org to stop, and return once the broker has it; raises `NotSubmitted`.
+        """Ask for a query of that org to stop, and return once the broker has it; raises as `submit` does.
 
         Its terminal event confirms it: `Failed` with `QUERY_CANCELLED`, unless the query was finished before. A query
         of another org goes on as if nobody had asked.

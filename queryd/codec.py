@@ -98,7 +98,7 @@ def _misfits_told(name: str) -> Iterator[None]:
     """Turn what a value raises for which the schema has no room into `Invalid`."""
     try:
         yield
-    except (ValueError, TypeError, OverflowError) as error:
+    except (ValueError, TypeError, OverflowError, AttributeError) as error:
         # fastavro's own sentence quotes the value.
         raise Invalid(f"a field of the {name} does not fit its schema ({type(error).__name__})") from None
 

@@ -18,6 +18,7 @@ import asyncio
 import logging
 import math
 import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
@@ -107,6 +108,17 @@ class AsyncFeed(Generic[_Item]):
             raise StopAsyncIteration
         return item
 
+    async def wait_arrived(self, timeout: float | None = None) -> bool:  # noqa: ASYNC109 — as `take` has it
+        """True once `take_arrived` may have one; False when `timeout` seconds have passed, or after `close`.
+
+        Hands out nothing, so that who is interrupted while it waits has lost nothing. Raises as `take` does.
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                return await self._await_arrival()
+        except TimeoutError:
+            return False
+
     async def commit(self) -> None:
         """Everything that was handed out is processed; returns once the broker knows.
 
@@ -139,12 +151,19 @@ class AsyncFeed(Generic[_Item]):
         await self.close()
 
     async def _next(self) -> _Item | None:
+        while await self._await_arrival():
+            if (item := self.take_arrived()) is not None:
+                return item
+        return None
+
+    async def _await_arrival(self) -> bool:
+        """True once records lie here that nobody has judged; False after `close`."""
         if self._reading is None and not self._closed:
             self._reading = asyncio.create_task(self._read())
             self._reading.add_done_callback(lambda _: self._news.set())
         while not self._closed:
-            if (item := self.take_arrived()) is not None:
-                return item
+            if self._arrived:
+                return True
             assert self._reading is not None
             if self._reading.done():
                 self._reading.result()
@@ -152,7 +171,7 @@ class AsyncFeed(Generic[_Item]):
             self._news.clear()
             self._wanted.set()
             await self._news.wait()
-        return None
+        return False
 
     def _judge(self, record: Record) -> _Item | None:
         """The item to hand out; None for what is passed over."""
@@ -166,6 +185,8 @@ class AsyncFeed(Generic[_Item]):
             subscription.finish(record)
             return None
         item = self._choose(status)
+        if item is None and status.event is None:
+            self._seen.delete(status.query_id)
         if item is not None and self._seen.add(status):
             self._hand_out(status)
             return item
@@ -177,9 +198,10 @@ class AsyncFeed(Generic[_Item]):
         return None
 
     def _hand_out(self, status: StatusRecord) -> None:
-        self._handed.append(status.record)
         self._handed_bytes += status.record.size
         self._handed_queries.add(status.query_id)
+        # Last: who is interrupted before it has not been handed the record, and does not commit it.
+        self._handed.append(status.record)
 
     def _check_commits(self) -> None:
         if len(self._handed) > MOST_UNCOMMITTED or self._handed_bytes > _MOST_UNCOMMITTED_BYTES:
@@ -226,9 +248,14 @@ class Feed(Generic[_Item]):
 
     def take(self, timeout: float | None = None) -> _Item | None:
         """See `AsyncFeed.take`."""
-        # Most are here already, and a round through the loop's thread costs as much as ten of them.
-        item = self._feed.take_arrived()
-        return self._run(partial(self._feed.take, timeout)) if item is None else item
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        # Most are here already, and a round through the loop's thread costs as much as ten of them. Handed out is in
+        # the caller's own thread only: what the loop's had taken while Ctrl-C ended the wait would be committed unseen.
+        while (item := self._feed.take_arrived()) is None:
+            left = None if timeout is None else max(0.0, deadline - time.monotonic())
+            if not self._run(partial(self._feed.wait_arrived, left)):
+                return None
+        return item
 
     def __iter__(self) -> Self:
         return self
@@ -271,7 +298,7 @@ class Feed(Generic[_Item]):
         try:
             return running.result()
         except BaseException:
-            # Ctrl-C while waiting: what has not been handed out must not be either.
+            # Ctrl-C: nobody waits for it any more.
             running.cancel()
             raise
 
@@ -317,6 +344,12 @@ class Seen:
     def __init__(self, size: int = _REMEMBERED) -> None:
         self._size = size
         self._sequences: OrderedDict[QueryId, float] = OrderedDict()
+
+    def delete(self, query_id: QueryId) -> None:
+        """A tombstone that is not handed out: what follows it is another story. Of a query that was never handed out
+        nothing has to be known."""
+        if query_id in self._sequences:
+            self._sequences[query_id] = math.inf
 
     def add(self, status: StatusRecord) -> bool:
         """True for what is new; False for an event as old as one that was seen, or a tombstone that was."""

@@ -17,11 +17,15 @@ MESSAGE_BYTES = 256 * 1024 * 1024
 # How long one poll for delivery reports blocks its thread; only a close waits for it.
 _POLL_SECONDS = 0.1
 # librdkafka's word for a partition that its partitioner chooses.
-_BY_KEY = -1
+BY_KEY = -1
 
 
 class NotDelivered(Exception):
     """The broker did not acknowledge a record in 60 s, or refused it: nobody may act as if it were published."""
+
+
+class RecordTooLarge(NotDelivered):
+    """The broker will never take it: its topic's records are smaller."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,7 @@ class Publisher:
                     key=key,
                     value=value,
                     headers=to_kafka(headers) if isinstance(headers, dict) else headers,
-                    partition=_BY_KEY if partition is None else partition,
+                    partition=BY_KEY if partition is None else partition,
                     on_delivery=report,
                 )
                 break
@@ -114,7 +118,8 @@ def _resolve(answer: "asyncio.Future[Delivered]", error: KafkaError | None, mess
     if answer.done():
         return
     if error is not None:
-        answer.set_exception(NotDelivered(error.str()))
+        too_large = error.code() == KafkaError.MSG_SIZE_TOO_LARGE
+        answer.set_exception(RecordTooLarge(error.str()) if too_large else NotDelivered(error.str()))
         return
     partition, offset = message.partition(), message.offset()
     assert partition is not None and offset is not None

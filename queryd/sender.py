@@ -8,7 +8,7 @@ from typing import Any
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from queryd.codec import encode, topic_of
-from queryd.errors import NotSubmitted
+from queryd.errors import ClientStopped, NotSubmitted
 from queryd.events import QueryCancelRequested, QueryRequested
 from queryd.outages import QUIET
 from queryd.registry import RegistryAway, RegistryRefused
@@ -17,6 +17,10 @@ from queryd.requests import make_headers
 # How long the broker may take to acknowledge, retries included, before a submit says that it failed. A leader's
 # election takes some ten seconds at worst.
 _DELIVERY_SECONDS = 30.0
+# librdkafka looks once a second for what is too late; at a close it is given that time and some more.
+_EXPIRY_SECONDS = 3.0
+# How long the reports of what a close has given up may take: they are in memory.
+_REPORT_SECONDS = 1.0
 # How long one poll for acknowledgements blocks its thread; only a close waits for it.
 _POLL_SECONDS = 0.1
 
@@ -31,13 +35,16 @@ class Sender:
             | {"enable.idempotence": True, "acks": "all", "delivery.timeout.ms": int(_DELIVERY_SECONDS * 1000)}
         )
         self._closing = threading.Event()
+        # Nothing gets into the queue behind a close, where nobody would ever hear of it.
+        self._open = threading.Lock()
         self._poller = threading.Thread(target=self._poll, name="queryd-sender", daemon=True)
         self._poller.start()
 
     def send(self, request: QueryRequested | QueryCancelRequested) -> "Future[None]":
         """Begin to publish; the future is done once the broker has it, and raises `NotSubmitted` after 30 s.
 
-        Raises `NotSubmitted` where it can't even begin, `Invalid` and `EventTooLarge` for what does not fit its schema.
+        Raises `NotSubmitted` where it can't even begin, `ClientStopped` after `close`, `Invalid` and `EventTooLarge`
+        for what does not fit its schema.
         """
         answer: Future[None] = Future()
         # What is on its way can't be called back.
@@ -50,13 +57,17 @@ class Sender:
                 answer.set_exception(NotSubmitted(error.str()))
 
         try:
-            self._producer.produce(
-                topic_of(request),
-                key=request.query_id.encode(),
-                value=encode(request),
-                headers=make_headers(request),
-                on_delivery=report,
-            )
+            value = encode(request)
+            with self._open:
+                if self._closing.is_set():
+                    raise ClientStopped("the client was closed: make another")
+                self._producer.produce(
+                    topic_of(request),
+                    key=request.query_id.encode(),
+                    value=value,
+                    headers=make_headers(request),
+                    on_delivery=report,
+                )
         except BufferError:
             raise NotSubmitted("too many requests wait for the broker's acknowledgement; submit again later") from None
         except KafkaException as error:
@@ -66,10 +77,15 @@ class Sender:
         return answer
 
     def close(self) -> None:
-        """Wait for what is under way; its futures say how it went. Blocks for up to 30 s."""
-        self._producer.flush(_DELIVERY_SECONDS)
-        self._closing.set()
+        """Wait for what is under way; its futures say how it went, all of them. Blocks for up to 34 s, where the broker
+        is away."""
+        with self._open:
+            self._closing.set()
         self._poller.join()
+        if self._producer.flush(_DELIVERY_SECONDS + _EXPIRY_SECONDS):
+            # A request that lies with a broker which fell silent outlives its time.
+            self._producer.purge()
+            self._producer.flush(_REPORT_SECONDS)
 
     def _poll(self) -> None:
         while not self._closing.is_set():

@@ -1,49 +1,28 @@
 """A result's file as record batches, with the types that its event says.
 
 Parquet has its own types. In CSV and JSON every value is text: what the event says of a column decides its type, not
-what the first values look like. A type that has no counterpart stays text, times of day in JSON too; lists and structs
-are text in CSV. Of columns beyond the 200 that an event names the type is guessed from the first rows.
+what the first values look like. A type that has no counterpart stays text, times of day in JSON too; lists, structs and
+maps are text in CSV. Of columns beyond the 200 that an event names the type is guessed from the first rows.
 """
 
 import csv as text_csv
 import io
 import json as text_json
-import re
 from collections.abc import Iterator, Sequence
-from typing import IO
+from typing import IO, Any
 
 import pyarrow as pa
 from pyarrow import csv, json, parquet
 
+from queryd.column_types import DATE, TIME, NoCounterpart, holds_map, is_nested, parse_scalar, parse_type, replace
 from queryd.errors import ResultUnreadable
 from queryd.events import Column, OutputFormat, QueryStatusChanged
 
 # A row must fit into a block; queries make rows of megabytes at times, and a block costs its size in memory.
 _BLOCK_BYTES = 16 * 1024 * 1024
 
-_TYPES = {
-    "BOOLEAN": pa.bool_(),
-    "TINYINT": pa.int8(),
-    "SMALLINT": pa.int16(),
-    "INTEGER": pa.int32(),
-    "BIGINT": pa.int64(),
-    "UTINYINT": pa.uint8(),
-    "USMALLINT": pa.uint16(),
-    "UINTEGER": pa.uint32(),
-    "UBIGINT": pa.uint64(),
-    # What a sum of integers is; Parquet has it so too.
-    "HUGEINT": pa.decimal128(38, 0),
-    "FLOAT": pa.float32(),
-    "DOUBLE": pa.float64(),
-    "DATE": pa.date32(),
-    "TIME": pa.time64("us"),
-    "TIMESTAMP": pa.timestamp("us"),
-    "TIMESTAMP WITH TIME ZONE": pa.timestamp("us", "UTC"),
-}
-_DECIMAL = re.compile(r"DECIMAL\((\d+),(\d+)\)")
-_DATE, _TIME = _TYPES["DATE"], _TYPES["TIME"]
-# JSON has these as objects and lists.
-_NESTED = re.compile(r"(STRUCT|MAP|UNION)\b.*|.*\[\d*\]", re.DOTALL)
+# How much of a file with maps is taken apart at once: as Python's own objects it is ten times larger.
+_LINES_BYTES = 1024 * 1024
 
 
 def open_batches(body: IO[bytes], event: QueryStatusChanged) -> pa.RecordBatchReader:
@@ -66,7 +45,10 @@ def open_batches(body: IO[bytes], event: QueryStatusChanged) -> pa.RecordBatchRe
 
 def _open_csv(body: IO[bytes], columns: Sequence[Column]) -> pa.RecordBatchReader:
     names = _read_header(body)
-    types = {name: type_ for name, type_ in _name_types(names, columns, pa.string()).items() if type_ is not None}
+    types = {
+        name: pa.string() if is_nested(column.type) else parse_scalar(column.type)
+        for name, column in zip(names, columns, strict=False)
+    }
     return csv.open_csv(
         body,
         read_options=csv.ReadOptions(block_size=_BLOCK_BYTES),
@@ -93,20 +75,25 @@ def _open_json(body: IO[bytes], columns: Sequence[Column]) -> pa.RecordBatchRead
     body.seek(0)
     if not first:
         # No rows, so not even names: the event's.
-        empty = pa.schema([(column.name, _to_arrow(column.type) or pa.string()) for column in columns])
+        empty = pa.schema([(column.name, parse_scalar(column.type)) for column in columns])
         return pa.RecordBatchReader.from_batches(empty, [])
     # Every row of DuckDB's has all of them.
     names = list(text_json.loads(first))
-    named = _name_types(names, columns, None)
-    # pyarrow's reader takes both as text only; from there a date can be cast, a time of day can't.
-    named = {name: pa.string() if type_ == _TIME else type_ for name, type_ in named.items()}
-    taken = {name: pa.string() if type_ == _DATE else type_ for name, type_ in named.items()}
+    known = zip(names, columns, strict=False)
+    named = {name: _type_in_json(column, number) for number, (name, column) in enumerate(known, start=1)}
+    if any(map(holds_map, named.values())):
+        if len(named) < len(names):
+            raise _unreadable("a result of so many columns, with maps among them,")
+        target = pa.schema(list(named.items()))
+        return pa.RecordBatchReader.from_batches(target, _read_rows(body, target))
+    # pyarrow's reader takes dates as text only, from which they can be cast.
+    taken = [(name, replace(type_, DATE, pa.string())) for name, type_ in named.items()]
     reader = json.open_json(
         body,
         read_options=json.ReadOptions(block_size=_BLOCK_BYTES),
         parse_options=json.ParseOptions(
-            explicit_schema=pa.schema([(name, type_) for name, type_ in taken.items() if type_ is not None]),
-            unexpected_field_behavior="infer",
+            explicit_schema=pa.schema(taken),
+            unexpected_field_behavior="infer" if len(named) < len(names) else "error",
         ),
     )
     # The reader puts columns of known types first.
@@ -115,20 +102,69 @@ def _open_json(body: IO[bytes], columns: Sequence[Column]) -> pa.RecordBatchRead
     return pa.RecordBatchReader.from_batches(target, (batch.select(order).cast(target) for batch in reader))
 
 
-def _name_types(
-    names: Sequence[str], columns: Sequence[Column], nested: pa.DataType | None
-) -> dict[str, pa.DataType | None]:
-    """The type of each column by its name in the file; None is for the reader to find out."""
-    return {
-        name: nested if _NESTED.fullmatch(column.type) else _to_arrow(column.type) or pa.string()
-        for name, column in zip(names, columns, strict=False)
-    }
+def _type_in_json(column: Column, number: int) -> pa.DataType:
+    """The type of the column of that number. What the reader would have to guess would change with the values."""
+    try:
+        # A time of day is text: there is one more of it than Arrow has, 24:00:00.
+        return replace(parse_type(column.type), TIME, pa.string())
+    except NoCounterpart:
+        if is_nested(column.type) or column.type == "JSON":
+            raise _unreadable(f"column {number}, whose type JSON does not tell,") from None
+        return pa.string()
 
 
-def _to_arrow(type_: str) -> pa.DataType | None:
-    if found := _DECIMAL.fullmatch(type_):
-        return pa.decimal128(int(found[1]), int(found[2]))
-    return _TYPES.get(type_)
+def _read_rows(body: IO[bytes], target: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Rows with maps, which are objects in DuckDB's JSON: pyarrow's reader has none."""
+    while lines := body.readlines(_LINES_BYTES):
+        # Numbers stay the text that they are, and lose nothing on their way to their type.
+        rows = [text_json.loads(line, parse_int=str, parse_float=str) for line in lines]
+        columns = [_build([row[field.name] for row in rows], field.type) for field in target]
+        yield pa.RecordBatch.from_arrays(columns, schema=target)
+
+
+def _build(values: list[Any], type_: pa.DataType) -> pa.Array:
+    """An array of that type, from what JSON has for it."""
+    if pa.types.is_struct(type_):
+        _check_all(values, dict)
+        parts = [
+            _build([None if value is None else value[field.name] for value in values], field.type) for field in type_
+        ]
+        nulls = pa.array([value is None for value in values])
+        return pa.StructArray.from_arrays(parts, fields=list(type_), mask=nulls)
+    if pa.types.is_list(type_):
+        _check_all(values, list)
+        flat = [part for value in values if value is not None for part in value]
+        return pa.ListArray.from_arrays(_offsets(values), _build(flat, type_.value_type))
+    if pa.types.is_map(type_):
+        _check_all(values, dict)
+        entries = [entry for value in values if value is not None for entry in value.items()]
+        keys, items = [key for key, _ in entries], [item for _, item in entries]
+        return pa.MapArray.from_arrays(_offsets(values), _build(keys, type_.key_type), _build(items, type_.item_type))
+    return pa.array([_to_text(value) for value in values], pa.string()).cast(type_)
+
+
+def _check_all(values: list[Any], kind: type) -> None:
+    """A map's key is text in JSON, even one that is a list."""
+    if not all(value is None or isinstance(value, kind) for value in values):
+        raise ValueError("a value of another kind than its type")
+
+
+def _offsets(values: list[Any]) -> pa.Array:
+    """Where each value's parts begin, and behind the last; NULL for one that is NULL."""
+    offsets: list[int | None] = []
+    end = 0
+    for value in values:
+        offsets.append(None if value is None else end)
+        end += len(value or ())
+    return pa.array([*offsets, end], pa.int32())
+
+
+def _to_text(value: Any) -> str | None:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None or isinstance(value, str):
+        return value
+    raise ValueError("an object where a scalar is expected")
 
 
 def _read_each(reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
@@ -143,8 +179,14 @@ class _Reading:
         return None
 
     def __exit__(self, _kind: object, raised: BaseException | None, _trace: object) -> None:
-        if isinstance(raised, pa.ArrowInvalid | ValueError):
-            raise ResultUnreadable(
-                "the file can't be read as a table of one type a column (NaN in JSON and years before Christ in CSV "
-                "are such cases): ask for parquet, or read the file itself by its link"
+        if isinstance(raised, pa.ArrowInvalid | pa.ArrowNotImplementedError | ValueError | KeyError | TypeError):
+            raise _unreadable(
+                "the file, with values that are not of its columns' types (NaN in JSON and years before Christ in CSV "
+                "are such cases),"
             ) from None
+
+
+def _unreadable(what: str) -> ResultUnreadable:
+    return ResultUnreadable(
+        f"{what} can't be read as a table of one type a column: ask for parquet, or read the file itself by its link"
+    )

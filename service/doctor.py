@@ -24,7 +24,7 @@ from queryd.events import Topic
 from queryd.outages import QUIET
 from queryd.registry import EVENT_OF_TOPIC, RegistryAway, RegistryRefused, registry_in_use
 from service.diagnosis import explain_kafka, explain_postgres, explain_store, status_of
-from service.settings import Settings, describe_unknown, find_unknown_variables
+from service.settings import Settings, are_of_the_embedded_stack, describe_unknown, find_unknown_variables
 
 _SECONDS = 5
 
@@ -43,6 +43,7 @@ def examine(settings: Settings) -> list[Finding]:
     checks: list[Callable[[Settings], Iterator[Finding]]] = [
         _examine_environment,
         _examine_kafka,
+        _examine_relay,
         _examine_registry,
         _examine_data,
         _examine_state,
@@ -76,7 +77,16 @@ def _examine_kafka(settings: Settings) -> Iterator[Finding]:
         yield Finding("kafka", "wrong", f"topics are missing: {', '.join(missing)}; run `queryd topics apply`")
     else:
         yield Finding("kafka", "well", f"{len(Topic)} topics")
-    if not settings.relay_transactions:
+
+
+def _examine_relay(settings: Settings) -> Iterator[Finding]:
+    if settings.relay_transactions:
+        return
+    # The file has it only where the broker is the embedded one, which another bootstrap is not.
+    if are_of_the_embedded_stack("QUERYD_RELAY_TRANSACTIONS", "QUERYD_KAFKA_BOOTSTRAP"):
+        advice = "QUERYD_RELAY_TRANSACTIONS is false, as it must be with the embedded broker"
+        yield Finding("relay", "well", advice)
+    else:
         yield Finding("relay", "warning", "QUERYD_RELAY_TRANSACTIONS is false: only for a broker without transactions")
 
 
@@ -136,14 +146,17 @@ def _examine_datasets(settings: Settings) -> Iterator[Finding]:
     except psycopg.Error as error:
         yield Finding("datasets in postgres", "wrong", explain_postgres("QUERYD_DATASETS_PG_URL", url, error))
         return
-    if same_server(url, settings.data_url.get_secret_value()):
+    if not same_server(url, settings.data_url.get_secret_value()):
+        yield Finding("datasets in postgres", "well", "reached")
+    elif are_of_the_embedded_stack("QUERYD_DATASETS_PG_URL", "QUERYD_DATA_URL"):
+        advice = "reached, on the server of QUERYD_DATA_URL, as it is in the embedded stack"
+        yield Finding("datasets in postgres", "well", advice)
+    else:
         yield Finding(
             "datasets in postgres",
             "warning",
             "the same server as QUERYD_DATA_URL: a long scan there stops vacuum and slows the outbox; use a replica",
         )
-    else:
-        yield Finding("datasets in postgres", "well", "reached")
 
 
 def _examine_store(settings: Settings) -> Iterator[Finding]:

@@ -16,9 +16,10 @@ from producers.replay.journal import Journal, ReplayRefused, opened_journal
 from producers.replay.kinds import ReplayKind, ReplayName
 from producers.replay.letters import LetterLine, LetterReplay, Patch, describe_letter
 from producers.replay.log import Window, pin
+from producers.replay.outlets import FencedOutlet, Outlet, PlainOutlet
 from producers.replay.pace import GroupLag, Lag, LagGuard, OutboxLag
 from producers.replay.plan import Plan, PlanStale, judge_ranges, plan, read_asked
-from producers.replay.requests import RequestReplay
+from producers.replay.requests import RequestReplay, digest_key
 from producers.replay.run import Outcome, Progress, Replayer, check_topics, describe_plan, list_pairs
 from producers.replay.selection import Selection
 from producers.replay.statuses import StatusReplay
@@ -45,9 +46,9 @@ class Asked:
 
     def kind(self, replay_id: str, settings: Settings) -> ReplayKind:
         """The replay under that id."""
+        key = None if settings.sql_hash_key is None else settings.sql_hash_key.get_secret_value()
         match self.name:
             case ReplayName.REQUESTS:
-                key = settings.sql_hash_key
                 return RequestReplay(
                     replay_id=replay_id,
                     lanes=self.lanes,
@@ -55,10 +56,12 @@ class Asked:
                     selection=self.selection,
                     headers=self.headers,
                     as_new=self.as_new,
-                    hash_key=None if key is None else key.get_secret_value(),
+                    hash_key=key,
                 )
             case ReplayName.DEAD_LETTERS:
-                return LetterReplay(replay_id, self.window, self.selection, self.headers, self.patch, self.max_redrives)
+                return LetterReplay(
+                    replay_id, self.window, self.selection, self.headers, self.patch, self.max_redrives, key
+                )
             case ReplayName.STATUS:
                 return StatusReplay(replay_id, self.window, self.selection, self.headers)
             case ReplayName.STATE_DB:
@@ -66,11 +69,17 @@ class Asked:
                 raise ReplayRefused("a rebuild of the state database is no replay of records")
 
     @classmethod
-    def read(cls, replay: Replay, patch: Patch) -> "Asked":
+    def read(cls, replay: Replay, patch: Patch, settings: Settings) -> "Asked":
         """What a replay's row says was asked for. The patch, which no row keeps, is given again; raises
-        `ReplayRefused` where it is another one."""
+        `ReplayRefused` where it is another one, or the key of fingerprints is."""
         options = replay.plan["options"]
-        if options.get("patch_digest") != patch.digest:
+        key = None if settings.sql_hash_key is None else settings.sql_hash_key.get_secret_value()
+        if options.get("hash_key") != digest_key(key):
+            raise ReplayRefused(
+                "QUERYD_SQL_HASH_KEY is not what it was when the replay began, so that no request could be told from "
+                "another: set it again, or cancel the replay and plan a new one"
+            )
+        if options.get("patch_digest") != patch.digest(key):
             raise ReplayRefused(
                 "give the same --set again as at the replay's beginning: its values are kept nowhere. "
                 f"It changes {', '.join(options.get('patched') or ('nothing',))}"
@@ -163,7 +172,7 @@ async def resume_replay(
     """Go on where it was left; raises as `Replayer.run`."""
     async with opened_journal(settings.data_url.get_secret_value()) as journal:
         replay = await journal.resume(replay_id)
-        asked = Asked.read(replay, patch)
+        asked = Asked.read(replay, patch, settings)
         kind = asked.kind(replay_id, settings)
         pinned = await asyncio.to_thread(pin, settings.kafka, kind.topics, Window())
         check_topics(replay, pinned.topics)
@@ -182,7 +191,7 @@ async def compare_replay(
         replay = await journal.find(replay_id)
         if not replay.plan.get("options", {}).get("as_new"):
             raise ReplayRefused(f"replay {replay_id} made no new queries: only one with --as-new can be compared")
-        kind = Asked.read(replay, Patch()).kind(replay_id, settings)
+        kind = Asked.read(replay, Patch(), settings).kind(replay_id, settings)
         pinned = await asyncio.to_thread(pin, settings.kafka, kind.topics, Window())
         check_topics(replay, pinned.topics)
         pairs = await list_pairs(journal, settings.kafka, kind, replay)
@@ -205,11 +214,10 @@ async def _run(
     told: Callable[[Progress], None],
 ) -> Outcome:
     set_up_traces("replay")
-    publisher = Publisher(settings.kafka)
-    publisher.open()
+    outlet = _open_outlet(settings, replay, kind)
     replayer = Replayer(
         journal,
-        publisher,
+        outlet,
         settings.kafka,
         kind,
         rate=pace.rate,
@@ -220,8 +228,17 @@ async def _run(
         with _stopped_by_signals(replayer.stop):
             return await replayer.run(replay)
     finally:
-        await publisher.close()
+        await outlet.close()
         close_traces()
+
+
+def _open_outlet(settings: Settings, replay: Replay, kind: ReplayKind) -> Outlet:
+    """Where something may change what copies were judged by while they are sent, they can be taken back."""
+    if kind.name is ReplayName.STATUS and settings.relay_transactions:
+        return FencedOutlet(settings.kafka, replay.id)
+    publisher = Publisher(settings.kafka)
+    publisher.open()
+    return PlainOutlet(publisher)
 
 
 def _find_lag(settings: Settings, journal: Journal, kind: ReplayKind, pace: Pace) -> Lag:

@@ -220,14 +220,23 @@ def describe_unknown(name: str, meant: str | None) -> str:
 
 def load_env_file() -> None:
     """Take from `.queryd/env` what the environment does not say."""
+    for name, value in _read_env_file().items():
+        os.environ.setdefault(name, value)
+
+
+def are_of_the_embedded_stack(*names: str) -> bool:
+    """True when each of the variables stands in `.queryd/env`, and in the environment as it stands there."""
+    told = _read_env_file()
+    return all(name in told and os.environ.get(name) == told[name] for name in names)
+
+
+def _read_env_file() -> dict[str, str]:
+    """What `queryd up` has written; nothing where none is up."""
     try:
         lines = ENV_FILE.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        return
-    for line in lines:
-        name, separator, value = line.partition("=")
-        if separator:
-            os.environ.setdefault(name, value)
+        return {}
+    return {name: value for name, separator, value in (line.partition("=") for line in lines) if separator}
 
 
 def load_settings() -> Settings:

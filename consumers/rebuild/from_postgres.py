@@ -10,7 +10,7 @@ import structlog
 from consumers.projector import to_row
 from consumers.rebuild.source import Reading, Report, SourceName
 from db.connection import Connection, DataPool, transaction
-from db.data.last_events import count_queries, read_known, read_last_events, read_last_events_of
+from db.data.last_events import count_queries, read_last_events, read_last_events_of
 from db.state.query_status import QueryStatusRow
 from db.state.rebuild import compare, keep_live, read_difference, stage, unstage
 from queryd.codec import InvalidEvent, NoRegistry, Undecodable, decode_status
@@ -62,10 +62,9 @@ class PostgresSource:
             missing = [query_id for query_id, kind in found if kind == "missing"]
             others = [query_id for query_id, kind in found if kind != "missing"]
             async with transaction(self._pool) as data:
-                known = await read_known(data, missing)
-                events = await read_last_events_of(data, others)
-            gone = [query_id for query_id in missing if query_id not in known]
-            await unstage(connection, gone + [query_id for query_id in others if query_id not in events])
+                events = await read_last_events_of(data, missing + others)
+            # Anew, and not over what was copied: of an id that was asked for again the sequence has begun again.
+            await unstage(connection, missing + others)
             await self._take(connection, events.items())
             await keep_live(connection, [query_id for query_id in others if query_id in self._unreadable])
 

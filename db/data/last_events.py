@@ -19,8 +19,6 @@ LIMIT %(limit)s
 
 READ_OF = "SELECT query_id::text, last_event FROM query_runs WHERE query_id = ANY(%(query_ids)s::uuid[])"
 
-READ_KNOWN = "SELECT query_id::text FROM query_runs WHERE query_id = ANY(%(query_ids)s::uuid[])"
-
 
 async def count_queries(connection: Connection) -> tuple[str, int]:
     """The database's generation, and how many queries it knows."""
@@ -38,9 +36,3 @@ async def read_last_events_of(connection: Connection, query_ids: Sequence[str]) 
     """The last events of those of the queries that exist, by id; empty bytes for none."""
     cursor = await connection.execute(READ_OF, {"query_ids": list(query_ids)})
     return {query_id: bytes(event or b"") for query_id, event in await cursor.fetchall()}
-
-
-async def read_known(connection: Connection, query_ids: Sequence[str]) -> set[str]:
-    """Which of the queries exist."""
-    cursor = await connection.execute(READ_KNOWN, {"query_ids": list(query_ids)})
-    return {row[0] for row in await cursor.fetchall()}

@@ -121,6 +121,11 @@ async def hold_last_events(connection: Connection, query_ids: Collection[str]) -
     return {query_id: bytes(event) for query_id, event in await cursor.fetchall() if event is not None}
 
 
+async def check_hold(connection: Connection) -> None:
+    """Raises psycopg's error where the connection's transaction is over, and with it what it held."""
+    await connection.execute("SELECT")
+
+
 async def begin(
     connection: Connection,
     *,

@@ -32,6 +32,8 @@ class Skip(StrEnum):
     SUPERSEDED = "superseded"
     UNFINISHED = "unfinished"
     REPEATED = "repeated"
+    TOO_LARGE = "too_large"
+    CHANGED = "changed"
 
 
 SKIP_REASONS: Mapping[Skip, str] = {
@@ -43,8 +45,10 @@ SKIP_REASONS: Mapping[Skip, str] = {
     Skip.REDRIVEN: "was sent again before, under an id of its own",
     Skip.FOREIGN: "is no dead letter of queryd's",
     Skip.SUPERSEDED: "is not its query's last event",
-    Skip.UNFINISHED: "belongs to a query that is not finished: its last event is still to come",
+    Skip.UNFINISHED: "belongs to a query that is not finished",
     Skip.REPEATED: "lies in the window before",
+    Skip.TOO_LARGE: "would be larger than its topic takes",
+    Skip.CHANGED: "would no longer be replayed as it was planned: look at it, and plan again",
 }
 
 
@@ -83,6 +87,13 @@ class Verdict:
 
 # One pass over a window; records come in order by partition.
 Judge = Callable[[Connection, Sequence[LoggedRecord]], Awaitable[list[Verdict]]]
+
+
+async def judge_records(judge: Judge, connection: Connection, records: Sequence[LoggedRecord]) -> list[Verdict]:
+    """Verdicts in the records' order. One whose headers are beyond the client can't be copied, whatever it is."""
+    legible = [record for record in records if record.legible]
+    verdicts = iter(await judge(connection, legible) if legible else [])
+    return [next(verdicts) if record.legible else Verdict(record, skip=Skip.UNREADABLE) for record in records]
 
 
 class ReplayKind(Protocol):

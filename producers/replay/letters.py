@@ -1,6 +1,5 @@
 """Dead letters back to their topic, mended or as they are."""
 
-import hashlib
 import json
 import uuid
 from collections.abc import Mapping, Sequence
@@ -13,15 +12,18 @@ from producers.dead_letters import DEAD_PREFIX
 from producers.replay.copies import Copy, HeaderRules, Pairs, copy_headers, read_number, read_text
 from producers.replay.kinds import Judge, Note, ReplayName, Skip, Verdict
 from producers.replay.log import LoggedRecord, Window
-from producers.replay.requests import ReadRequest, changes_of_id, find_request, read_request
+from producers.replay.requests import ReadRequest, changes_of_id, digest_key, find_request, read_request
 from producers.replay.selection import Selection
-from queryd.codec import EventTooLarge, decode_request, encode_fields
+from queryd.codec import EventTooLarge, decode_fields, decode_request, encode_fields
 from queryd.contract import contract
-from queryd.events import Invalid, Mode, QueryRequested, Topic, parse_uuid
+from queryd.events import ErrorCode, Invalid, Mode, QueryRequested, Topic, parse_uuid
 from queryd.headers import find_traceparent
+from queryd.identity import fingerprint_request, hash_sql
 
 _EVENT = QueryRequested.__name__
 _REDRIVES = f"{DEAD_PREFIX}redrives"
+# Enough to tell two patches apart by accident.
+_DIGEST_DIGITS = 16
 _LANES = {mode.topic.value for mode in Mode}
 
 
@@ -46,10 +48,18 @@ class Patch:
             # Encoded first: what does not fit the schema can't be judged.
             encoded = encode_fields(_EXAMPLE | _statement(self.values) | dict(self.values), _EVENT, Mode.BATCH.topic)
             decode_request(encoded)
+            self._check_kept(decode_fields(encoded, _EVENT))
         except (Invalid, EventTooLarge) as error:
             raise PatchRefused(
                 f"{self._find_misfit() or 'the new values'} would make every request invalid: {error}"
             ) from None
+
+    def _check_kept(self, read: Mapping[str, Any]) -> None:
+        """A text where a list is wanted becomes a list of letters, and a number too wide is rounded: what is read back
+        must be what was given."""
+        for name, value in self.values.items():
+            if json.dumps(read[name], sort_keys=True) != json.dumps(value, sort_keys=True):
+                raise Invalid(f"{name} would not stay as it is given; a list or an object is written as JSON")
 
     def _find_misfit(self) -> str | None:
         """The first field whose value alone does not fit, by name."""
@@ -60,12 +70,9 @@ class Patch:
                 return name
         return None
 
-    @property
-    def digest(self) -> str | None:
-        """Tells patches apart without their values; None of an empty one."""
-        if not self.values:
-            return None
-        return hashlib.sha256(json.dumps(self.values, sort_keys=True).encode()).hexdigest()[:16]
+    def digest(self, key: str | None) -> str | None:
+        """Tells patches apart without their values, as `hash_sql` does it; None of an empty one."""
+        return hash_sql(json.dumps(self.values, sort_keys=True), key)[:_DIGEST_DIGITS] if self.values else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +85,7 @@ class LetterReplay:
     headers: HeaderRules = field(default_factory=HeaderRules)
     patch: Patch = field(default_factory=Patch)
     max_redrives: int = 3
+    hash_key: str | None = field(default=None, repr=False)
 
     name = ReplayName.DEAD_LETTERS
     topics: Sequence[str] = (Topic.DEAD_LETTERS.value,)
@@ -89,7 +97,8 @@ class LetterReplay:
         return {
             "max_redrives": self.max_redrives,
             "patched": sorted(self.patch.values),
-            "patch_digest": self.patch.digest,
+            "patch_digest": self.patch.digest(self.hash_key),
+            "hash_key": digest_key(self.hash_key),
         }
 
     def begin(self) -> Judge:
@@ -146,6 +155,8 @@ class LetterReplay:
             raise PatchRefused(
                 f"the new values make a valid request invalid: the letter at {record.partition}/{record.offset}"
             )
+        if standing is not None and self._was_mended(fields, standing):
+            return Verdict(record, skip=Skip.REDRIVEN)
         # An id that was accepted is its query's for good, and one that is no UUID is nobody's.
         renamed = standing is not None or read.query_id is None
         query_id = read.query_id
@@ -160,6 +171,11 @@ class LetterReplay:
             raise PatchRefused(f"the letter at {record.partition}/{record.offset} can't be mended: {error}") from None
         copied = self._copy(record, topic, value, query_id, was=read.query_id if renamed else None, renamed=renamed)
         return Verdict(record, copied, Note.NEW_ID if renamed else Note.OWN_ID)
+
+    def _was_mended(self, fields: Mapping[str, Any], standing: Standing) -> bool:
+        """Whether its query is the letter with these new values: sent before, under the letter's own id."""
+        accepted = standing.error_code != ErrorCode.INVALID_REQUEST
+        return accepted and standing.fingerprint == fingerprint_request(dict(fields), self.hash_key)
 
     def _copy(
         self,

@@ -1,16 +1,17 @@
 """The log between two offsets a partition, which are pinned before anything is read."""
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
-from confluent_kafka.admin import AdminClient, OffsetSpec
+from confluent_kafka.admin import AdminClient, ConfigResource, OffsetSpec, ResourceType
 
-from producers.read_back import SILENCE_SECONDS, EndNotReached, Silence, read_ends
-from queryd.events import from_millis
+from producers.read_back import SILENCE_SECONDS, EndNotReached, Silence, read_ends, read_starts
+from queryd.events import Invalid, from_millis
 from queryd.outages import QUIET
 from queryd.topics import TopicIdentity, read_topic_identity
 
@@ -28,7 +29,7 @@ class WindowRefused(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class LoggedRecord:
-    """One record as it lies in the log. `timestamp_ms` since the epoch."""
+    """One record as it lies in the log. `timestamp_ms` since the epoch; `legible` unless its headers can't be read."""
 
     topic: str
     partition: int
@@ -37,6 +38,7 @@ class LoggedRecord:
     value: bytes | None = field(repr=False)
     headers: tuple[tuple[str, bytes | None], ...] = field(repr=False)
     timestamp_ms: int | None
+    legible: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,11 @@ class Window:
             return True
         if timestamp_ms is None:
             return False
-        moment = from_millis(timestamp_ms)
+        try:
+            moment = from_millis(timestamp_ms)
+        except Invalid:
+            # Beyond the year 9999: in no window.
+            return False
         return (self.since is None or moment >= self.since) and (self.until is None or moment < self.until)
 
 
@@ -96,36 +102,49 @@ def _pin_topic(config: dict[str, Any], topic: str, window: Window) -> list[Offse
     if missing := window.partitions - ends.keys():
         raise WindowRefused(f"{topic} has no partition {min(missing)}; its partitions are 0 to {max(ends)}")
     wanted = sorted(window.partitions or ends.keys())
-    admin = AdminClient(config | QUIET)
-    # The binding gives it no types.
-    earliest: Callable[[], Any] = OffsetSpec.earliest
-    firsts = _ask(admin, topic, wanted, earliest())
+    firsts = read_starts(config, topic)
     ranges = []
     for partition in wanted:
-        first, end = firsts[partition][0], ends[partition]
+        first, end = firsts[partition], ends[partition]
         start = _check_start(topic, partition, window, first, end)
         ranges.append(OffsetRange(topic, partition, start, _check_end(topic, partition, window, end)))
     if window.since is None:
         return ranges
     millis = int(window.since.timestamp() * 1000)
+    admin = AdminClient(config | QUIET)
+    kept_since = _find_kept_since(admin, topic)
     oldest = _ask(admin, topic, wanted, OffsetSpec.for_timestamp(0))
     found = _ask(admin, topic, wanted, OffsetSpec.for_timestamp(millis))
     narrowed = []
     for each in ranges:
         offset, timestamp = oldest[each.partition]
-        if firsts[each.partition][0] > 0 and offset >= 0 and timestamp > millis:
+        if firsts[each.partition] > 0 and (offset < 0 or timestamp > millis) and millis < kept_since:
             # What was removed may have been in the window: nobody can tell any more.
+            held = f"goes back to {_say(timestamp)}" if offset >= 0 else "holds nothing any more"
             raise WindowRefused(
-                f"the window begins before what {topic} still holds: partition {each.partition} goes back to "
-                f"{_say(timestamp)}. Begin the window there, or later"
+                f"the window begins before what {topic} still holds: partition {each.partition} {held}, and what is "
+                f"older than {_say(kept_since)} may be gone. Begin the window later"
             )
         # Nothing at that time or later: the range is empty.
         start = found[each.partition][0] if found[each.partition][0] >= 0 else each.end
-        narrowed.append(OffsetRange(topic, each.partition, min(start, each.end), each.end))
+        narrowed.append(OffsetRange(topic, each.partition, max(each.start, min(start, each.end)), each.end))
     return narrowed
 
 
+def _find_kept_since(admin: AdminClient, topic: str) -> int:
+    """From when on the topic keeps every record, in ms since the epoch: now, where it goes by size as well."""
+    resource = ConfigResource(ResourceType.TOPIC, topic)
+    described = admin.describe_configs([resource], request_timeout=_BROKER_SECONDS)[resource].result()
+    now = int(time.time() * 1000)
+    if int(described["retention.bytes"].value) >= 0:
+        return now
+    retention = int(described["retention.ms"].value)
+    return now - retention if retention >= 0 else 0
+
+
 def _check_start(topic: str, partition: int, window: Window, first: int, end: int) -> int:
+    if window.to_offset is not None and window.to_offset <= first:
+        raise WindowRefused(f"{topic}/{partition} begins at offset {first}: what lay before was removed by retention")
     if window.from_offset is None:
         return first
     if window.from_offset < first:
@@ -215,14 +234,16 @@ class LogReader:
             return None
         self.positions[place] = offset + 1
         kind_and_millis = message.timestamp()
+        headers = read_headers(message)
         return LoggedRecord(
             topic=topic,
             partition=partition,
             offset=offset,
             key=_bytes(message.key()),
             value=_bytes(message.value()),
-            headers=tuple((name, _bytes(value)) for name, value in _pairs(message)),
+            headers=headers or (),
             timestamp_ms=kind_and_millis[1] if kind_and_millis[1] >= 0 else None,
+            legible=headers is not None,
         )
 
     def _finish(self, place: Place) -> None:
@@ -231,9 +252,13 @@ class LogReader:
         self._consumer.pause([TopicPartition(*place)])
 
 
-def _pairs(message: Message) -> list[tuple[str, Any]]:
-    headers: Any = message.headers() or []
-    return list(headers)
+def read_headers(message: Message) -> tuple[tuple[str, bytes | None], ...] | None:
+    """None where a name is not UTF-8, which is beyond the binding."""
+    try:
+        headers: Any = message.headers() or ()
+    except (SystemError, UnicodeError):
+        return None
+    return tuple((name, _bytes(value)) for name, value in headers)
 
 
 def _bytes(value: str | bytes | None) -> bytes | None:

@@ -10,7 +10,7 @@ from confluent_kafka.admin import AdminClient
 
 from db.connection import Connection, unavailable_told_apart
 from db.data.outbox import measure_waiting
-from producers.read_back import read_ends
+from producers.read_back import read_ends, read_starts
 from queryd.outages import QUIET
 
 _BROKER_SECONDS = 15.0
@@ -53,7 +53,7 @@ class GroupLag:
         self._admin = AdminClient(config | QUIET)
 
     async def measure(self) -> int:
-        """See `Lag`. A group that has committed nothing yet has everything before it."""
+        """See `Lag`. A group that has committed nothing yet has all that the log still holds before it."""
         return await asyncio.to_thread(self._measure)
 
     def _measure(self) -> int:
@@ -64,8 +64,11 @@ class GroupLag:
         committed = {(each.topic, each.partition): each.offset for each in positions if each.offset >= 0}
         behind = 0
         for topic in self._topics:
+            # In this order, so that no start is behind its end.
+            starts = read_starts(self._config, topic)
             for partition, end in read_ends(self._config, topic).items():
-                behind += end - committed.get((topic, partition), 0)
+                # What retention has removed waits for nobody, committed or not.
+                behind += end - max(committed.get((topic, partition), 0), starts.get(partition, 0))
         return behind
 
 

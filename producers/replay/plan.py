@@ -11,8 +11,9 @@ from typing import Any
 
 from db.connection import Connection, unavailable_told_apart
 from producers.replay.copies import HeaderRules
-from producers.replay.kinds import Judge, Note, ReplayKind, Skip, Verdict
+from producers.replay.kinds import Judge, Note, ReplayKind, Skip, Verdict, judge_records
 from producers.replay.log import LogReader, OffsetRange, Pinned, Place, Window, pin
+from producers.replay.marks import Marks
 from producers.replay.selection import Selection
 from queryd.topics import TopicIdentity
 
@@ -34,11 +35,12 @@ class PlanStale(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class RangePlan:
-    """What lies in one range: records that match, and such as are skipped."""
+    """What lies in one range: records that match, and which those are, and such as are skipped."""
 
     range: OffsetRange
     matched: int
     skipped: int
+    marks: Marks
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,7 @@ async def plan(
     pinned = await asyncio.to_thread(pin, config, kind.topics, window)
     total, by_place = Tally(), {(each.topic, each.partition): Tally() for each in pinned.ranges}
     digests = {place: hashlib.sha256() for place in by_place}
+    marks = {(each.topic, each.partition): Marks.of(each) for each in pinned.ranges}
     first_ids: list[str] = []
     offsets = sum(each.end - each.start for each in pinned.ranges)
     async for verdicts in judge_ranges(connection, config, judge, pinned.ranges):
@@ -109,6 +112,7 @@ async def plan(
             by_place[place].add(verdict)
             if verdict.copy is not None:
                 digests[place].update(f"{verdict.record.offset}\n".encode())
+                marks[place].add(verdict.record.offset)
                 if len(first_ids) < _FIRST_IDS:
                     first_ids.append(verdict.copy.was or verdict.copy.query_id or "unreadable")
         told(total.scanned, offsets)
@@ -121,8 +125,8 @@ async def plan(
         ),
         pinned=pinned,
         ranges=tuple(
-            RangePlan(each, tally.matched, tally.skipped.total())
-            for each, tally in ((each, by_place[each.topic, each.partition]) for each in pinned.ranges)
+            RangePlan(each, by_place[place].matched, by_place[place].skipped.total(), marks[place])
+            for each, place in ((each, (each.topic, each.partition)) for each in pinned.ranges)
         ),
         scanned=total.scanned,
         matched=total.matched,
@@ -139,7 +143,7 @@ async def judge_ranges(
     with LogReader(config, ranges, {}) as reader:
         while records := await asyncio.to_thread(reader.read, _BATCH):
             with unavailable_told_apart():
-                verdicts = await judge(connection, records)
+                verdicts = await judge_records(judge, connection, records)
             yield verdicts
 
 

@@ -1,5 +1,6 @@
 """Requests again: as they were, for whoever has lost what came of them; or as new queries, for another answer."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,7 +11,7 @@ from producers.replay.copies import Copy, HeaderRules, copy_headers, mint
 from producers.replay.kinds import Judge, Note, ReplayName, Skip, Verdict
 from producers.replay.log import LoggedRecord, Window
 from producers.replay.selection import Selection
-from queryd.codec import Undecodable, decode_fields, encode, to_request
+from queryd.codec import EventTooLarge, NoRegistry, Undecodable, decode_fields, encode, to_request
 from queryd.contract import contract
 from queryd.events import ErrorCode, Invalid, Mode, QueryId, QueryRequested, Status, parse_uuid
 from queryd.headers import find_traceparent
@@ -45,7 +46,7 @@ class RequestReplay:
     @property
     def options(self) -> Mapping[str, Any]:
         """See `ReplayKind`."""
-        return {"as_new": self.as_new}
+        return {"as_new": self.as_new, "hash_key": digest_key(self.hash_key)}
 
     def begin(self) -> Judge:
         """See `ReplayKind`."""
@@ -63,7 +64,12 @@ class RequestReplay:
             return Verdict(read.record, skip=skip)
         assert read.request is not None
         if self.as_new:
-            return Verdict(read.record, self._copy_as_new(read.record, read.request), Note.AS_NEW)
+            try:
+                copied = self._copy_as_new(read.record, read.request)
+            except (EventTooLarge, Invalid):
+                # It came in another's encoding, which had room for it.
+                return Verdict(read.record, skip=Skip.TOO_LARGE)
+            return Verdict(read.record, copied, Note.AS_NEW)
         return Verdict(read.record, self._copy(read.record, read.request.query_id), _note(standing))
 
     def _means(self, read: "ReadRequest", standing: Standing | None) -> bool:
@@ -84,6 +90,9 @@ class RequestReplay:
             return Skip.INVALID
         if standing is not None and standing.fingerprint not in (None, fingerprint_request(read.fields, self.hash_key)):
             return Skip.CONFLICT
+        if self.as_new and standing is not None and not Status(standing.status or Status.FAILED).terminal:
+            # There is nothing to compare yet, and its task would hear of two ends.
+            return Skip.UNFINISHED
         return None
 
     def _copy(self, record: LoggedRecord, query_id: str) -> Copy:
@@ -126,6 +135,9 @@ def read_request(record: LoggedRecord, topic: str | None = None) -> ReadRequest:
     """Read as far as possible; a request is valid on one lane only, `topic` where it is not the record's own."""
     try:
         fields = decode_fields(record.value, _EVENT)
+    except NoRegistry:
+        # That says something of this process, and nothing of the record.
+        raise
     except Undecodable:
         return ReadRequest(record)
     try:
@@ -142,6 +154,11 @@ def find_request(fields: Mapping[str, Any], topic: str) -> QueryRequested | None
     except Invalid:
         return None
     return request if request.mode.topic == topic else None
+
+
+def digest_key(key: str | None) -> str | None:
+    """Tells the keys of fingerprints apart: under another one nothing is what it was."""
+    return None if key is None else hashlib.sha256(f"queryd replay {key}".encode()).hexdigest()[:8]
 
 
 def changes_of_id(query_id: str) -> dict[str, str | None]:

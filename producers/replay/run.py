@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from db.connection import unavailable_told_apart
-from db.data.replays import Replay, ReplayStatus
-from producers.replay.copies import Copy, HeaderRules
+from db.data.replays import Replay, ReplayStatus, check_hold
+from producers.replay.copies import HeaderRules
 from producers.replay.journal import Journal, ReplayRefused
-from producers.replay.kinds import Note, ReplayKind, Skip, Verdict
+from producers.replay.kinds import Note, ReplayKind, Skip, Verdict, judge_records
 from producers.replay.log import LoggedRecord, LogReader, OffsetRange, Place, Window
+from producers.replay.marks import Marks
+from producers.replay.outlets import Outlet, Sending
 from producers.replay.pace import LagGuard, TokenBucket
 from producers.replay.plan import Plan, describe_asked, describe_topics, judge_ranges
 from producers.replay.selection import Selection
 from queryd.headers import continue_trace
-from queryd.publisher import Publisher
 from queryd.topics import TopicIdentity
 from telemetry.traces import SpanName, linked_spans
 
@@ -53,6 +54,7 @@ def describe_plan(
         "options": dict(kind.options),
         "topics": describe_topics(plan.pinned.topics),
         "ranges": [[each.range.topic, each.range.partition, each.range.start, each.range.end] for each in plan.ranges],
+        "marks": [each.marks.dump() for each in plan.ranges],
         "matched": plan.matched,
         "notes": {note.value: count for note, count in plan.notes.items()},
         "skipped": {skip.value: count for skip, count in plan.skipped.items()},
@@ -62,6 +64,15 @@ def describe_plan(
 def read_ranges(replay: Replay) -> list[OffsetRange]:
     """The ranges of a plan in a replay's row."""
     return [OffsetRange(*each) for each in replay.plan["ranges"]]
+
+
+def read_marks(replay: Replay) -> dict[Place, Marks]:
+    """The records that a plan in a replay's row means."""
+    ranges = read_ranges(replay)
+    return {
+        (each.topic, each.partition): Marks.load(each, text)
+        for each, text in zip(ranges, replay.plan["marks"], strict=True)
+    }
 
 
 def check_topics(replay: Replay, topics: Mapping[str, TopicIdentity]) -> None:
@@ -83,10 +94,28 @@ async def list_pairs(
     Raises as `Replayer.run`.
     """
     pairs: list[tuple[str, str]] = []
+    marks = read_marks(replay)
     async for verdicts in judge_ranges(journal.connection, config, kind.begin(), read_ranges(replay)):
-        copies = [verdict.copy for verdict in verdicts]
+        copies = [verdict.copy for verdict in verdicts if _is_marked(marks, verdict.record)]
         pairs += [(each.was, each.query_id) for each in copies if each is not None and each.was and each.query_id]
     return pairs
+
+
+def _is_marked(marks: Mapping[Place, Marks], record: LoggedRecord) -> bool:
+    return marks[record.topic, record.partition].holds(record.offset)
+
+
+# What may happen to a planned record meanwhile, without anything being wrong.
+_EXPECTED = frozenset({Skip.REDRIVEN, Skip.DELETED, Skip.SUPERSEDED, Skip.TOO_LARGE})
+
+
+def _hold_to_plan(verdict: Verdict, *, planned: bool) -> Verdict:
+    """Only what was planned is sent; what was planned and is judged otherwise now says so."""
+    if not planned:
+        return Verdict(verdict.record, skip=verdict.skip)
+    if verdict.copy is None and verdict.skip not in _EXPECTED:
+        return Verdict(verdict.record, skip=Skip.CHANGED)
+    return verdict
 
 
 class Replayer:
@@ -95,7 +124,7 @@ class Replayer:
     def __init__(
         self,
         journal: Journal,
-        publisher: Publisher,
+        outlet: Outlet,
         config: dict[str, Any],
         kind: ReplayKind,
         *,
@@ -105,7 +134,7 @@ class Replayer:
     ) -> None:
         """`rate` in records a second; `told` hears of progress."""
         self._journal = journal
-        self._publisher = publisher
+        self._outlet = outlet
         self._config = config
         self._kind = kind
         self._bucket = TokenBucket(rate)
@@ -125,7 +154,9 @@ class Replayer:
         Raises `ReplayRefused`, `WindowRefused`, `NotDelivered`, `EndNotReached`, `KafkaException` and
         `DatabaseUnavailable`; it can be resumed then.
         """
-        done = _Done.read(replay)
+        done, marks = _Done.read(replay), read_marks(replay)
+        if replay.status == ReplayStatus.CANCELLING:
+            return await self._leave(replay, done, ReplayStatus.CANCELLING)
         judge = self._kind.begin()
         starts = {} if self._kind.follows_all else done.positions
         planned = int(replay.plan["matched"])
@@ -137,10 +168,13 @@ class Replayer:
                     return await self._leave(replay, done, status)
                 with unavailable_told_apart():
                     async with self._journal.connection.transaction():
-                        verdicts = await judge(self._journal.connection, records)
-                        fresh = [each for each in verdicts if not done.covers(each.record)]
-                        await self._publish([each.copy for each in fresh if each.copy is not None])
-                done.add(fresh)
+                        verdicts = [
+                            _hold_to_plan(each, planned=_is_marked(marks, each.record))
+                            for each in await judge_records(judge, self._journal.connection, records)
+                            if not done.covers(each.record)
+                        ]
+                        sent = await self._publish(verdicts)
+                done.add(sent)
                 done.move(reader.positions)
                 status = await self._save(replay, done)
                 self._told(Progress(done.published, planned, None))
@@ -149,24 +183,27 @@ class Replayer:
         await self._journal.end(replay.id, ReplayStatus.DONE, done.counts())
         return Outcome(ReplayStatus.DONE, done.counts())
 
-    async def _publish(self, copies: Sequence[Copy]) -> None:
-        """All of them, acknowledged; raises `NotDelivered`."""
+    async def _publish(self, verdicts: Sequence[Verdict]) -> list[Verdict]:
+        """All copies, acknowledged; the verdicts as they are then. Raises `NotDelivered`."""
+        copies = [verdict.copy for verdict in verdicts if verdict.copy is not None]
         if not copies:
-            return
+            return list(verdicts)
         await self._bucket.take(len(copies))
         with linked_spans(SpanName.REPLAY, [each.origin for each in copies]) as traceparents:
-            await asyncio.gather(
-                *(
-                    self._publisher.publish(
-                        each.topic,
-                        each.key,
-                        each.value,
-                        each.headers_with(traceparent or continue_trace(None)),
-                        each.partition,
-                    )
-                    for each, traceparent in zip(copies, traceparents, strict=True)
-                )
-            )
+            sendings = [
+                Sending(each, each.headers_with(traceparent or continue_trace(None)))
+                for each, traceparent in zip(copies, traceparents, strict=True)
+            ]
+            taken = iter(await self._outlet.send(sendings, self._check_hold))
+        return [
+            verdict if verdict.copy is None or next(taken) else Verdict(verdict.record, skip=Skip.TOO_LARGE)
+            for verdict in verdicts
+        ]
+
+    async def _check_hold(self) -> None:
+        """Raises `DatabaseUnavailable` where the connection is gone, and with it what it held."""
+        with unavailable_told_apart():
+            await check_hold(self._journal.connection)
 
     async def _hold_back(self, replay: Replay, done: "_Done", planned: int) -> ReplayStatus:
         """Wait while live traffic suffers; the replay's status then."""

@@ -11,7 +11,7 @@ from producers.replay.copies import Copy, HeaderRules, copy_headers
 from producers.replay.kinds import Judge, Note, ReplayName, Skip, Verdict
 from producers.replay.log import LoggedRecord, Window
 from producers.replay.selection import Selection
-from queryd.codec import Undecodable, decode_fields
+from queryd.codec import NoRegistry, Undecodable, decode_fields
 from queryd.events import Invalid, QueryStatusChanged, Status, Topic, parse_uuid
 from queryd.headers import find_traceparent
 
@@ -109,5 +109,8 @@ def _read(record: LoggedRecord) -> tuple[str | None, dict[str, Any] | None]:
     try:
         fields = decode_fields(record.value, QueryStatusChanged.__name__)
         return parse_uuid(fields["query_id"], "query_id"), fields
+    except NoRegistry:
+        # That says something of this process, and nothing of the record.
+        raise
     except (Undecodable, Invalid):
         return None, None

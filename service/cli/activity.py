@@ -91,6 +91,8 @@ def to_json(frame: Frame) -> dict[str, Any]:
 
 # For a pipe.
 
+_HEADINGS = ("query", "org", "lane", "status", "error", "age", "ran")
+
 
 def to_line(frame: Frame) -> str:
     """The lanes in one line."""

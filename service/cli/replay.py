@@ -14,13 +14,15 @@ from producers.dead_letters import DeadCode
 from producers.read_back import EndNotReached
 from producers.replay.comparison import Comparison
 from producers.replay.journal import ReplayRefused, opened_journal
-from producers.replay.kinds import ReplayName
+from producers.replay.kinds import ReplayName, Skip
 from producers.replay.letters import PatchRefused
 from producers.replay.log import WindowRefused
 from producers.replay.plan import NothingMatches, PlanStale
 from producers.replay.run import Outcome
+from queryd.codec import NoRegistry
 from queryd.events import Mode
 from queryd.publisher import NotDelivered
+from queryd.registry import RegistryAway
 from queryd.topics import TopicUnknown
 from service.cli.account import account
 from service.cli.database import optional_uuid, uuid_argument
@@ -348,6 +350,10 @@ def _run(work: Awaitable[_Answer], resumable: str | None = None) -> _Answer:
         complain(str(error))
     except DatabaseUnavailable as error:
         _complain_of_stop(f"Postgres data (QUERYD_DATA_URL) does not answer: {error}", resumable)
+    except NoRegistry as error:
+        complain(str(error))
+    except RegistryAway as error:
+        _complain_of_stop(str(error), resumable)
     except (TopicUnknown, EndNotReached, NotDelivered) as error:
         _complain_of_stop(f"Kafka (QUERYD_KAFKA_BOOTSTRAP) does not do its part: {error}", resumable)
     except KafkaException as error:
@@ -367,5 +373,6 @@ def _finish(outcome: Outcome, replay_id: str, as_json: bool, comparison: Compari
     print_outcome(outcome, replay_id, as_json, comparison)
     if outcome.status is ReplayStatus.ACTIVE:
         raise SystemExit(_INTERRUPTED)
-    if outcome.status is ReplayStatus.CANCELLED or (comparison is not None and not comparison.all_same):
+    changed = outcome.counts["skipped"].get(Skip.CHANGED.value, 0)
+    if outcome.status is ReplayStatus.CANCELLED or changed or (comparison is not None and not comparison.all_same):
         raise SystemExit(1)

@@ -1,10 +1,5 @@
 """The fuzz run as a test: a short one that must find nothing, and one for each check of the gate that is taken out."""
 
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import TypeGuard
-
 import pytest
 
 from tests.fuzz.__main__ import LEAST_PARSED
@@ -42,28 +37,10 @@ def test_mutants_find_no_way_through_the_gate() -> None:
     assert len(counts.trees) > 0.2 * counts.mutants
 
 
-def _run_without(check: str) -> Counts:
-    run = Run(_SEED, _SABOTAGED_MUTANTS, workers=1, stuck_seconds=_SABOTAGED_STUCK_SECONDS, sabotage=check)
-    return run.go()
-
-
-@pytest.fixture(scope="module")
-def sabotaged(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Counts]]]:
-    """The runs of the tests that were asked for, in their order and two at a time: each takes one core."""
-    asked = [str(item.callspec.params["check"]) for item in request.session.items if _is_sabotaged(item)]
-    with ThreadPoolExecutor(2) as pool:
-        yield {check: pool.submit(_run_without, check) for check in asked}
-        # A run that no test waits for any more, as after Ctrl-C, is not begun.
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _is_sabotaged(item: pytest.Item) -> TypeGuard[pytest.Function]:
-    return isinstance(item, pytest.Function) and "sabotaged" in item.fixturenames and item.path == Path(__file__)
-
-
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("check", SABOTAGES)
-def test_the_run_finds_the_hole_that_a_missing_check_leaves(check: str, sabotaged: dict[str, Future[Counts]]) -> None:
-    findings = sabotaged[check].result().findings
+def test_the_run_finds_the_hole_that_a_missing_check_leaves(check: str) -> None:
+    run = Run(_SEED, _SABOTAGED_MUTANTS, workers=1, stuck_seconds=_SABOTAGED_STUCK_SECONDS, sabotage=check)
+    findings = run.go().findings
     assert findings, "the check is missing, and nothing was found"
     assert any(sign in findings[0][1] for sign in SABOTAGES[check].finds), findings[0]

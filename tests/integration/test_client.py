@@ -20,6 +20,7 @@ from queryd import (
     AsyncQueryClient,
     ClientStopped,
     ErrorCode,
+    NotSubmitted,
     OutputFormat,
     QueryClient,
     QueryDeleted,
@@ -34,6 +35,7 @@ from queryd import (
 )
 from queryd.codec import decode_cancel, decode_request
 from queryd.events import Column, Invalid, QueryId
+from queryd.registry import RegistryAway
 from service.embedded.object_store import ObjectStore
 from tests.integration.queries import new_id
 from tests.integration.records import PATIENCE_SECONDS, prepare_topics, read_topic
@@ -203,6 +205,18 @@ def test_a_closed_client_ends_its_waits(config: dict[str, Any]) -> None:
         client.handle(new_id()).wait(PATIENCE_SECONDS)
 
 
+def test_a_closed_client_publishes_nothing(config: dict[str, Any]) -> None:
+    client = QueryClient(config)
+    handle = client.handle(new_id(), org_id=new_id())
+    client.close()
+    with pytest.raises(ClientStopped, match="closed"):
+        client.submit("SELECT 1", org_id=new_id())
+    with pytest.raises(ClientStopped, match="closed"):
+        client.cancel(new_id(), org_id=new_id())
+    with pytest.raises(ClientStopped, match="closed"):
+        handle.cancel()
+
+
 def test_a_replayed_event_behind_a_later_one_changes_nothing(config: dict[str, Any], client: QueryClient) -> None:
     story = make_story()
     handle = client.handle(story[0].query_id)
@@ -327,6 +341,50 @@ async def test_the_async_client_does_the_same(config: dict[str, Any], store: Obj
             await handle.result()
         await handle.cancel()
         assert (await client.cancel(handle.query_id, org_id=new_id())).event == story[-1]
+
+
+async def test_a_closed_async_client_publishes_nothing(config: dict[str, Any]) -> None:
+    async with AsyncQueryClient(config) as client:
+        handle = client.handle(new_id(), org_id=new_id())
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        with pytest.raises(ClientStopped, match="closed"):
+            await client.submit("SELECT 1", org_id=new_id())
+        with pytest.raises(ClientStopped, match="closed"):
+            await client.cancel(new_id(), org_id=new_id())
+        with pytest.raises(ClientStopped, match="closed"):
+            await handle.cancel()
+
+
+async def test_a_registry_that_is_away_holds_up_no_event_loop(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with AsyncQueryClient(config) as client, asyncio.timeout(PATIENCE_SECONDS):
+        away = _Away(asyncio.get_running_loop())
+        monkeypatch.setattr("queryd.codec.registry_in_use", lambda: away)
+        monkeypatch.setattr("queryd.async_client.registry_in_use", lambda: away)
+        for work in (
+            client.submit("SELECT 1", org_id=new_id()),
+            client.cancel(new_id(), org_id=new_id()),
+            client.handle(new_id(), org_id=new_id()).cancel(),
+        ):
+            with pytest.raises(NotSubmitted, match="does not answer"):
+                await work
+        assert away.asked == 3
+
+
+class _Away:
+    """Answers that it is away, once the loop has had its turn."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.asked = 0
+
+    def write(self, _topic: Topic, _fields: dict[str, Any]) -> bytes:
+        self.asked += 1
+        turned = threading.Event()
+        self._loop.call_soon_threadsafe(turned.set)
+        assert turned.wait(PATIENCE_SECONDS)
+        raise RegistryAway("the schema registry does not answer")
 
 
 async def test_a_client_that_is_not_open_says_so(config: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ import os
 import urllib.request
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import boto3
@@ -16,7 +17,7 @@ from service.bucket import BucketRefused, apply_bucket
 from service.doctor import Finding, examine
 from service.embedded.object_store import Credentials, ObjectStore
 from service.embedded.postgres import Postgres
-from service.settings import Settings
+from service.settings import ENV_FILE, Settings
 
 CANARY = "canary4711"
 
@@ -113,6 +114,28 @@ def test_a_database_without_our_tables_is_told_apart_from_one_that_is_away(postg
     assert "query_status" in said
     os.environ["QUERYD_DATASETS_PG_URL"] = _instead(postgres_server.url("postgres"), database=CANARY)
     assert "QUERYD_DATASETS_PG_URL" in _find("datasets in postgres").advice
+
+
+@pytest.mark.usefixtures("without_kafka")
+def test_what_must_be_so_in_the_embedded_stack_is_no_warning_there(
+    postgres_server: Postgres, data_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.environ |= {
+        "QUERYD_RELAY_TRANSACTIONS": "false",
+        "QUERYD_DATASETS_PG_URL": postgres_server.url("postgres"),
+    }
+    assert (_find("relay").state, _find("datasets in postgres").state) == ("warning", "warning")
+    # As `queryd up` writes it.
+    ENV_FILE.parent.mkdir()
+    ENV_FILE.write_text("".join(f"{name}={value}\n" for name, value in os.environ.items() if name[:7] == "QUERYD_"))
+    relay, datasets = _find("relay"), _find("datasets in postgres")
+    assert (relay.state, datasets.state) == ("well", "well")
+    assert "as it must be with the embedded broker" in relay.advice
+    assert "as it is in the embedded stack" in datasets.advice
+    # Whoever points elsewhere has left the embedded stack.
+    os.environ |= {"QUERYD_KAFKA_BOOTSTRAP": "127.0.0.1:2", "QUERYD_DATA_URL": _instead(data_url, database="postgres")}
+    assert (_find("relay").state, _find("datasets in postgres").state) == ("warning", "warning")
 
 
 @pytest.mark.usefixtures("without_kafka")

@@ -120,6 +120,22 @@ def test_copies_and_older_events_are_passed_over_and_a_restart_tells_them_by_the
     assert (copy.event, copy.event.event_id, copy.replay_id) == (marker[2], marker[2].event_id, "a replay")
 
 
+def test_the_story_of_an_id_that_was_deleted_and_asked_for_again_is_another(
+    config: dict[str, Any], new_group: NewGroup
+) -> None:
+    group, org_id = new_group(), new_id()
+    story, marker = make_story(org_id=org_id), make_story(org_id=org_id)
+    again = make_story(story[0].query_id, org_id=org_id)
+    with QueryClient(config) as client, client.events(group=group, org=org_id) as events:
+        publish(config, *story)
+        assert [next(events) for _ in story] == story
+        # A copy behind the deletion is still a copy.
+        publish(config, story[0].query_id, story[2], *again, *marker)
+        heard = [next(events) for _ in again + marker]
+    assert [event for event in heard if event.query_id == story[0].query_id] == again
+    assert [event for event in heard if event.query_id == marker[0].query_id] == marker
+
+
 async def test_a_copy_of_what_is_not_processed_yet_is_not_committed_before_it(
     config: dict[str, Any], new_group: NewGroup
 ) -> None:

@@ -364,6 +364,26 @@ async def test_what_happens_during_a_rebuild_from_postgres_data_is_not_undone(pl
     }
 
 
+@pytest.mark.parametrize("projected", [False, True])
+async def test_a_query_asked_for_again_during_a_rebuild_from_postgres_data_stands(
+    place: Place, projected: bool
+) -> None:
+    old = _make_story()
+    again = _make_story(query_id=old[0].query_id)[:1]
+    await place.commit(old)
+    await place.project(old)
+    plan = await place.plan(SourceName.POSTGRES, _NO_KAFKA)
+    async with opened(SourceName.POSTGRES, place.state_url, place.data, _NO_KAFKA) as rebuild:
+        await rebuild.stage(_ignore)
+        await place.forget(old)
+        await place.commit(again)
+        if projected:
+            await place.project(again)
+        await rebuild.swap(plan.hash)
+    # Its lower sequence would never be projected over the old story's.
+    assert await place.read_rows(again) == {again[0].query_id: ("Queued", 1)}
+
+
 async def test_a_row_whose_last_event_cannot_be_read_is_left_as_it_is(place: Place) -> None:
     story = _make_story()
     await place.commit(story)

@@ -120,10 +120,17 @@ def test_the_settings_are_valid_as_they_stand(monkeypatch: pytest.MonkeyPatch) -
     for name in [name for name in os.environ if name.startswith("QUERYD_")]:
         monkeypatch.delenv(name)
     for name, value in SERVICES["executor"]["environment"].items():
-        monkeypatch.setenv(name, VARIABLE.sub(lambda found: found[3], str(value)))
+        if value is not None:
+            monkeypatch.setenv(name, VARIABLE.sub(lambda found: found[3], str(value)))
     settings = Settings()
     assert settings.bucket == "queryd"
     assert settings.datasets_access_key_id is not None
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_schema_registry_is_passed_on_and_is_none_by_default(name: str) -> None:
+    passed_on = {variable for variable, value in SERVICES[name]["environment"].items() if value is None}
+    assert passed_on == {"QUERYD_SCHEMA_REGISTRY_URL", "QUERYD_SCHEMA_REGISTRY_OPTIONS"}
 
 
 def test_the_time_to_stop_is_longer_than_the_drain() -> None:
@@ -212,7 +219,7 @@ def test_docker_compose_takes_it() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("QUERYD_", "S3_"))}
     shown = subprocess.run(
         [*command, "--file", str(COMPOSE), "--profile", "cli", "config"],
-        env=environment | {"DATA_PASSWORD": "canary4711"},
+        env=environment | {"DATA_PASSWORD": "canary4711", "QUERYD_SCHEMA_REGISTRY_URL": "http://registry:8081"},
         capture_output=True,
         text=True,
         check=False,
@@ -223,6 +230,8 @@ def test_docker_compose_takes_it() -> None:
     environment_of_relay = resolved["services"]["relay"]["environment"]
     assert environment_of_relay["QUERYD_DATA_URL"] == "postgresql://queryd:canary4711@data:5432/data"
     assert environment_of_relay["QUERYD_STATE_URL"] == "postgresql://queryd:queryd@state:5432/state"
+    assert environment_of_relay["QUERYD_SCHEMA_REGISTRY_URL"] == "http://registry:8081"
+    assert environment_of_relay.get("QUERYD_SCHEMA_REGISTRY_OPTIONS") is None
 
 
 def _find_compose() -> list[str] | None:

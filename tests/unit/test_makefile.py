@@ -36,7 +36,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _make(folder: Path, *targets: str) -> subprocess.CompletedProcess[str]:
     # Not as part of the make that runs these tests.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "ARGS"))}
     return subprocess.run(
         ["make", "--silent", *targets], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )

@@ -9,7 +9,7 @@ import pytest
 import queryd
 from queryd import read_kafka
 from queryd.codec import NoRegistry, encode
-from queryd.errors import NotSubmitted
+from queryd.errors import ClientStopped, NotSubmitted
 from queryd.events import Delivery, Invalid, Mode, OutputFormat, QueryId
 from queryd.feed import Seen, group_config
 from queryd.headers import ReplayHeader, find_traceparent
@@ -80,6 +80,20 @@ def test_what_is_not_acknowledged_is_not_submitted(monkeypatch: pytest.MonkeyPat
     answer = sender.send(make_request("SELECT 1", org_id=ORG_ID))
     with pytest.raises(NotSubmitted, match="timed out"):
         answer.result(15)
+    sender.close()
+
+
+def test_a_close_leaves_nobody_waiting_and_nothing_is_sent_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The broker is away, and the close gives up before librdkafka does.
+    monkeypatch.setattr("queryd.sender._EXPIRY_SECONDS", -29.9)
+    sender = Sender({"bootstrap.servers": "127.0.0.1:1", "log_level": 0})
+    answers = [sender.send(make_request("SELECT 1", org_id=ORG_ID)) for _ in range(3)]
+    sender.close()
+    assert all(answer.done() for answer in answers)
+    with pytest.raises(NotSubmitted, match="Purged"):
+        answers[0].result()
+    with pytest.raises(ClientStopped, match="closed"):
+        sender.send(make_request("SELECT 1", org_id=ORG_ID))
     sender.close()
 
 

@@ -103,6 +103,86 @@ def test_lists_and_structs_are_text_in_csv_and_themselves_in_json(tmp_path: Path
     assert row == {"l": [1, 2], "s": {"a": "b"}, "t": "10:00:00"}
 
 
+_NESTED = """
+SELECT * FROM (VALUES
+    (NULL, NULL, NULL, NULL, NULL, NULL, NULL),
+    (['2020-01-01', NULL, '7'], {'day': '2020-01-01', 'a, "b)': [DATE '2020-01-01']}, [[1], NULL, []], [1.50, 2],
+     [TIME '24:00:00'], {'at': TIMESTAMPTZ '2020-01-01 00:00:00+00', 'more': [{'n': 1}]},
+     340282366920938463463374607431768211455)
+) AS t(texts, parts, deep, prices, times, moments, large)
+"""
+_NESTED_AS = """
+SELECT texts::VARCHAR[] AS texts, parts::STRUCT("day" VARCHAR, "a, ""b)" DATE[]) AS parts, deep::INTEGER[][] AS deep,
+    prices::DECIMAL(5,2)[2] AS prices, times::TIME[] AS times,
+    moments::STRUCT("at" TIMESTAMPTZ, more STRUCT(n TINYINT)[]) AS moments, large::UHUGEINT AS large{}
+FROM ({})
+"""
+_NESTED_ROW = {
+    "texts": ["2020-01-01", None, "7"],
+    "parts": {"day": "2020-01-01", 'a, "b)': [datetime.date(2020, 1, 1)]},
+    "deep": [[1], None, []],
+    "prices": [Decimal("1.50"), Decimal("2.00")],
+    "times": ["24:00:00"],
+    "moments": {"at": datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC), "more": [{"n": 1}]},
+    "large": Decimal(2**128 - 1),
+}
+
+
+@pytest.mark.parametrize("with_map", [False, True])
+def test_the_parts_of_nested_columns_have_the_events_types_in_json(tmp_path: Path, with_map: bool) -> None:
+    sql = _NESTED_AS.format(", MAP {2: DATE '2020-01-01', 1: NULL} AS m" if with_map else "", _NESTED)
+    table = _read(*_write(tmp_path, sql, OutputFormat.JSON), OutputFormat.JSON)
+    entries = {"m": [(2, datetime.date(2020, 1, 1)), (1, None)]} if with_map else {}
+    nothing: dict[str, Any] = dict.fromkeys(_NESTED_ROW)
+    assert table.to_pylist() == [nothing | entries, _NESTED_ROW | entries]
+    assert table.schema.field("moments").type == pa.struct(
+        [("at", pa.timestamp("us", "UTC")), ("more", pa.list_(pa.struct([("n", pa.int8())])))]
+    )
+    if with_map:
+        assert table.schema.field("m").type == pa.map_(pa.int32(), pa.date32())
+
+
+def test_maps_keep_their_values_digits_and_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("queryd.tables._LINES_BYTES", 100)
+    sql = """SELECT i, MAP {'k': 0.1::DOUBLE} AS m, MAP {true: 12345678901234567.89::DECIMAL(19,2)} AS d,
+        [MAP {'x, y': i::VARCHAR}] AS l, i % 2 = 0 AS even, '007' AS code, TIME '10:00:00' AS t
+        FROM range(20) AS r(i)"""
+    rows = _read(*_write(tmp_path, sql, OutputFormat.JSON), OutputFormat.JSON).to_pylist()
+    assert len(rows) == 20
+    assert rows[9] == {
+        "i": 9, "m": [("k", 0.1)], "d": [(True, Decimal("12345678901234567.89"))], "l": [[("x, y", "9")]],
+        "even": False, "code": "007", "t": "10:00:00",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "'{\"a\": 1}'::JSON",
+        # Otherwise a text without its quotes.
+        "'\"a\"'::JSON",
+        "[('[1]'::JSON)]",
+        "union_value(n := 2)",
+        "row(1, 'x')",
+        "MAP {['a']: 1}",
+        "MAP {{'a': 1}: 1}",
+        "170141183460469231731687303715884105727::HUGEINT",
+    ],
+)
+def test_what_json_does_not_tell_is_said_to_be_unreadable_and_never_guessed(tmp_path: Path, expression: str) -> None:
+    with pytest.raises(ResultUnreadable, match="ask for parquet"):
+        _read(*_write(tmp_path, f"SELECT 1 AS n, {expression} AS x", OutputFormat.JSON), OutputFormat.JSON)
+
+
+@pytest.mark.parametrize(
+    "described",
+    ["STRUCT…", "STRUCT", "MAP(", "UNION", "ENUM[", "VARCHAR]", "[]", "ODD[]", "VARCHAR" + "[]" * 999],
+)
+def test_a_nested_type_that_the_event_cuts_short_is_not_guessed(described: str) -> None:
+    with pytest.raises(ResultUnreadable, match="ask for parquet"):
+        _read(b'{"x":["2020-01-01"]}\n', [Column("x", described)], OutputFormat.JSON)
+
+
 def test_columns_that_the_event_does_not_name_are_guessed() -> None:
     body = b"known,unknown\r\n1,2\r\n"
     table = _read(body, [Column("known", "VARCHAR")], OutputFormat.CSV)

@@ -49,9 +49,9 @@ class CommandLine:
         found: list[dict[str, Any]] = self._read(["dead-letters", "--list", *arguments], 0)
         return found
 
-    def refuse(self, *arguments: str) -> str:
-        """What it says instead of doing it."""
-        done = self._run(arguments)
+    def refuse(self, *arguments: str, hash_key: str | None = None) -> str:
+        """What it says instead of doing it; with another key of fingerprints than the fleet's."""
+        done = self._run(arguments, {} if hash_key is None else {"QUERYD_SQL_HASH_KEY": hash_key})
         assert done.exit_code in (1, 2), done.output
         assert done.stdout == ""
         return done.stderr
@@ -76,9 +76,9 @@ class CommandLine:
         assert done.exit_code == code, done.stderr
         return json.loads(done.stdout)
 
-    def _run(self, arguments: Sequence[str]) -> Result:
+    def _run(self, arguments: Sequence[str], changes: dict[str, str] | None = None) -> Result:
         # In this process: an interpreter's start takes longer than most replays of a test.
-        return CliRunner().invoke(app, ["replay", *arguments], env=self.fleet.environment)
+        return CliRunner().invoke(app, ["replay", *arguments], env=self.fleet.environment | (changes or {}))
 
     def _command(self, arguments: Sequence[str]) -> list[str]:
         return [sys.executable, "-m", "queryd", "replay", *arguments]

@@ -8,7 +8,7 @@ import psycopg
 import pytest
 from confluent_kafka import Message, Producer
 
-from queryd.codec import Undecodable, decode_fields, encode
+from queryd.codec import Undecodable, decode_fields, encode, encode_fields
 from queryd.events import QueryRequested, Topic
 from queryd.headers import ReplayHeader
 from tests.integration.fleet import Fleet, await_that
@@ -130,6 +130,19 @@ def _with_key(kafka: Kafka, key: str) -> list[Message]:
     return [record for record in read_records(kafka, [Topic.DEAD_LETTERS]) if record.key() == key.encode()]
 
 
+def test_a_mended_letter_of_nobody_s_org_runs_once_under_its_own_id(
+    fleet: Fleet, queryd: CommandLine, kafka: Kafka
+) -> None:
+    org_id, request = new_id(), make_request()
+    fields = decode_fields(encode(request), QueryRequested.__name__) | {"org_id": "nobody"}
+    write(config_of(kafka), _LANE, request.query_id, encode_fields(fields, QueryRequested.__name__, _LANE))
+    await_that(lambda: _with_key(kafka, request.query_id), "the dead letter")
+    asked = ["dead-letters", "--key", request.query_id, "--set", f"org_id={org_id}"]
+    assert queryd.carry_out(*asked)["notes"] == {"own_id": 1}
+    await_terminal(fleet, org_id, 1)
+    assert "1 redriven" in queryd.refuse(*asked)
+
+
 def test_a_letter_in_conflict_runs_under_a_new_id(fleet: Fleet, queryd: CommandLine, kafka: Kafka) -> None:
     org_id = new_id()
     first = make_request(org_id=org_id)
@@ -162,6 +175,10 @@ def _value(record: Message) -> bytes:
         ("colour=red", "no field colour"),
         ("query_id=00000000-0000-0000-0000-000000000001", "conflicts"),
         ('timeout_seconds="long"', "timeout_seconds would make every request invalid"),
+        # A text would become a list of its letters: other roles than were meant.
+        ("roles=admin", "roles would not stay as it is given"),
+        ('parameters={"n": 12345678901234567890}', "parameters would not stay as it is given"),
+        ('parameters=[["a", 1]]', "parameters would make every request invalid"),
     ],
 )
 def test_a_patch_that_makes_requests_invalid_is_refused(
@@ -180,7 +197,7 @@ def test_a_patch_that_breaks_a_valid_letter_is_refused(fleet: Fleet, queryd: Com
     publish(kafka, [first, make_request(org_id=org_id, query_id=first.query_id, sql="SELECT 2")])
     _await_letters(kafka, org_id, 1)
     said = queryd.refuse("dead-letters", "--org", org_id, "--set", f"saved_query_id={new_id()}")
-    assert "makes a valid request invalid" in said
+    assert "make a valid request invalid" in said
 
 
 def test_a_resumed_patch_is_given_again(fleet: Fleet, queryd: CommandLine, kafka: Kafka) -> None:
