@@ -39,8 +39,10 @@ class Store(Protocol):
         """Write what up to 500 records say, and the offsets behind them by partition, in one transaction.
 
         An event may be a copy, by a replay, of one that was applied long ago: write none whose `sequence` is not above
-        the one that stands. Offsets may be as high as the stored ones or higher, never lower, but for those of another
-        topic. The batch may be empty, where it held nothing that could be read.
+        the one that stands. A member that was stopped and wakes may bring what another has applied since, with offsets
+        lower than the stored ones of this topic: refuse those, or it would be applied again. Its records lie below the
+        stored offset of their partition, `status.record.partition` and `.offset`; who deletes by tombstones passes over
+        them, or a deleted query would come back. The batch may be empty, where it held nothing that could be read.
         """
         ...
 

@@ -45,7 +45,7 @@ Patience = Annotated[
 ]
 Changes = Annotated[
     list[str] | None,
-    typer.Option("--set", help="field=value in every letter; the value is JSON, or else text. May be repeated."),
+    typer.Option("--set", help="field=value in every letter, as JSON or text; again at a resume."),
 ]
 
 

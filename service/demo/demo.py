@@ -34,6 +34,8 @@ _ANSWER_SECONDS = 120.0
 _REFRESH_SECONDS = 0.1
 # From here on the places have room beside the titles.
 _WIDE = 120
+# What 80 columns leave beside the others.
+_NARROW_TITLE = 17
 
 _ORG = "00000000-0000-4000-8000-00000000f113"
 _USER = "00000000-0000-4000-8000-00000000da7a"
@@ -195,7 +197,7 @@ def _summarize(asked: Sequence[Asked], events: Sequence[QueryStatusChanged]) -> 
 def _table(asked: Sequence[Asked], events: Sequence[QueryStatusChanged | None], *, wide: bool) -> Table:
     """A line a query; where there is little room a title is cut, and of the place only the query's id is told."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1) if wide else (0, 1, 0, 0))
-    table.add_column("query", no_wrap=True, overflow="ellipsis")
+    table.add_column("query", no_wrap=True, overflow="ellipsis", max_width=None if wide else _NARROW_TITLE)
     for name in ("lane", "status"):
         table.add_column(name, no_wrap=True)
     for name in ("rows", "bytes", "ms"):
