@@ -16,6 +16,7 @@ from db.retrying import until_available
 from db.state.query_status import (
     QueryStatusRow,
     delete_statuses,
+    hold_offsets,
     move_tasks,
     read_offsets,
     upsert_statuses,
@@ -90,14 +91,16 @@ class StateStore:
             return await read_offsets(connection, topic.cluster_id, topic.topic_id)
 
     async def _project(self, topic: TopicIdentity, batch: Sequence[StatusRecord], offsets: Mapping[int, int]) -> None:
-        steps = [_to_step(status) for status in batch]
-        rows = [step.row for step in _keep_newest(steps).values() if step.row is not None]
-        gone = [step.query_id for step in steps if step.row is None]
         failpoint(Failpoint.PROJECT_BEFORE)
         async with transaction(self._pool) as connection:
+            held = await hold_offsets(connection, topic.cluster_id, topic.topic_id, offsets.keys())
+            # A member that was stopped and wakes may hold what another has projected since: behind a deletion it would
+            # bring the query back.
+            steps = [_to_step(each) for each in batch if each.record.offset >= held.get(each.record.partition, 0)]
             # First, for what follows a deletion is a new query under the old id, whose sequence begins again.
-            if gone:
+            if gone := [step.query_id for step in steps if step.row is None]:
                 await delete_statuses(connection, gone)
+            rows = [step.row for step in _keep_newest(steps).values() if step.row is not None]
             await upsert_statuses(connection, rows)
             await move_tasks(connection, rows)
             await write_offsets(connection, topic.cluster_id, topic.topic_id, dict(offsets))

@@ -60,8 +60,8 @@ def is_nested(type_: str) -> bool:
     return _NESTED.fullmatch(type_) is not None
 
 
-def parse_scalar(type_: str) -> pa.DataType:
-    """The type of a column that is not nested; text where it has no other."""
+def parse_or_text(type_: str) -> pa.DataType:
+    """The type; text where Arrow has none."""
     try:
         return parse_type(type_)
     except NoCounterpart:
@@ -133,7 +133,7 @@ class _Parser:
                 key, value = self._parse_all_of(lambda: self._parse(depth + 1))
                 return pa.map_(key, value)
             case "DECIMAL":
-                precision, scale = self._parse_all_of(lambda: int(self._take()))
+                precision, scale = self._parse_all_of(self._parse_number)
                 return pa.decimal128(precision, scale)
             case "ENUM":
                 # An event leaves its values out.
@@ -151,6 +151,11 @@ class _Parser:
         if name.startswith('"'):
             name = name[1:-1].replace('""', '"')
         return name, self._parse(depth + 1)
+
+    def _parse_number(self) -> int:
+        if not self._next().isdecimal():
+            raise NoCounterpart
+        return int(self._take())
 
     def _parse_all_of(self, parse: Callable[[], _Part]) -> list[_Part]:
         """What stands in parentheses, with commas between."""

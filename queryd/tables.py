@@ -14,13 +14,12 @@ from typing import IO, Any
 import pyarrow as pa
 from pyarrow import csv, json, parquet
 
-from queryd.column_types import DATE, TIME, NoCounterpart, holds_map, is_nested, parse_scalar, parse_type, replace
+from queryd.column_types import DATE, TIME, NoCounterpart, holds_map, is_nested, parse_or_text, parse_type, replace
 from queryd.errors import ResultUnreadable
 from queryd.events import Column, OutputFormat, QueryStatusChanged
 
 # A row must fit into a block; queries make rows of megabytes at times, and a block costs its size in memory.
 _BLOCK_BYTES = 16 * 1024 * 1024
-
 # How much of a file with maps is taken apart at once: as Python's own objects it is ten times larger.
 _LINES_BYTES = 1024 * 1024
 
@@ -46,7 +45,7 @@ def open_batches(body: IO[bytes], event: QueryStatusChanged) -> pa.RecordBatchRe
 def _open_csv(body: IO[bytes], columns: Sequence[Column]) -> pa.RecordBatchReader:
     names = _read_header(body)
     types = {
-        name: pa.string() if is_nested(column.type) else parse_scalar(column.type)
+        name: pa.string() if is_nested(column.type) else parse_or_text(column.type)
         for name, column in zip(names, columns, strict=False)
     }
     return csv.open_csv(
@@ -75,7 +74,7 @@ def _open_json(body: IO[bytes], columns: Sequence[Column]) -> pa.RecordBatchRead
     body.seek(0)
     if not first:
         # No rows, so not even names: the event's.
-        empty = pa.schema([(column.name, parse_scalar(column.type)) for column in columns])
+        empty = pa.schema([(column.name, replace(parse_or_text(column.type), TIME, pa.string())) for column in columns])
         return pa.RecordBatchReader.from_batches(empty, [])
     # Every row of DuckDB's has all of them.
     names = list(text_json.loads(first))
@@ -129,7 +128,7 @@ def _build(values: list[Any], type_: pa.DataType) -> pa.Array:
         parts = [
             _build([None if value is None else value[field.name] for value in values], field.type) for field in type_
         ]
-        nulls = pa.array([value is None for value in values])
+        nulls = pa.array([value is None for value in values], pa.bool_())
         return pa.StructArray.from_arrays(parts, fields=list(type_), mask=nulls)
     if pa.types.is_list(type_):
         _check_all(values, list)

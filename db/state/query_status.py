@@ -1,6 +1,6 @@
 """`query_status` and the platform's `tasks`, moved by status events, and the offsets that move with them."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -75,6 +75,14 @@ READ_OFFSETS = """
 SELECT partition, next_offset FROM consumer_offsets WHERE cluster_id = %(cluster_id)s AND topic_id = %(topic_id)s
 """
 
+# In the order in which they are written, so that two members can't wait for each other.
+HOLD_OFFSETS = """
+SELECT partition, next_offset FROM consumer_offsets
+WHERE cluster_id = %(cluster_id)s AND topic_id = %(topic_id)s AND partition = ANY(%(partitions)s::int[])
+ORDER BY partition
+FOR UPDATE
+"""
+
 WRITE_OFFSETS = """
 INSERT INTO consumer_offsets (cluster_id, topic_id, partition, next_offset)
 SELECT %(cluster_id)s, %(topic_id)s, i.partition, i.next_offset
@@ -106,6 +114,14 @@ async def read_offsets(connection: Connection, cluster_id: str, topic_id: str) -
     """The next offset to read for each partition that was read before."""
     cursor = await connection.execute(READ_OFFSETS, {"cluster_id": cluster_id, "topic_id": topic_id})
     return dict(await cursor.fetchall())
+
+
+async def hold_offsets(
+    connection: Connection, cluster_id: str, topic_id: str, partitions: Collection[int]
+) -> dict[int, int]:
+    """The same of these partitions, which nobody else moves until the transaction ends."""
+    keys = {"cluster_id": cluster_id, "topic_id": topic_id, "partitions": list(partitions)}
+    return dict(await (await connection.execute(HOLD_OFFSETS, keys)).fetchall())
 
 
 async def write_offsets(connection: Connection, cluster_id: str, topic_id: str, ends: dict[int, int]) -> None:

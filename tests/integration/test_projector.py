@@ -15,14 +15,16 @@ from psycopg.rows import dict_row
 from structlog.testing import CapturingLogger
 
 from consumers import projector
-from consumers.projector import Projector, to_row
+from consumers.projector import Projector, StateStore, to_row
 from db.connection import StatePool, make_pool
 from db.migrations.upgrade import upgrade_state
 from db.state.platform import create_platform_tables
 from db.state.query_status import move_tasks, write_offsets
 from queryd.codec import encode
 from queryd.events import ErrorCode, Mode, OrgId, QueryId, QueryStatusChanged, Status, Topic
-from queryd.topics import read_topic_identity
+from queryd.status_records import StatusRecord
+from queryd.subscription import Record
+from queryd.topics import TopicIdentity, read_topic_identity
 from service.embedded.broker import Broker
 from service.embedded.servers import Lifeline
 from service.topics import apply_topics
@@ -232,6 +234,41 @@ async def test_stored_offsets_only_grow(pool: StatePool) -> None:
             await write_offsets(connection, "cluster", "topic", ends)
         cursor = await connection.execute("SELECT partition, next_offset FROM consumer_offsets ORDER BY partition")
         assert await cursor.fetchall() == [(0, 5), (1, 2), (2, 9)]
+
+
+async def test_a_member_that_wakes_brings_no_deleted_query_back(pool: StatePool) -> None:
+    """It was stopped with a batch in its hands, and another has projected that and the query's deletion since."""
+    store, topic = StateStore(pool), TopicIdentity("cluster", "topic")
+    [queued, running, ended] = _make_story()
+    story = [
+        _make_record(offset, queued.query_id, event) for offset, event in enumerate((queued, running, ended, None))
+    ]
+    await store.apply(topic, story, {0: 4})
+    assert await _read_row(pool, queued.query_id) is None
+    await store.apply(topic, story[:2], {0: 2})
+    assert await _read_row(pool, queued.query_id) is None
+    # What lies behind is a new query under the old id.
+    again = _make_record(4, queued.query_id, queued)
+    await store.apply(topic, [story[2], again], {0: 5})
+    row = await _read_row(pool, queued.query_id)
+    assert row is not None
+    assert row["sequence"] == 1
+
+
+def _make_record(offset: int, query_id: QueryId, event: QueryStatusChanged | None) -> StatusRecord:
+    record = Record(
+        topic=Topic.STATUS,
+        partition=0,
+        offset=offset,
+        key=query_id.encode(),
+        value=None if event is None else encode(event),
+        headers=(),
+        timestamp_ms=0,
+        appended_by_broker=True,
+        polled_at=0.0,
+        epoch=1,
+    )
+    return StatusRecord(query_id, event, record)
 
 
 # Tasks.

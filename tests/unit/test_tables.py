@@ -145,12 +145,12 @@ def test_the_parts_of_nested_columns_have_the_events_types_in_json(tmp_path: Pat
 def test_maps_keep_their_values_digits_and_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("queryd.tables._LINES_BYTES", 100)
     sql = """SELECT i, MAP {'k': 0.1::DOUBLE} AS m, MAP {true: 12345678901234567.89::DECIMAL(19,2)} AS d,
-        [MAP {'x, y': i::VARCHAR}] AS l, i % 2 = 0 AS even, '007' AS code, TIME '10:00:00' AS t
-        FROM range(20) AS r(i)"""
+        [MAP {'x, y': i::VARCHAR}] AS l, []::STRUCT(n INTEGER)[] AS e, i % 2 = 0 AS even, '007' AS code,
+        TIME '10:00:00' AS t FROM range(20) AS r(i)"""
     rows = _read(*_write(tmp_path, sql, OutputFormat.JSON), OutputFormat.JSON).to_pylist()
     assert len(rows) == 20
     assert rows[9] == {
-        "i": 9, "m": [("k", 0.1)], "d": [(True, Decimal("12345678901234567.89"))], "l": [[("x, y", "9")]],
+        "i": 9, "m": [("k", 0.1)], "d": [(True, Decimal("12345678901234567.89"))], "l": [[("x, y", "9")]], "e": [],
         "even": False, "code": "007", "t": "10:00:00",
     }  # fmt: skip
 
