@@ -174,8 +174,9 @@ async def test_a_look_is_one_json_line_or_plain_lines(
         "failed_per_second": 0.1,
     }
     assert [query["query_id"] for query in told["queries"]] == [failed.query_id]
-    lanes, row = plain.stdout.splitlines()
+    lanes, headings, row = plain.stdout.splitlines()
     assert "interactive: 0 waiting, 0 running" in lanes
+    assert headings.split("\t") == ["query", "org", "lane", "status", "error", "age", "ran"]
     assert row.split("\t")[:5] == [waiting.facts.query_id, waiting.facts.org_id, "batch", "Queued", ""]
 
 
