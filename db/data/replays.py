@@ -28,7 +28,8 @@ class ReplayStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """A row of `replays`. `plan`, `checkpoint` and `counts` are its kind's own; none holds SQL or values."""
+    """A row of `replays`. `plan`, `checkpoint` and `counts` are its kind's own. Filters stand in the plan as they were
+    given; a patch's values don't, for they may be SQL."""
 
     id: str
     kind: str

@@ -49,6 +49,19 @@ class Copy:
         return [*self.headers, ("traceparent", traceparent.encode())]
 
 
+def copy_as_it_is(record: LoggedRecord, replay_id: str, rules: HeaderRules, query_id: str) -> Copy:
+    """The same key and value, to where the record was, whatever its producer's partitioner made of the key."""
+    return Copy(
+        topic=record.topic,
+        partition=record.partition,
+        key=record.key,
+        value=record.value,
+        headers=copy_headers(record, replay_id, rules),
+        query_id=query_id,
+        origin=find_traceparent(record.headers),
+    )
+
+
 def copy_headers(
     record: LoggedRecord, replay_id: str, rules: HeaderRules, changed: Mapping[str, str | None] | None = None
 ) -> Pairs:

@@ -7,7 +7,7 @@ from typing import Any
 
 from db.connection import Connection
 from db.data.replays import Standing, read_standings
-from producers.replay.copies import Copy, HeaderRules, copy_headers, mint
+from producers.replay.copies import Copy, HeaderRules, copy_as_it_is, copy_headers, mint
 from producers.replay.kinds import Judge, Note, ReplayName, Skip, Verdict
 from producers.replay.log import LoggedRecord, Window
 from producers.replay.selection import Selection
@@ -70,7 +70,11 @@ class RequestReplay:
                 # It came in another's encoding, which had room for it.
                 return Verdict(read.record, skip=Skip.TOO_LARGE)
             return Verdict(read.record, copied, Note.AS_NEW)
-        return Verdict(read.record, self._copy(read.record, read.request.query_id), _note(standing))
+        return Verdict(
+            read.record,
+            copy_as_it_is(read.record, self.replay_id, self.headers, read.request.query_id),
+            _note(standing),
+        )
 
     def _means(self, read: "ReadRequest", standing: Standing | None) -> bool:
         status, error_code = (None, None) if standing is None else (standing.status, standing.error_code)
@@ -94,18 +98,6 @@ class RequestReplay:
             # There is nothing to compare yet, and its task would hear of two ends.
             return Skip.UNFINISHED
         return None
-
-    def _copy(self, record: LoggedRecord, query_id: str) -> Copy:
-        return Copy(
-            topic=record.topic,
-            # Where it was, whatever its producer's partitioner made of the key.
-            partition=record.partition,
-            key=record.key,
-            value=record.value,
-            headers=copy_headers(record, self.replay_id, self.headers),
-            query_id=query_id,
-            origin=find_traceparent(record.headers),
-        )
 
     def _copy_as_new(self, record: LoggedRecord, request: QueryRequested) -> Copy:
         query_id = mint(self.replay_id, request.query_id)

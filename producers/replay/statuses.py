@@ -7,13 +7,12 @@ from typing import Any
 
 from db.connection import Connection
 from db.data.replays import hold_last_events
-from producers.replay.copies import Copy, HeaderRules, copy_headers
+from producers.replay.copies import HeaderRules, copy_as_it_is
 from producers.replay.kinds import Judge, Note, ReplayName, Skip, Verdict
 from producers.replay.log import LoggedRecord, Window
 from producers.replay.selection import Selection
 from queryd.codec import NoRegistry, Undecodable, decode_fields
 from queryd.events import Invalid, QueryStatusChanged, Status, Topic, parse_uuid
-from queryd.headers import find_traceparent
 
 _TERMINAL = {status.value for status in Status if status.terminal}
 
@@ -59,7 +58,9 @@ class StatusReplay:
                 else:
                     assert query_id is not None
                     sent.add(query_id)
-                    verdicts.append(Verdict(record, self._copy(record, query_id), Note.LAST_EVENT))
+                    verdicts.append(
+                        Verdict(record, copy_as_it_is(record, self.replay_id, self.headers, query_id), Note.LAST_EVENT)
+                    )
             return verdicts
 
         return judge
@@ -71,17 +72,6 @@ class StatusReplay:
             and self.selection.takes_record(record)
             and self.selection.takes_fields(fields)
             and self.selection.takes_standing(status, error_code)
-        )
-
-    def _copy(self, record: LoggedRecord, query_id: str) -> Copy:
-        return Copy(
-            topic=record.topic,
-            partition=record.partition,
-            key=record.key,
-            value=record.value,
-            headers=copy_headers(record, self.replay_id, self.headers),
-            query_id=query_id,
-            origin=find_traceparent(record.headers),
         )
 
 
