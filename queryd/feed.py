@@ -29,7 +29,7 @@ from typing import Any, Generic, Self, TypeVar
 from queryd.errors import ClientStopped, CommitOverdue
 from queryd.events import QueryId, QueryStatusChanged, Topic
 from queryd.status_records import StatusRecord, Unreadable, read_status
-from queryd.subscription import Record, Subscription, SubscriptionLost, Window
+from queryd.subscription import Rebalancing, Record, Subscription, SubscriptionLost, Window
 
 _log = logging.getLogger("queryd.feed")
 
@@ -48,6 +48,8 @@ _REMEMBERED = 100_000
 _KEEP_ALIVE_SECONDS = 1.0
 # A consumer that fails at once would otherwise be made anew as fast as the machine can.
 _RESUBSCRIBE_SECONDS = 1.0
+# How soon a commit is tried again while the group is shared out anew, which takes a round of heartbeats.
+_REBALANCE_SECONDS = 0.1
 # The least that brokers allow by default: for so long a crashed member's partitions wait for another.
 _SESSION_MILLIS = 6_000
 # queryd's own groups: who joined one would take its partitions away.
@@ -122,17 +124,27 @@ class AsyncFeed(Generic[_Item]):
     async def commit(self) -> None:
         """Everything that was handed out is processed; returns once the broker knows.
 
-        Raises `KafkaException` where it does not: then some of it may come again.
+        While the group is shared out anew it waits; of partitions that are another member's by then nothing is
+        committed, and it comes again there. Raises `KafkaException` where the broker refuses: then some of it may come
+        again.
         """
         if self._subscription is None:
             return
         for record in self._handed:
-            # Of partitions that are another member's by now this does nothing: there it comes again.
+            # Of partitions that are another member's by now this does nothing.
             self._subscription.finish(record)
         self._handed.clear()
         self._handed_bytes = 0
         self._handed_queries.clear()
-        await self._subscription.commit()
+        # A subscription that was lost meanwhile has nothing left to commit, nor has the next one.
+        while (subscription := self._subscription) is not None:
+            try:
+                await subscription.commit()
+                break
+            except Rebalancing:
+                # The poll carries the rebalance on.
+                self._wanted.set()
+                await asyncio.sleep(_REBALANCE_SECONDS)
 
     async def close(self) -> None:
         """Leave the group. What was not committed comes again."""

@@ -53,12 +53,26 @@ _ASK_AGAIN_SECONDS = 2.0
 # work of its successor.
 _EPOCHS = itertools.count(1)
 
+# What a commit is answered while the group is shared out anew, and by a member that has yet to hear of it.
+_REBALANCING = {
+    KafkaError.REBALANCE_IN_PROGRESS,
+    KafkaError.ILLEGAL_GENERATION,
+    KafkaError.UNKNOWN_MEMBER_ID,
+    KafkaError.STALE_MEMBER_EPOCH,
+    KafkaError._ASSIGNMENT_LOST,
+    KafkaError._STATE,
+}
+
 Partition = tuple[str, int]
 _Answer = TypeVar("_Answer")
 
 
 class SubscriptionLost(Exception):
     """The consumer can't go on and must be made anew: wait, then open another subscription."""
+
+
+class Rebalancing(Exception):
+    """The group is being shared out anew: poll on, and commit again what is still this member's."""
 
 
 class OffsetOutOfRange(Exception):
@@ -216,14 +230,18 @@ class Subscription:
             held.offsets.finish(record.offset)
 
     async def commit(self) -> None:
-        """Commit what is finished now, and wait for the broker's answer; raises `KafkaException` when it refuses."""
+        """Commit what is finished now, and wait for the broker's answer.
+
+        Raises `Rebalancing`, and `KafkaException` where the broker refuses for any other reason; what was not committed
+        goes with the next commit.
+        """
         await asyncio.to_thread(self._in_turn, partial(self._commit, synchronously=True))
 
     async def close(self) -> None:
         """Commit what is finished and leave the group. `close` of the consumer is reached whatever fails before."""
         try:
             await self.commit()
-        except KafkaException as error:
+        except (KafkaException, Rebalancing) as error:
             _log.warning("the last commit failed, some finished records will be read again: %s", _reason(error))
         finally:
             await asyncio.to_thread(self._in_turn, self._consumer.close)
@@ -336,17 +354,17 @@ class Subscription:
             self._consumer.commit(offsets=positions, asynchronous=True)
 
     def _commit_and_wait(self, positions: list[TopicPartition]) -> None:
-        """Raises `KafkaException`; what did not reach the broker is then told again by the next commit."""
+        """Raises as `commit` does; what did not reach the broker is then told again by the next one."""
         try:
             self._consumer.store_offsets(offsets=positions)
             answers = self._consumer.commit(offsets=positions, asynchronous=False) or ()
-        except KafkaException:
+        except KafkaException as error:
             self._retake(positions)
-            raise
+            raise _of_commit(error) from error
         # A refusal of single partitions is in the answer and is not raised.
         if refused := [answer for answer in answers if answer.error is not None]:
             self._retake(refused)
-            raise KafkaException(refused[0].error)
+            raise _of_commit(KafkaException(refused[0].error))
 
     def _take_positions(self, partitions: Iterable[Partition]) -> list[TopicPartition]:
         return [
@@ -432,7 +450,7 @@ class Subscription:
         try:
             if positions and self._commits:
                 self._commit_and_wait(positions)
-        except KafkaException as error:
+        except (KafkaException, Rebalancing) as error:
             _log.warning("the commit at a revoke failed, records will be read again: %s", _reason(error))
         finally:
             self._forget(revoked)
@@ -526,7 +544,12 @@ def _bytes(value: str | bytes | None) -> bytes | None:
     return value.encode() if isinstance(value, str) else value
 
 
-def _reason(error: KafkaException) -> str:
+def _of_commit(error: KafkaException) -> KafkaException | Rebalancing:
+    cause = error.args[0] if error.args else None
+    return Rebalancing(cause.str()) if isinstance(cause, KafkaError) and cause.code() in _REBALANCING else error
+
+
+def _reason(error: KafkaException | Rebalancing) -> str:
     cause = error.args[0] if error.args else error
     return cause.str() if isinstance(cause, KafkaError) else str(cause)
 

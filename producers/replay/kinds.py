@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from db.connection import Connection
 from producers.replay.copies import Copy
 from producers.replay.log import LoggedRecord
+from queryd.registry import URL_VARIABLE
 
 
 class ReplayName(StrEnum):
@@ -23,6 +24,7 @@ class Skip(StrEnum):
     """Why a record of the selection is not replayed."""
 
     UNREADABLE = "unreadable"
+    NO_REGISTRY = "no_registry"
     INVALID = "invalid"
     CONFLICT = "conflict"
     DELETED = "deleted"
@@ -38,6 +40,7 @@ class Skip(StrEnum):
 
 SKIP_REASONS: Mapping[Skip, str] = {
     Skip.UNREADABLE: "can't be read",
+    Skip.NO_REGISTRY: f"is in Confluent's wire format: set {URL_VARIABLE} to read it",
     Skip.INVALID: "breaks the contract: its dead letter is what can be replayed",
     Skip.CONFLICT: "has the query_id of another request: its dead letter is what can be replayed",
     Skip.DELETED: "belongs to a query that was deleted for good",

@@ -3,12 +3,12 @@
 import json
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from db.connection import Connection
 from db.data.replays import Standing, read_standings
-from producers.dead_letters import DEAD_PREFIX
+from producers.dead_letters import DEAD_PREFIX, DeadCode
 from producers.replay.copies import Copy, HeaderRules, Pairs, copy_headers, read_number, read_text
 from producers.replay.kinds import Judge, Note, ReplayName, Skip, Verdict
 from producers.replay.log import LoggedRecord, Window
@@ -107,7 +107,7 @@ class LetterReplay:
         return self._judge
 
     async def _judge(self, connection: Connection, records: Sequence[LoggedRecord]) -> list[Verdict]:
-        read = [read_request(record, read_text(record, f"{DEAD_PREFIX}topic")) for record in records]
+        read = [_read_letter(record) for record in records]
         ids = {each.query_id for each in read if each.query_id is not None}
         standings = await read_standings(connection, ids | {name_anew(record) for record in records})
         return [self._judge_one(each, standings) for each in read]
@@ -126,14 +126,14 @@ class LetterReplay:
         return self._mend(read, topic, standing)
 
     def _means(self, read: ReadRequest, standing: Standing | None) -> bool:
-        return (
-            self.window.holds(read.record.timestamp_ms)
-            and self.selection.takes_record(read.record)
-            and self.selection.takes_fields(read.fields)
-            and self.selection.takes_standing(
-                None if standing is None else standing.status, read_text(read.record, f"{DEAD_PREFIX}code")
-            )
-        )
+        if not (self.window.holds(read.record.timestamp_ms) and self.selection.takes_record(read.record)):
+            return False
+        status = None if standing is None else standing.status
+        code = read_text(read.record, f"{DEAD_PREFIX}code")
+        if read.needs_registry:
+            # What it says is not known: it may be meant, whatever is asked of its query.
+            return not self.selection.error_codes or code in self.selection.error_codes
+        return self.selection.takes_fields(read.fields) and self.selection.takes_standing(status, code)
 
     def _find_skip(self, read: ReadRequest, standings: Mapping[str, Standing]) -> Skip | None:
         standing = standings.get(read.query_id or "")
@@ -143,6 +143,8 @@ class LetterReplay:
             return Skip.PARKED
         if standing is not None and standing.status is None:
             return Skip.DELETED
+        if read.needs_registry:
+            return Skip.NO_REGISTRY
         # Its bytes are sent again as they are, or not at all.
         return Skip.UNREADABLE if read.fields is None and self.patch.values else None
 
@@ -224,7 +226,7 @@ class LetterLine:
 def describe_letter(verdict: Verdict) -> LetterLine:
     """One letter that was asked for."""
     record = verdict.record
-    read = read_request(record)
+    read = _read_letter(record)
     return LetterLine(
         partition=record.partition,
         offset=record.offset,
@@ -236,6 +238,13 @@ def describe_letter(verdict: Verdict) -> LetterLine:
         reason=read_text(record, f"{DEAD_PREFIX}reason"),
         skip=verdict.skip,
     )
+
+
+def _read_letter(record: LoggedRecord) -> ReadRequest:
+    read = read_request(record, read_text(record, f"{DEAD_PREFIX}topic"))
+    # What the executors could not read either begins with Confluent's byte by chance.
+    undecodable = read_text(record, f"{DEAD_PREFIX}code") == DeadCode.UNDECODABLE
+    return replace(read, needs_registry=False) if undecodable else read
 
 
 def _find_uuid(value: object) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from db.connection import Connection, unavailable_told_apart
 from producers.replay.copies import HeaderRules
-from producers.replay.kinds import Judge, Note, ReplayKind, Skip, Verdict, judge_records
+from producers.replay.kinds import SKIP_REASONS, Judge, Note, ReplayKind, Skip, Verdict, judge_records
 from producers.replay.log import LogReader, OffsetRange, Pinned, Place, Window, pin
 from producers.replay.marks import Marks
 from producers.replay.selection import Selection
@@ -216,5 +216,5 @@ def _describe_nothing(total: Tally) -> str:
         return "there are no records in these partitions at that time: look at the times"
     if not total.skipped:
         return f"none of the {total.scanned} records that were read lies in the window and is asked for: look at both"
-    why = ", ".join(f"{count} {skip.value}" for skip, count in sorted(total.skipped.items()))
+    why = ", ".join(f"{count} {skip.value} (it {SKIP_REASONS[skip]})" for skip, count in sorted(total.skipped.items()))
     return f"nothing of the {total.scanned} records that were read can be replayed: {why}"

@@ -77,17 +77,17 @@ class RequestReplay:
         )
 
     def _means(self, read: "ReadRequest", standing: Standing | None) -> bool:
+        if not (self.window.holds(read.record.timestamp_ms) and self.selection.takes_record(read.record)):
+            return False
+        if read.needs_registry:
+            # What it says is not known: it may be meant.
+            return True
         status, error_code = (None, None) if standing is None else (standing.status, standing.error_code)
-        return (
-            self.window.holds(read.record.timestamp_ms)
-            and self.selection.takes_record(read.record)
-            and self.selection.takes_fields(read.fields)
-            and self.selection.takes_standing(status, error_code)
-        )
+        return self.selection.takes_fields(read.fields) and self.selection.takes_standing(status, error_code)
 
     def _find_skip(self, read: "ReadRequest", standing: Standing | None) -> Skip | None:
         if read.fields is None or read.query_id is None:
-            return Skip.UNREADABLE
+            return Skip.NO_REGISTRY if read.needs_registry else Skip.UNREADABLE
         if standing is not None and standing.status is None:
             return Skip.DELETED
         if read.request is None or (standing is not None and standing.error_code == ErrorCode.INVALID_REQUEST):
@@ -115,12 +115,16 @@ class RequestReplay:
 
 @dataclass(frozen=True, slots=True)
 class ReadRequest:
-    """A record of a request as far as it can be read: its fields, its id, and the request where it is valid."""
+    """A record of a request as far as it can be read: its fields, its id, and the request where it is valid.
+
+    `needs_registry` says something of this process and nothing of the record: another may read it.
+    """
 
     record: LoggedRecord
     fields: dict[str, Any] | None = field(default=None, repr=False)
     query_id: str | None = None
     request: QueryRequested | None = field(default=None, repr=False)
+    needs_registry: bool = False
 
 
 def read_request(record: LoggedRecord, topic: str | None = None) -> ReadRequest:
@@ -128,8 +132,7 @@ def read_request(record: LoggedRecord, topic: str | None = None) -> ReadRequest:
     try:
         fields = decode_fields(record.value, _EVENT)
     except NoRegistry:
-        # That says something of this process, and nothing of the record.
-        raise
+        return ReadRequest(record, needs_registry=True)
     except Undecodable:
         return ReadRequest(record)
     try:

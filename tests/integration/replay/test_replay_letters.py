@@ -14,7 +14,7 @@ from queryd.headers import ReplayHeader
 from tests.integration.fleet import Fleet, await_that
 from tests.integration.queries import make_request, new_id
 from tests.integration.records import PATIENCE_SECONDS, config_of, headers_of, write
-from tests.integration.replay.commands import CommandLine, await_terminal, find_copies, publish, read_records
+from tests.integration.replay.commands import CommandLine, await_terminal, find_copies, publish, read_records, stretch
 from tests.servers.kafka import Kafka
 
 pytestmark = pytest.mark.needs_kafka
@@ -32,6 +32,7 @@ def _org_of(record: Message) -> str | None:
     try:
         org_id: str = decode_fields(_value(record), QueryRequested.__name__)["org_id"]
     except Undecodable:
+        # Other tests bury records of any kind, one without a value among them.
         return None
     return org_id
 
@@ -93,7 +94,9 @@ def test_a_letter_is_sent_again_once_and_parked_in_the_end(fleet: Fleet, queryd:
     _await_letters(kafka, org_id, 6)
     planned = queryd.replay("dead-letters", "--org", org_id, "--max-redrives", "2")
     assert (planned["matched"], planned["skipped"]) == (3, {"redriven": 3})
-    assert "3 parked, 3 redriven" in queryd.refuse("dead-letters", "--org", org_id, "--max-redrives", "1")
+    refused = queryd.refuse("dead-letters", "--org", org_id, "--max-redrives", "1")
+    assert "3 parked (it was sent" in refused
+    assert "3 redriven (it was sent" in refused
     listed = queryd.list_letters("--org", org_id, "--max-redrives", "1")
     assert sorted((each["redrives"], each["skip"]) for each in listed) == [(0, "redriven")] * 3 + [(1, "parked")] * 3
     assert {each["code"] for each in listed} == {"INVALID_REQUEST"}
@@ -124,6 +127,23 @@ def test_a_letter_whose_id_nobody_has_keeps_it_and_its_bytes(fleet: Fleet, query
     assert "queryd_dead_code" not in headers_of(copied)
     patched = queryd.refuse("dead-letters", "--key", key, "--set", "timeout_seconds=5")
     assert "unreadable" in patched
+
+
+def test_a_record_in_confluents_format_stops_no_replay_where_there_is_no_registry(
+    fleet: Fleet, queryd: CommandLine, kafka: Kafka
+) -> None:
+    """Anybody's record may begin with a zero byte. The request is named, the letter goes back as any unreadable one."""
+    key, value = new_id(), bytes(5) + b"of some other registry"
+    with stretch() as span:
+        write(config_of(kafka), _LANE, key, value)
+    await_that(lambda: _with_key(kafka, key), "the dead letter")
+    asked = queryd.refuse("requests", *span.options, "--key", key)
+    assert "1 no_registry" in asked
+    assert "QUERYD_SCHEMA_REGISTRY_URL" in asked
+    done = queryd.carry_out("dead-letters", "--key", key)
+    assert (done["published"], done["notes"]) == (1, {"own_id": 1})
+    [copied] = find_copies(read_records(kafka, [_LANE]), done["id"])
+    assert copied.value() == value
 
 
 def _with_key(kafka: Kafka, key: str) -> list[Message]:
@@ -160,9 +180,9 @@ def test_a_letter_in_conflict_runs_under_a_new_id(fleet: Fleet, queryd: CommandL
     assert headers[ReplayHeader.TOPIC] == Topic.DEAD_LETTERS.encode()
 
 
-def _value(record: Message) -> bytes:
+def _value(record: Message) -> bytes | None:
     value = record.value()
-    assert isinstance(value, bytes)
+    assert not isinstance(value, str)
     return value
 
 
