@@ -11,7 +11,7 @@ from queryd import AsyncQueryClient, AsyncStatusFeed, CommitOverdue, QueryClient
 from queryd import feed as feeds
 from queryd.feed import AsyncFeed
 from queryd.headers import ReplayHeader
-from queryd.subscription import Record, Subscription, SubscriptionLost
+from queryd.subscription import Rebalancing, Record, Subscription, SubscriptionLost
 from tests.integration.queries import new_id
 from tests.integration.records import PATIENCE_SECONDS, prepare_topics
 from tests.integration.stories import make_story, publish, publish_async
@@ -227,6 +227,33 @@ async def test_a_subscription_that_is_lost_is_opened_again_and_nothing_is_missed
         assert heard == story
         await feed.commit()
     assert _Losing.losses == 1
+
+
+class _SharedOutAnew(Subscription):
+    """Answers the first commits as a broker does between two generations of a group."""
+
+    refusals = 0
+
+    async def commit(self) -> None:
+        if _SharedOutAnew.refusals < 3:
+            _SharedOutAnew.refusals += 1
+            raise Rebalancing("the test shares the group out anew")
+        await super().commit()
+
+
+async def test_a_commit_waits_while_the_group_is_shared_out_anew(
+    config: dict[str, Any], new_group: NewGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feeds, "Subscription", _SharedOutAnew)
+    group, story = await asyncio.to_thread(new_group), make_story()
+    await publish_async(config, *story)
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        async with AsyncStatusFeed(config, group) as feed:
+            assert [(await anext(feed)).event for _ in story] == story
+            await feed.commit()
+        assert _SharedOutAnew.refusals == 3
+        async with AsyncStatusFeed(config, group) as feed:
+            assert await feed.take(1.0) is None
 
 
 def test_queryds_own_groups_are_refused(config: dict[str, Any]) -> None:
