@@ -16,7 +16,7 @@ import pytest
 from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
-from queryd.subscription import OffsetOutOfRange, Partition, Record, Subscription, Window
+from queryd.subscription import OffsetOutOfRange, Partition, Rebalancing, Record, Subscription, Window
 from tests.integration.members import (
     MAX_POLL_SECONDS,
     PROTOCOLS,
@@ -569,8 +569,21 @@ async def test_a_compacted_log_is_read_across_its_holes(
     assert await group.committed([(topic, 0)]) == {(topic, 0): 31}
 
 
+@pytest.mark.parametrize(
+    ("code", "raised"),
+    [
+        (KafkaError.REBALANCE_IN_PROGRESS, Rebalancing),
+        (KafkaError.ILLEGAL_GENERATION, Rebalancing),
+        (KafkaError.GROUP_AUTHORIZATION_FAILED, KafkaException),
+    ],
+)
 async def test_a_refused_commit_is_told_again(
-    kafka: Kafka, unique_topic: NewTopic, new_group: NewGroup, monkeypatch: pytest.MonkeyPatch
+    kafka: Kafka,
+    unique_topic: NewTopic,
+    new_group: NewGroup,
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+    raised: type[Exception],
 ) -> None:
     """Rule 1: the broker refuses a single partition, which the binding says in its answer and does not raise."""
     topic = unique_topic()
@@ -589,9 +602,9 @@ async def test_a_refused_commit_is_told_again(
         error: KafkaError
 
     with monkeypatch.context() as patched:
-        refused = [Refused(topic, 0, KafkaError(KafkaError.REBALANCE_IN_PROGRESS))]
+        refused = [Refused(topic, 0, KafkaError(code))]
         patched.setattr(Recorder, "commit", lambda *_, **__: refused)
-        with pytest.raises(KafkaException):
+        with pytest.raises(raised):
             await subscription.commit()
     await subscription.commit()
     assert await group.committed([(topic, 0)]) == {(topic, 0): 3}
