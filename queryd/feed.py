@@ -26,6 +26,8 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
+from confluent_kafka import KafkaError, KafkaException
+
 from queryd.errors import ClientStopped, CommitOverdue
 from queryd.events import QueryId, QueryStatusChanged, Topic
 from queryd.status_records import StatusRecord, Unreadable, read_status
@@ -50,6 +52,8 @@ _KEEP_ALIVE_SECONDS = 1.0
 _RESUBSCRIBE_SECONDS = 1.0
 # How soon a commit is tried again while the group is shared out anew, which takes a round of heartbeats.
 _REBALANCE_SECONDS = 0.1
+# How long it may take: a member that was to share the group out and died is waited for as long as its session lasts.
+_COMMIT_SECONDS = 60.0
 # The least that brokers allow by default: for so long a crashed member's partitions wait for another.
 _SESSION_MILLIS = 6_000
 # queryd's own groups: who joined one would take its partitions away.
@@ -124,9 +128,9 @@ class AsyncFeed(Generic[_Item]):
     async def commit(self) -> None:
         """Everything that was handed out is processed; returns once the broker knows.
 
-        While the group is shared out anew it waits; of partitions that are another member's by then nothing is
-        committed, and it comes again there. Raises `KafkaException` where the broker refuses: then some of it may come
-        again.
+        While the group is shared out anew it waits, for a minute at most. Of partitions that are taken away meanwhile
+        nothing is committed, and it comes again where they are. Raises `KafkaException` where the broker refuses, and
+        `ClientStopped` when the feed is closed meanwhile: then some of it may come again.
         """
         if self._subscription is None:
             return
@@ -136,15 +140,7 @@ class AsyncFeed(Generic[_Item]):
         self._handed.clear()
         self._handed_bytes = 0
         self._handed_queries.clear()
-        # A subscription that was lost meanwhile has nothing left to commit, nor has the next one.
-        while (subscription := self._subscription) is not None:
-            try:
-                await subscription.commit()
-                break
-            except Rebalancing:
-                # The poll carries the rebalance on.
-                self._wanted.set()
-                await asyncio.sleep(_REBALANCE_SECONDS)
+        await self._commit_finished()
 
     async def close(self) -> None:
         """Leave the group. What was not committed comes again."""
@@ -214,6 +210,23 @@ class AsyncFeed(Generic[_Item]):
         self._handed_queries.add(status.query_id)
         # Last: who is interrupted before it has not been handed the record, and does not commit it.
         self._handed.append(status.record)
+
+    async def _commit_finished(self) -> None:
+        deadline = time.monotonic() + _COMMIT_SECONDS
+        # A subscription that was lost meanwhile has had its partitions taken away, and the next one nothing to commit.
+        while (subscription := self._subscription) is not None:
+            try:
+                await subscription.commit()
+            except Rebalancing as error:
+                if time.monotonic() > deadline:
+                    raise KafkaException(KafkaError(KafkaError._TIMED_OUT, f"no commit in a minute: {error}")) from None
+            else:
+                return
+            # The poll carries the rebalance on.
+            self._wanted.set()
+            await asyncio.sleep(_REBALANCE_SECONDS)
+        if self._closed:
+            raise ClientStopped("the feed was closed before the commit was answered: some of it may come again")
 
     def _check_commits(self) -> None:
         if len(self._handed) > MOST_UNCOMMITTED or self._handed_bytes > _MOST_UNCOMMITTED_BYTES:

@@ -59,8 +59,8 @@ _REBALANCING = {
     KafkaError.ILLEGAL_GENERATION,
     KafkaError.UNKNOWN_MEMBER_ID,
     KafkaError.STALE_MEMBER_EPOCH,
-    KafkaError._ASSIGNMENT_LOST,
-    KafkaError._STATE,
+    # Of a group whose only member was away for longer than its session.
+    KafkaError.GROUP_ID_NOT_FOUND,
 }
 
 Partition = tuple[str, int]
@@ -342,7 +342,7 @@ class Subscription:
         if not self._commits:
             return
         with self._lock:
-            positions = self._take_positions(self._assigned)
+            positions = self._take_positions(self._assigned, again=synchronously)
         if not positions:
             return
         if synchronously:
@@ -366,7 +366,11 @@ class Subscription:
             self._retake(refused)
             raise _of_commit(KafkaException(refused[0].error))
 
-    def _take_positions(self, partitions: Iterable[Partition]) -> list[TopicPartition]:
+    def _take_positions(self, partitions: Iterable[Partition], *, again: bool) -> list[TopicPartition]:
+        """What is to be committed; `again` with what was taken before, whose answer may still come and be a refusal."""
+        if again:
+            for partition in partitions:
+                self._assigned[partition].offsets.retake()
         return [
             TopicPartition(*partition, position)
             for partition in partitions
@@ -446,7 +450,7 @@ class Subscription:
 
     def _commit_revoked(self, revoked: set[Partition]) -> None:
         with self._lock:
-            positions = self._take_positions(revoked & self._assigned.keys())
+            positions = self._take_positions(revoked & self._assigned.keys(), again=True)
         try:
             if positions and self._commits:
                 self._commit_and_wait(positions)

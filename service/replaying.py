@@ -25,6 +25,7 @@ from producers.replay.selection import Selection
 from producers.replay.statuses import StatusReplay
 from queryd.events import Mode
 from queryd.publisher import Publisher
+from queryd.registry import URL_VARIABLE, registry_in_use
 from queryd.results import ResultReader
 from service.settings import Settings
 from service.wiring import opened_data_pool
@@ -71,13 +72,21 @@ class Asked:
     @classmethod
     def read(cls, replay: Replay, patch: Patch, settings: Settings) -> "Asked":
         """What a replay's row says was asked for. The patch, which no row keeps, is given again; raises
-        `ReplayRefused` where it is another one, or the key of fingerprints is."""
+        `ReplayRefused` where it is another one, or the key of fingerprints is, or a schema registry has come or
+        gone."""
         options = replay.plan["options"]
         key = None if settings.sql_hash_key is None else settings.sql_hash_key.get_secret_value()
         if options.get("hash_key") != digest_key(key):
             raise ReplayRefused(
                 "QUERYD_SQL_HASH_KEY is not what it was when the replay began, so that no request could be told from "
                 "another: set it again, or cancel the replay and plan a new one"
+            )
+        registry = registry_in_use() is not None
+        if options.get("registry", registry) != registry:
+            was, now = ("not set", "set") if registry else ("set", "not set")
+            raise ReplayRefused(
+                f"{URL_VARIABLE} was {was} when the replay began and is {now}, so that other records can be read than "
+                "then: undo that, or cancel the replay and plan a new one"
             )
         if options.get("patch_digest") != patch.digest(key):
             raise ReplayRefused(

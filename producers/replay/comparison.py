@@ -105,8 +105,8 @@ class Comparison:
 
     @property
     def all_same(self) -> bool:
-        """Whether every pair was compared and none differs."""
-        return all(each.verdict is Verdict.SAME for each in self.judged)
+        """Whether every pair was compared and none differs; of none at all that can't be said."""
+        return bool(self.judged) and all(each.verdict is Verdict.SAME for each in self.judged)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON has it: counts, durations, and every pair."""

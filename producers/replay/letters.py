@@ -3,7 +3,7 @@
 import json
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from db.connection import Connection
@@ -19,6 +19,7 @@ from queryd.contract import contract
 from queryd.events import ErrorCode, Invalid, Mode, QueryRequested, Topic, parse_uuid
 from queryd.headers import find_traceparent
 from queryd.identity import fingerprint_request, hash_sql
+from queryd.registry import registry_in_use
 
 _EVENT = QueryRequested.__name__
 _REDRIVES = f"{DEAD_PREFIX}redrives"
@@ -99,6 +100,7 @@ class LetterReplay:
             "patched": sorted(self.patch.values),
             "patch_digest": self.patch.digest(self.hash_key),
             "hash_key": digest_key(self.hash_key),
+            "registry": registry_in_use() is not None,
         }
 
     def begin(self) -> Judge:
@@ -107,7 +109,7 @@ class LetterReplay:
         return self._judge
 
     async def _judge(self, connection: Connection, records: Sequence[LoggedRecord]) -> list[Verdict]:
-        read = [_read_letter(record) for record in records]
+        read = [read_request(record, read_text(record, f"{DEAD_PREFIX}topic")) for record in records]
         ids = {each.query_id for each in read if each.query_id is not None}
         standings = await read_standings(connection, ids | {name_anew(record) for record in records})
         return [self._judge_one(each, standings) for each in read]
@@ -143,10 +145,16 @@ class LetterReplay:
             return Skip.PARKED
         if standing is not None and standing.status is None:
             return Skip.DELETED
-        if read.needs_registry:
+        if read.needs_registry and not self._goes_back(read.record):
             return Skip.NO_REGISTRY
         # Its bytes are sent again as they are, or not at all.
         return Skip.UNREADABLE if read.fields is None and self.patch.values else None
+
+    def _goes_back(self, record: LoggedRecord) -> bool:
+        """Whether a letter that takes a registry to be read is sent back as it is: what the executors could not read
+        either, as long as nothing is asked of what it says."""
+        undecodable = read_text(record, f"{DEAD_PREFIX}code") == DeadCode.UNDECODABLE
+        return undecodable and not self.selection.looks_inside and not self.patch.values
 
     def _mend(self, read: ReadRequest, topic: str, standing: Standing | None) -> Verdict:
         assert read.fields is not None
@@ -226,7 +234,7 @@ class LetterLine:
 def describe_letter(verdict: Verdict) -> LetterLine:
     """One letter that was asked for."""
     record = verdict.record
-    read = _read_letter(record)
+    read = read_request(record)
     return LetterLine(
         partition=record.partition,
         offset=record.offset,
@@ -238,13 +246,6 @@ def describe_letter(verdict: Verdict) -> LetterLine:
         reason=read_text(record, f"{DEAD_PREFIX}reason"),
         skip=verdict.skip,
     )
-
-
-def _read_letter(record: LoggedRecord) -> ReadRequest:
-    read = read_request(record, read_text(record, f"{DEAD_PREFIX}topic"))
-    # What the executors could not read either begins with Confluent's byte by chance.
-    undecodable = read_text(record, f"{DEAD_PREFIX}code") == DeadCode.UNDECODABLE
-    return replace(read, needs_registry=False) if undecodable else read
 
 
 def _find_uuid(value: object) -> str | None:

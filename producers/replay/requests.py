@@ -16,6 +16,7 @@ from queryd.contract import contract
 from queryd.events import ErrorCode, Invalid, Mode, QueryId, QueryRequested, Status, parse_uuid
 from queryd.headers import find_traceparent
 from queryd.identity import fingerprint_request
+from queryd.registry import registry_in_use
 
 _EVENT = QueryRequested.__name__
 
@@ -46,7 +47,11 @@ class RequestReplay:
     @property
     def options(self) -> Mapping[str, Any]:
         """See `ReplayKind`."""
-        return {"as_new": self.as_new, "hash_key": digest_key(self.hash_key)}
+        return {
+            "as_new": self.as_new,
+            "hash_key": digest_key(self.hash_key),
+            "registry": registry_in_use() is not None,
+        }
 
     def begin(self) -> Judge:
         """See `ReplayKind`."""

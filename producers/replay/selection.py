@@ -23,6 +23,11 @@ class Selection:
     statuses: frozenset[str] = frozenset()
     error_codes: frozenset[str] = frozenset()
 
+    @property
+    def looks_inside(self) -> bool:
+        """Whether something is asked that only the decoded event, or the query of its id, can answer."""
+        return any((self.org_id, self.user_id, self.mode, self.statuses))
+
     def takes_record(self, record: LoggedRecord) -> bool:
         """Whether key and headers are as asked for."""
         if self.keys and (record.key or b"").decode("utf-8", "replace") not in self.keys:

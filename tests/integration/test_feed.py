@@ -5,13 +5,23 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
-from queryd import AsyncQueryClient, AsyncStatusFeed, CommitOverdue, QueryClient, QueryStatusChanged, StatusFeed, Topic
+from queryd import (
+    AsyncQueryClient,
+    AsyncStatusFeed,
+    ClientStopped,
+    CommitOverdue,
+    QueryClient,
+    QueryStatusChanged,
+    StatusFeed,
+    Topic,
+    subscription,
+)
 from queryd import feed as feeds
 from queryd.feed import AsyncFeed
 from queryd.headers import ReplayHeader
-from queryd.subscription import Rebalancing, Record, Subscription, SubscriptionLost
+from queryd.subscription import Record, Subscription, SubscriptionLost
 from tests.integration.queries import new_id
 from tests.integration.records import PATIENCE_SECONDS, prepare_topics
 from tests.integration.stories import make_story, publish, publish_async
@@ -229,31 +239,77 @@ async def test_a_subscription_that_is_lost_is_opened_again_and_nothing_is_missed
     assert _Losing.losses == 1
 
 
-class _SharedOutAnew(Subscription):
-    """Answers the first commits as a broker does between two generations of a group."""
+class _Refused(Consumer):
+    """Its commits are refused, as a broker does between two generations of a group, for as long as `refusing`; the
+    answer to one that nobody waits for has still to come."""
 
-    refusals = 0
+    refusing = False
 
-    async def commit(self) -> None:
-        if _SharedOutAnew.refusals < 3:
-            _SharedOutAnew.refusals += 1
-            raise Rebalancing("the test shares the group out anew")
-        await super().commit()
+    def commit(self, **wanted: Any) -> Any:
+        if not _Refused.refusing:
+            return super().commit(**wanted)
+        if wanted["asynchronous"]:
+            return None
+        raise KafkaException(KafkaError(KafkaError.REBALANCE_IN_PROGRESS))
 
 
-async def test_a_commit_waits_while_the_group_is_shared_out_anew(
-    config: dict[str, Any], new_group: NewGroup, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(feeds, "Subscription", _SharedOutAnew)
+@pytest.fixture
+def _refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subscription, "Consumer", _Refused)
+    monkeypatch.setattr(_Refused, "refusing", True)
+
+
+@pytest.mark.usefixtures("_refused")
+async def test_a_commit_waits_while_the_group_is_shared_out_anew(config: dict[str, Any], new_group: NewGroup) -> None:
+    group, story = await asyncio.to_thread(new_group), make_story()
+    before = await asyncio.to_thread(_sum_committed, config, group)
+    await publish_async(config, *story)
+    async with asyncio.timeout(PATIENCE_SECONDS), AsyncStatusFeed(config, group) as feed:
+        assert [(await anext(feed)).event for _ in story] == story
+        committing = asyncio.create_task(feed.commit())
+        # Long enough for a poll to commit by itself, which says nothing to who waits.
+        await asyncio.sleep(1.5)
+        assert not committing.done()
+        _Refused.refusing = False
+        await committing
+        assert await asyncio.to_thread(_sum_committed, config, group) == before + len(story)
+
+
+def _sum_committed(config: dict[str, Any], group: str) -> int:
+    """The group's offsets of all partitions together."""
+    reader = Consumer(config | {"group.id": group})
+    try:
+        partitions = reader.list_topics(Topic.STATUS, timeout=PATIENCE_SECONDS).topics[Topic.STATUS].partitions
+        places = [TopicPartition(Topic.STATUS, number) for number in partitions]
+        return sum(place.offset for place in reader.committed(places, timeout=PATIENCE_SECONDS))
+    finally:
+        reader.close()
+
+
+@pytest.mark.usefixtures("_refused")
+async def test_a_commit_that_a_close_overtakes_says_so(config: dict[str, Any], new_group: NewGroup) -> None:
     group, story = await asyncio.to_thread(new_group), make_story()
     await publish_async(config, *story)
     async with asyncio.timeout(PATIENCE_SECONDS):
         async with AsyncStatusFeed(config, group) as feed:
-            assert [(await anext(feed)).event for _ in story] == story
+            await anext(feed)
+            committing = asyncio.create_task(feed.commit())
+            await asyncio.sleep(0.3)
+        with pytest.raises(ClientStopped):
+            await committing
+
+
+@pytest.mark.usefixtures("_refused")
+async def test_a_commit_does_not_wait_for_ever(
+    config: dict[str, Any], new_group: NewGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feeds, "_COMMIT_SECONDS", 0.5)
+    group, story = await asyncio.to_thread(new_group), make_story()
+    await publish_async(config, *story)
+    async with asyncio.timeout(PATIENCE_SECONDS), AsyncStatusFeed(config, group) as feed:
+        await anext(feed)
+        with pytest.raises(KafkaException, match="no commit"):
             await feed.commit()
-        assert _SharedOutAnew.refusals == 3
-        async with AsyncStatusFeed(config, group) as feed:
-            assert await feed.take(1.0) is None
 
 
 def test_queryds_own_groups_are_refused(config: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import psycopg
 import pytest
 from confluent_kafka import Producer
+from confluent_kafka.admin import AdminClient
 
 from consumers.projector import Projector, to_row
 from consumers.rebuild.rebuild import Found, Rebuilt, opened
@@ -33,7 +34,7 @@ from queryd.events import ErrorCode, Mode, OrgId, QueryId, QueryStatusChanged, S
 from queryd.topics import read_topic_identity
 from service.cli.rebuild import state_db
 from tests.integration.queries import new_id, opened_pool
-from tests.integration.records import PATIENCE_SECONDS, prepare_topics, until
+from tests.integration.records import PATIENCE_SECONDS, prepare_topics, until, write
 from tests.servers.kafka import Kafka
 
 _START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -161,9 +162,9 @@ async def test_the_state_database_emptied_and_rebuilt_from_the_log_equals_the_ol
 ) -> None:
     stories = await _make_all_kinds(place)
     deleted = _make_story()
-    ends = _publish(config, *stories, deleted)
-    ends |= _bury(config, deleted)
-    async with _projecting(place, config, ends):
+    _publish(config, *stories, deleted)
+    _bury(config, deleted)
+    async with _projecting(place, config):
         pass
     old = await place.read_all()
     assert len(await place.read_rows(*stories)) == len(stories)
@@ -177,8 +178,8 @@ async def test_the_state_database_emptied_and_rebuilt_from_the_log_equals_the_ol
 
 async def test_a_projector_goes_on_beside_a_rebuild_and_nothing_is_lost(place: Place, config: dict[str, Any]) -> None:
     known, deleted, later = _make_story(), _make_story(), _make_story()
-    ends = _publish(config, known[:1], deleted)
-    async with _projecting(place, config, ends) as wait_for:
+    _publish(config, known[:1], deleted)
+    async with _projecting(place, config) as wait_for:
         async with opened(SourceName.LOG, place.state_url, place.data, config) as rebuild:
             await rebuild.stage(_ignore)
             # The copy knows nothing of all this, and the live table does by the time of the swap.
@@ -201,23 +202,25 @@ async def test_what_the_copy_is_ahead_of_is_read_again_by_a_projector_that_was_b
     place: Place, config: dict[str, Any]
 ) -> None:
     gone, story = _make_story(), _make_story()
-    async with _projecting(place, config, _publish(config, gone, story[:1])):
+    _publish(config, gone, story[:1])
+    async with _projecting(place, config):
         pass
     offsets = (await place.read_all())["offsets"]
-    ends = _publish(config, story[1:])
-    ends |= _bury(config, gone)
+    _publish(config, story[1:])
+    _bury(config, gone)
     await place.rebuild(SourceName.LOG, config)
     assert await place.read_rows(story, gone) == {story[0].query_id: ("Succeeded", 3)}
     # A projector that is still at work may yet write what lies in between: whoever comes after it must read it too.
     assert (await place.read_all())["offsets"] == offsets
-    async with _projecting(place, config, ends):
+    async with _projecting(place, config):
         pass
     assert await place.read_rows(story, gone) == {story[0].query_id: ("Succeeded", 3)}
 
 
 async def test_a_query_asked_for_again_after_its_deletion_stands(place: Place, config: dict[str, Any]) -> None:
     story = _make_story()
-    async with _projecting(place, config, _publish(config, story)) as wait_for:
+    _publish(config, story)
+    async with _projecting(place, config) as wait_for:
         # In one batch, so that it is one to the projector too.
         await wait_for(_write(config, [(story[0].query_id, None), (story[0].query_id, encode(story[0]))]))
     assert await place.read_rows(story) == {story[0].query_id: ("Queued", 1)}
@@ -603,9 +606,17 @@ def _write(config: dict[str, Any], records: Sequence[tuple[str, bytes | None]]) 
     return ends
 
 
+def _write_to_all(config: dict[str, Any]) -> Ends:
+    """Write the tombstone of a query that never was to the end of each partition; its offsets."""
+    return {
+        partition: write(config, Topic.STATUS, new_id(), None, partition)
+        for partition in AdminClient(config).list_topics(Topic.STATUS).topics[Topic.STATUS].partitions
+    }
+
+
 @asynccontextmanager
-async def _projecting(place: Place, config: dict[str, Any], ends: Ends) -> AsyncIterator[Any]:
-    """A projector at work, which has projected the records up to these offsets; yields how to wait for others."""
+async def _projecting(place: Place, config: dict[str, Any]) -> AsyncIterator[Any]:
+    """A projector at work, which has projected all that there is, of other tests too; yields how to wait for more."""
     ready = asyncio.Event()
     made = Projector(place.state, config, {"group.id": new_id()} | _SESSION, ready.set)
     task = asyncio.create_task(made.run())
@@ -620,7 +631,7 @@ async def _projecting(place: Place, config: dict[str, Any], ends: Ends) -> Async
         await until(is_projected, task)
 
     try:
-        await wait_for(ends)
+        await wait_for(_write_to_all(config))
         yield wait_for
         made.stop()
         async with asyncio.timeout(PATIENCE_SECONDS):

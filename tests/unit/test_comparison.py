@@ -66,6 +66,11 @@ def test_machines_read_everything() -> None:
     }
 
 
+def test_of_no_query_at_all_it_is_not_said_that_all_are_the_same() -> None:
+    assert Comparison((_succeeded(1, 10, 20),)).all_same
+    assert not Comparison(()).all_same
+
+
 def test_the_95th_percentile_is_a_duration_that_some_query_has_had() -> None:
     before, after = Comparison(tuple(_succeeded(number, number, 2 * number) for number in range(1, 101))).durations
     assert (before.median_ms, before.p95_ms) == (50.5, 95)
@@ -81,4 +86,3 @@ def test_nothing_measured_is_no_ratio() -> None:
         .to_text()
         .endswith("in all 0 → 5 ms; median 0 → 5 ms; 95th percentile 0 → 5 ms")
     )
-    assert Comparison(()).all_same

@@ -49,9 +49,9 @@ class CommandLine:
         found: list[dict[str, Any]] = self._read(["dead-letters", "--list", *arguments], 0)
         return found
 
-    def refuse(self, *arguments: str, hash_key: str | None = None) -> str:
-        """What it says instead of doing it; with another key of fingerprints than the fleet's."""
-        done = self._run(arguments, {} if hash_key is None else {"QUERYD_SQL_HASH_KEY": hash_key})
+    def refuse(self, *arguments: str, **settings: str) -> str:
+        """What it says instead of doing it, with other settings than the fleet's: `QUERYD_SQL_HASH_KEY=…`."""
+        done = self._run(arguments, settings)
         assert done.exit_code in (1, 2), done.output
         assert done.stdout == ""
         return done.stderr

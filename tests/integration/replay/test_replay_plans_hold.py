@@ -52,7 +52,10 @@ def test_a_resumed_replay_publishes_what_was_planned_and_says_what_has_changed(
     other = next(request.query_id for request in failed if request.query_id.encode() not in sent)
     _set_status(fleet, fine.query_id, "Failed")
     _set_status(fleet, other, "Succeeded")
-    assert "QUERYD_SQL_HASH_KEY" in queryd.refuse("resume", replay_id, hash_key="another key, which is long enough")
+    another = "another key, which is long enough"
+    assert "QUERYD_SQL_HASH_KEY" in queryd.refuse("resume", replay_id, QUERYD_SQL_HASH_KEY=another)
+    refused = queryd.refuse("resume", replay_id, QUERYD_SCHEMA_REGISTRY_URL="mock://registry")
+    assert "QUERYD_SCHEMA_REGISTRY_URL was not set when the replay began and is set" in refused
     done = queryd.replay("resume", replay_id, *_FAST, code=1)
     assert (done["status"], done["published"], done["skipped"]) == ("Done", 5, {"changed": 1})
     sent = {record.key() for record in find_copies(read_records(kafka, [Topic.REQUESTS_INTERACTIVE]), replay_id)}

@@ -172,7 +172,7 @@ def test_a_stale_plan_is_refused(fleet: Fleet, queryd: CommandLine, kafka: Kafka
 def test_an_empty_match_is_refused(queryd: CommandLine, kafka: Kafka) -> None:
     with stretch() as span:
         pass
-    assert "none of the" in queryd.refuse("dead-letters", "--org", new_id())
+    assert "none of the" in queryd.refuse("dead-letters", "--key", new_id())
     assert "queryd: " in queryd.refuse("requests", *span.options, "--org", new_id())
 
 
