@@ -80,7 +80,7 @@ async def test_a_subscription_whose_last_commit_fails_still_leaves_its_group(
     subscription = Subscription(_NOBODY, _TOPICS)
     await subscription.open()
     positions = [TopicPartition(_TOPICS[0], 0, 5)]
-    monkeypatch.setattr(subscription, "_take_positions", lambda _: positions)
+    monkeypatch.setattr(subscription, "_take_positions", lambda *_, **__: positions)
     await subscription.close()
     assert closed == ["store", "close"]
     assert "the last commit failed" in caplog.text
@@ -92,7 +92,7 @@ async def test_a_subscription_is_closed_although_what_it_meets_is_no_error_of_ka
     subscription = Subscription(_NOBODY, _TOPICS)
     await subscription.open()
 
-    def fail(_: object) -> list[TopicPartition]:
+    def fail(*_: object, **__: object) -> list[TopicPartition]:
         raise RuntimeError
 
     monkeypatch.setattr(subscription, "_take_positions", fail)
