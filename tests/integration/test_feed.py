@@ -1,6 +1,7 @@
 """Status events by subscription, on a real broker: durable, in order, and each once as far as one process can know."""
 
 import asyncio
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -244,12 +245,15 @@ class _Refused(Consumer):
     answer to one that nobody waits for has still to come."""
 
     refusing = False
+    polled, waited_for = threading.Event(), threading.Event()
 
     def commit(self, **wanted: Any) -> Any:
         if not _Refused.refusing:
             return super().commit(**wanted)
         if wanted["asynchronous"]:
+            self.polled.set()
             return None
+        self.waited_for.set()
         raise KafkaException(KafkaError(KafkaError.REBALANCE_IN_PROGRESS))
 
 
@@ -257,6 +261,12 @@ class _Refused(Consumer):
 def _refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subscription, "Consumer", _Refused)
     monkeypatch.setattr(_Refused, "refusing", True)
+    for event in ("polled", "waited_for"):
+        monkeypatch.setattr(_Refused, event, threading.Event())
+
+
+async def _await_event(event: threading.Event) -> None:
+    assert await asyncio.to_thread(event.wait, PATIENCE_SECONDS)
 
 
 @pytest.mark.usefixtures("_refused")
@@ -267,8 +277,10 @@ async def test_a_commit_waits_while_the_group_is_shared_out_anew(config: dict[st
     async with asyncio.timeout(PATIENCE_SECONDS), AsyncStatusFeed(config, group) as feed:
         assert [(await anext(feed)).event for _ in story] == story
         committing = asyncio.create_task(feed.commit())
-        # Long enough for a poll to commit by itself, which says nothing to who waits.
-        await asyncio.sleep(1.5)
+        await _await_event(_Refused.polled)
+        # That a poll has committed by itself says nothing to who waits: it asks again.
+        _Refused.waited_for.clear()
+        await _await_event(_Refused.waited_for)
         assert not committing.done()
         _Refused.refusing = False
         await committing
@@ -294,7 +306,7 @@ async def test_a_commit_that_a_close_overtakes_says_so(config: dict[str, Any], n
         async with AsyncStatusFeed(config, group) as feed:
             await anext(feed)
             committing = asyncio.create_task(feed.commit())
-            await asyncio.sleep(0.3)
+            await _await_event(_Refused.waited_for)
         with pytest.raises(ClientStopped):
             await committing
 
