@@ -1,10 +1,12 @@
 """The composition root: settings become services."""
 
+import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 from consumers.cancellations import Cancellations
@@ -17,6 +19,7 @@ from consumers.executor.transitions import Transitions
 from consumers.projector import Projector
 from db.clock import DatabaseClock
 from db.connection import DataPool, StatePool, make_pool
+from db.retrying import until_available
 from engines.duckdb.pool import FOLDER_PREFIX, DuckDBEngine
 from engines.duckdb.settings import DuckDBSettings
 from processes.scratch import ScratchFolder, sweep
@@ -33,6 +36,8 @@ from service.settings import Settings
 _EXECUTOR_CONNECTIONS = 8
 _PROJECTOR_CONNECTIONS = 2
 _ATTEMPTS_PREFIX = "attempts-"
+# As often as an executor's watch looks.
+_CLOCK_SECONDS = 0.5
 
 
 async def make_executor(settings: Settings, stack: AsyncExitStack) -> Executor:
@@ -59,7 +64,8 @@ async def make_executor(settings: Settings, stack: AsyncExitStack) -> Executor:
         rules=_attempt_rules(settings, folder.path),
     )
     publisher = Publisher(settings.kafka)
-    topics = {mode.topic.value: await wait_for_topic(settings.kafka, mode.topic) for mode in Mode}
+    async with _watching_clock(transitions):
+        topics = {mode.topic.value: await wait_for_topic(settings.kafka, mode.topic) for mode in Mode}
     return Executor(
         pool=pool,
         clock=clock,
@@ -84,6 +90,27 @@ async def make_executor(settings: Settings, stack: AsyncExitStack) -> Executor:
         ),
         rules=ExecutorRules(settings.slots(), settings.lease_seconds, settings.drain_seconds),
     )
+
+
+@asynccontextmanager
+async def _watching_clock(transitions: Transitions) -> AsyncIterator[None]:
+    """Within it the database's clock is watched as a working executor does it.
+
+    Executors may wait for Kafka all at once, and a jump that none of them has seen can't be made up for.
+    """
+
+    async def watch_for_ever() -> None:
+        while True:
+            await until_available(partial(transitions.read, ()), "postgres data")
+            await asyncio.sleep(_CLOCK_SECONDS)
+
+    watching = asyncio.create_task(watch_for_ever(), name="clock")
+    try:
+        yield
+    finally:
+        watching.cancel()
+        with suppress(asyncio.CancelledError):
+            await watching
 
 
 async def make_cancellations(settings: Settings, stack: AsyncExitStack) -> Cancellations:

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from time import monotonic
 from typing import Any
 
 from access.limits import OrgLimits, read_limits
+from consumers.executor.ages import RecordAges
 from consumers.executor.endings import Failure
 from consumers.executor.story import QueryFacts, tell
 from db.clock import DatabaseClock
@@ -79,13 +79,9 @@ _OVER_QUOTA = Failure(ErrorCode.QUOTA_EXCEEDED, "the org has as many queries wai
 
 @dataclass(frozen=True, slots=True)
 class Legible:
-    """A record whose ids can be read. `request` is None when it is invalid, and `reason` says why.
-
-    `age_at_poll`: seconds that it lay in its topic before it was polled.
-    """
+    """A record whose ids can be read. `request` is None when it is invalid, and `reason` says why."""
 
     record: Record
-    age_at_poll: float
     query_id: QueryId
     org_id: OrgId
     mode: Mode
@@ -96,8 +92,8 @@ class Legible:
     reason: str | None
 
 
-def read_record(record: Record, mode: Mode, rules: Rules, age_at_poll: float) -> Legible | Refused:
-    """Decode one record of a lane, which lay there for `age_at_poll` seconds."""
+def read_record(record: Record, mode: Mode, rules: Rules) -> Legible | Refused:
+    """Decode one record of a lane."""
     try:
         fields = decode_fields(record.value, QueryRequested.__name__)
         query_id = QueryId(parse_uuid(fields["query_id"], "query_id"))
@@ -111,7 +107,6 @@ def read_record(record: Record, mode: Mode, rules: Rules, age_at_poll: float) ->
         reason = str(error)
     return Legible(
         record=record,
-        age_at_poll=age_at_poll,
         query_id=query_id,
         org_id=org_id,
         mode=mode,
@@ -135,6 +130,7 @@ def _judge(fields: dict[str, Any], mode: Mode, rules: Rules) -> QueryRequested:
 async def admit(
     pool: DataPool,
     clock: DatabaseClock,
+    ages: RecordAges,
     rules: Rules,
     batch: Sequence[Legible],
     traced: Sequence[RunningSpan] = (),
@@ -147,6 +143,8 @@ async def admit(
     failpoint(Failpoint.ADMIT_BEFORE)
     async with transaction(pool) as connection:
         await clock.check(connection)
+        # Not before: a process that has just started knows of no clock but its own.
+        waited = ages.waited_seconds([item.record for item in batch])
         texts = await resolve_saved(
             connection, [lookup for place, item in enumerate(batch) if (lookup := _look_up(place, item)) is not None]
         )
@@ -155,7 +153,7 @@ async def admit(
         births = []
         for place, item in enumerate(batch):
             with within(traced, place):
-                births.append(_give_birth(item, texts.get(place), failures[place], clock.now(), rules))
+                births.append(_give_birth(item, texts.get(place), failures[place], waited[place], clock.now(), rules))
         # Of two records with one id in one batch the first is the query's own.
         first = {birth.query.query_id: birth for birth in reversed(births)}
         await insert_queries(
@@ -197,7 +195,9 @@ def _look_up(place: int, item: Legible) -> SavedLookup | None:
     return SavedLookup(place, request.saved_query_id, request.org_id, request.user_id, request.roles)
 
 
-def _give_birth(item: Legible, saved_text: str | None, failure: Failure | None, now: datetime, rules: Rules) -> _Birth:
+def _give_birth(
+    item: Legible, saved_text: str | None, failure: Failure | None, waited: float, now: datetime, rules: Rules
+) -> _Birth:
     request = item.request
     sql = _choose_sql(item, saved_text)
     facts = QueryFacts(
@@ -249,7 +249,7 @@ def _give_birth(item: Legible, saved_text: str | None, failure: Failure | None, 
         record_offset=record.offset,
         traceparent=item.traceparent,
         sequence=len(events),
-        waited_seconds=item.age_at_poll + monotonic() - record.polled_at,
+        waited_seconds=waited,
         queue_seconds=rules.queue_seconds[item.mode],
         last_event=events[-1].payload,
     )

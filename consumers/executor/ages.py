@@ -1,11 +1,15 @@
-"""How long ago the broker took a record: the broker's stamp, judged so that no single clock decides.
+"""How long a record has waited since the broker took it: the broker's stamp, judged so that no single clock decides.
 
-A stamp is compared with the median of three clocks: the database's, this worker's, and the broker's own as its newest
-stamps show it. One of them may be wrong by an hour, and no record is an hour older or younger for it.
+A stamp is compared with four clocks: the database's as it is set and as it has gone on steadily, this worker's, and the
+broker's own as its newest stamps show it. The second lowest of them counts. So of any two that are ahead, such as a
+database's and a worker's that are both set wrong, no record is an hour older; and one that is behind makes none younger
+than the broker's own stamps say.
 """
 
+import math
 import statistics
 import time
+from collections.abc import Sequence
 
 from db.clock import DatabaseClock
 from queryd.subscription import Record
@@ -15,24 +19,35 @@ class RecordAges:
     """Ages of the records that one process receives."""
 
     def __init__(self, clock: DatabaseClock) -> None:
+        """The clock must have asked the database before records are judged: until then it goes by this worker's."""
         self._clock = clock
         # The broker's time less our monotonic time is this at least: a record was stamped before it was polled.
-        self._broker_ahead: float | None = None
+        self._broker_ahead = -math.inf
 
-    def age_at_poll(self, record: Record) -> float:
-        """Seconds from the broker's append to the poll; 0 where the broker does not stamp.
+    def waited_seconds(self, records: Sequence[Record]) -> list[float]:
+        """Seconds from the broker's append of each until now; since its poll where the broker does not stamp.
 
         Only the broker's own stamp decides anything; a producer may put what it likes into CreateTime.
         """
-        if not record.appended_by_broker or record.timestamp_ms is None:
-            return 0.0
-        appended = record.timestamp_ms / 1000
-        ahead = appended - record.polled_at
-        self._broker_ahead = ahead if self._broker_ahead is None else max(self._broker_ahead, ahead)
-        since_poll = time.monotonic() - record.polled_at
+        appended = [_appended_at(record) for record in records]
+        for record, stamp in zip(records, appended, strict=True):
+            if stamp is not None:
+                self._broker_ahead = max(self._broker_ahead, stamp - record.polled_at)
+        ours = time.monotonic()
         clocks = (
-            self._clock.now().timestamp() - since_poll,
-            time.time() - since_poll,
-            self._broker_ahead + record.polled_at,
+            self._clock.now().timestamp(),
+            self._clock.steady_now().timestamp(),
+            time.time(),
+            self._broker_ahead + ours,
         )
-        return max(0.0, statistics.median(clocks) - appended)
+        now = statistics.median_low(clocks)
+        since_polls = (ours - record.polled_at for record in records)
+        return [
+            since_poll if stamp is None else max(since_poll, now - stamp)
+            for stamp, since_poll in zip(appended, since_polls, strict=True)
+        ]
+
+
+def _appended_at(record: Record) -> float | None:
+    """The broker's own stamp, in seconds since the epoch."""
+    return record.timestamp_ms / 1000 if record.appended_by_broker and record.timestamp_ms is not None else None

@@ -195,7 +195,7 @@ class Executor:
             record = self._unread.popleft()
             if self.intake.owns(record):
                 mode = self._lane_of_topic[record.topic].mode
-                match read_record(record, mode, self._admission_rules, self._ages.age_at_poll(record)):
+                match read_record(record, mode, self._admission_rules):
                     case Refused() as refusal:
                         refused.append((record, refusal))
                     case Legible() as item:
@@ -220,7 +220,7 @@ class Executor:
 
     async def _admit(self, batch: Sequence[Legible]) -> list[Verdict]:
         with spans(SpanName.ADMIT, map(_to_step, batch)) as traced:
-            return await admit(self._pool, self._clock, self._admission_rules, batch, traced)
+            return await admit(self._pool, self._clock, self._ages, self._admission_rules, batch, traced)
 
     def _follow(self, record: Record, verdict: Verdict | RowRefused, refused: list[tuple[Record, Refused]]) -> None:
         match verdict:

@@ -126,7 +126,8 @@ class Faults:
                     if len(under_way) >= _AT_ONCE:
                         continue
                     if not rounds:
-                        rounds = [row for row, share in _SHARES.items() for _ in range(share)]
+                        drawn_from = {kind.row for kind in self._kinds}
+                        rounds = [row for row, share in _SHARES.items() if row in drawn_from for _ in range(share)]
                         self._random.shuffle(rounds)
                     drawn = self._draw(rounds)
                     if drawn is None:
@@ -532,6 +533,7 @@ class Faults:
         everybody = tuple(service.name for service in self._cluster.services)
         yield Kind("file descriptors exhausted", 5, self._exhaust_descriptors, everybody)
         yield Kind("clock jump of a worker", 5, self._shift_worker, everybody)
+        yield Kind("clock jump before an executor's start", 5, self._start_with_wrong_clock, executors)
         yield Kind("clock jump of a database", 5, self._shift_database, ("clock of data", "clock of state"))
 
     def _fill_scratch(self, source: random.Random, name: str) -> str:
@@ -570,6 +572,14 @@ class Faults:
     def _shift_worker(self, source: random.Random, name: str) -> str:
         service = self._service(name)
         with _shifted(source, service.shift_clock) as hours:
+            self._pause(source.uniform(8.0, 15.0))
+        return f"{name} by {hours:+} h"
+
+    def _start_with_wrong_clock(self, source: random.Random, name: str) -> str | None:
+        """It knows of no other clock until the database has told it the time."""
+        with _shifted(source, self._service(name).shift_clock) as hours:
+            if self._end_service(source, name, signal.SIGKILL) is None:
+                return None
             self._pause(source.uniform(8.0, 15.0))
         return f"{name} by {hours:+} h"
 

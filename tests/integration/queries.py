@@ -36,7 +36,6 @@ RULES = Rules(
 _NO_LIMITS = OrgLimits()
 
 _offsets = itertools.count()
-_ages = RecordAges(DatabaseClock())
 
 
 @asynccontextmanager
@@ -81,7 +80,7 @@ def make_record(request: QueryRequested, mode: Mode | None = None, offset: int |
 def read_legible(record: Record) -> Legible:
     """A record with legible ids, decoded as its lane decodes it."""
     mode = next(mode for mode in Mode if mode.topic == record.topic)
-    item = read_record(record, mode, RULES, _ages.age_at_poll(record))
+    item = read_record(record, mode, RULES)
     assert isinstance(item, Legible)
     return item
 
@@ -111,11 +110,12 @@ class Worker:
         """`limits` are those of orgs that have none of their own."""
         self.pool = pool
         self.clock = SettledClock()
+        self.ages = RecordAges(self.clock)
         self.transitions = Transitions(pool, self.clock, limits.running_queries)
         self._rules = replace(RULES, limits=limits)
 
     async def admit(self, *records: Record) -> list[Verdict]:
-        return await admit(self.pool, self.clock, self._rules, [read_legible(record) for record in records])
+        return await admit(self.pool, self.clock, self.ages, self._rules, [read_legible(record) for record in records])
 
     async def admit_new(self, **changes: Any) -> Admitted:
         """A new query of ours to run."""

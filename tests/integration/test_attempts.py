@@ -763,7 +763,7 @@ async def test_one_bad_record_does_not_fail_its_batch(worker: Worker) -> None:
     items[2] = replace(items[2], traceparent="\0")
 
     async def run(batch: Any) -> list[Verdict]:
-        return await admit(worker.pool, worker.clock, RULES, batch)
+        return await admit(worker.pool, worker.clock, worker.ages, RULES, batch)
 
     verdicts = await Batcher(run).run_all(items)
     assert [type(verdict) for verdict in verdicts] == [Admitted, Admitted, RowRefused, Admitted, Admitted]

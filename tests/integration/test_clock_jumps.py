@@ -1,22 +1,28 @@
 """The database's wall clock jumps an hour: no query dies of it, and none lives on because of it."""
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import psycopg
 import pytest
 
 from consumers.executor import admission
+from consumers.executor.admission import Admitted
 from consumers.executor.leases import Lease, Leases
 from consumers.executor.reaper import Reaper
 from db import clock
-from db.clock import READ_CLOCK
+from db.clock import READ_CLOCK, DatabaseClock
 from db.connection import Connection, DatabaseUnavailable, DataPool
 from db.migrations.upgrade import upgrade_data
+from queryd.topics import TopicIdentity
+from service import wiring
 from service.embedded.postgres import Postgres
+from service.settings import Settings
 from tests.faults.cluster import install_clock, shift_database_clock
 from tests.integration.queries import Worker, is_over, make_record, make_request, opened_pool, read_row, read_story
 from tests.integration.records import until
@@ -277,6 +283,54 @@ async def test_who_comes_after_a_jump_counts_as_the_others_do(url: str, workers:
     query = await newcomer.admit_new()
     assert abs(query.state.queued_at - worker.clock.steady_now()) < timedelta(seconds=5)
     assert not (await worker.read(query.facts.query_id)).overdue
+
+
+@pytest.mark.parametrize("database", [0.0, _HOUR])
+async def test_a_process_that_starts_with_a_wrong_clock_takes_no_request_for_old(
+    url: str, workers: tuple[Worker, Worker], database: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, other = workers
+    await _jump(url, database)
+    await worker.transitions.read([])
+    newcomer = Worker(other.pool)
+    # All that it knows before the database has told it the time.
+    newcomer.clock.tell(datetime.now(UTC) + timedelta(seconds=_HOUR))
+    record = make_record(make_request())
+    true_time = time.time
+    monkeypatch.setattr(time, "time", lambda: true_time() + _HOUR)
+    [query] = await newcomer.admit(record)
+    assert isinstance(query, Admitted)
+    assert not query.state.overdue
+    assert abs(query.state.queued_at - worker.clock.steady_now()) < timedelta(seconds=5)
+
+
+async def test_an_executor_that_waits_for_kafka_sees_a_jump(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, check = asyncio.Event(), DatabaseClock.check
+
+    async def tell(self: DatabaseClock, connection: Connection) -> None:
+        await check(self, connection)
+        seen.set()
+
+    async def wait_for_ever(*_: object) -> TopicIdentity:
+        return await asyncio.Future()
+
+    monkeypatch.setattr(DatabaseClock, "check", tell)
+    monkeypatch.setattr(wiring, "wait_for_topic", wait_for_ever)
+    settings = Settings(kafka_bootstrap="-", data_url=url, state_url=url, results_url="s3://results", scratch=tmp_path)
+    async with AsyncExitStack() as stack:
+        waiting = asyncio.create_task(wiring.make_executor(settings, stack))
+        await seen.wait()
+        await _jump(url, _HOUR)
+
+        async def corrected() -> bool:
+            return await asyncio.to_thread(_read_skew, url) == pytest.approx(_HOUR, abs=2.0)
+
+        await until(corrected)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
 
 
 def _read_skew(url: str) -> float:

@@ -16,6 +16,7 @@ import pytest
 from access.limits import OrgLimits
 from consumers.executor import admission
 from consumers.executor.admission import Admitted, Done, Legible, Refused, Rules, Verdict, admit, read_record
+from consumers.executor.ages import RecordAges
 from db.clock import DatabaseClock
 from db.connection import DataPool
 from db.data.admission import NewQuery, SavedLookup
@@ -44,10 +45,6 @@ RULES = Rules(
 )
 
 
-# Seconds that a record lay in its topic before it was polled.
-_AGE = 30.0
-
-
 def _fields(**changes: Any) -> dict[str, Any]:
     return decode_fields(encode(make_request()), "QueryRequested") | changes
 
@@ -61,7 +58,7 @@ def _encode_fields(fields: dict[str, Any]) -> bytes:
 
 
 def _read(record: Record, mode: Mode = Mode.INTERACTIVE, rules: Rules = RULES) -> Legible:
-    item = read_record(record, mode, rules, _AGE)
+    item = read_record(record, mode, rules)
     assert isinstance(item, Legible)
     return item
 
@@ -105,7 +102,7 @@ def test_a_record_without_a_valid_trace_begins_one() -> None:
     ],
 )
 def test_a_record_without_legible_ids_is_undecodable_and_not_quoted(value: bytes | None) -> None:
-    refused = read_record(make_record(value), Mode.INTERACTIVE, RULES, _AGE)
+    refused = read_record(make_record(value), Mode.INTERACTIVE, RULES)
     assert isinstance(refused, Refused)
     assert refused.code is DeadCode.UNDECODABLE
     assert refused.reason
@@ -307,7 +304,7 @@ def database(monkeypatch: pytest.MonkeyPatch) -> Database:
 async def _admit(database: Database, *items: Legible, rules: Rules = RULES) -> list[Verdict]:
     clock = Clock()
     clock.tell(NOW)
-    return await admit(cast(DataPool, database), clock, rules, items)
+    return await admit(cast(DataPool, database), clock, RecordAges(clock), rules, items)
 
 
 async def _admit_one(database: Database, item: Legible, rules: Rules = RULES) -> Verdict:
@@ -467,10 +464,15 @@ async def test_a_redelivered_query_keeps_the_trace_that_it_began(database: Datab
 
 
 async def test_waiting_counts_from_the_append_and_goes_on_after_the_poll(database: Database) -> None:
-    record = make_record(encode(make_request()), polled_at=time.monotonic() - 5.0)
-    await _admit_one(database, _read(record))
-    [row] = database.queries
-    assert _AGE + 5.0 <= row.waited_seconds < _AGE + 60.0
+    stamped = round(NOW.timestamp() * 1000) - 30_000
+    waiting = make_record(encode(make_request()), timestamp_ms=stamped)
+    polled = make_record(
+        encode(make_request(query_id=OTHER_ID)), appended_by_broker=False, polled_at=time.monotonic() - 5.0
+    )
+    await _admit(database, _read(waiting), _read(polled))
+    waited = {row.query_id: row.waited_seconds for row in database.queries}
+    assert 30.0 <= waited[QUERY_ID] < 60.0
+    assert 5.0 <= waited[OTHER_ID] < 25.0
 
 
 async def test_each_lane_has_its_own_queue_time(database: Database) -> None:

@@ -1,5 +1,6 @@
-"""A record's age is judged by three clocks, and the one that is wrong by an hour decides nothing."""
+"""A record's age is judged by four clocks: of those that are wrong by an hour, no one and no two make it older."""
 
+import itertools
 import time
 from datetime import UTC, datetime, timedelta
 
@@ -11,47 +12,85 @@ from queryd.subscription import Record
 from tests.unit.samples import make_record
 
 _HOUR = 3600.0
+# As a broker's stamp and ours may differ on a busy machine.
+_NEAR = 5.0
+_CLOCKS = ("database", "steady", "worker", "broker")
+
+
+class _Clock(DatabaseClock):
+    """The database's clock as it is set, and as it has gone on, each so many seconds ahead."""
+
+    def __init__(self, database: float, steady: float) -> None:
+        super().__init__()
+        self._ahead = timedelta(seconds=steady)
+        self.tell(datetime.now(UTC) + timedelta(seconds=database))
+
+    def steady_now(self) -> datetime:
+        return datetime.now(UTC) + self._ahead
 
 
 def _record(seconds_ago: float, **changes: object) -> Record:
-    return make_record(b"", timestamp_ms=round((time.time() - seconds_ago) * 1000), **changes)
+    return make_record(b"", timestamp_ms=round((_true_time() - seconds_ago) * 1000), **changes)
 
 
-def _ages(database_ahead: float = 0.0) -> RecordAges:
-    clock = DatabaseClock()
-    clock.tell(datetime.now(UTC) + timedelta(seconds=database_ahead))
-    return RecordAges(clock)
+_true_time = time.time
+
+
+def _ages(database: float = 0.0, steady: float = 0.0) -> RecordAges:
+    return RecordAges(_Clock(database, steady))
+
+
+def _judge(ages: RecordAges, *records: Record) -> float:
+    """The last one's age."""
+    return ages.waited_seconds(records)[-1]
 
 
 def test_a_record_is_as_old_as_its_stamp_says() -> None:
-    assert _ages().age_at_poll(_record(100.0)) == pytest.approx(100.0, abs=2.0)
+    assert _judge(_ages(), _record(100.0)) == pytest.approx(100.0, abs=_NEAR)
+
+
+def test_it_goes_on_waiting_after_its_poll() -> None:
+    old = _record(100.0, polled_at=time.monotonic() - 40.0)
+    assert _judge(_ages(), old) == pytest.approx(100.0, abs=_NEAR)
 
 
 @pytest.mark.parametrize("wrong", [_HOUR, -_HOUR])
-def test_a_databases_clock_that_is_wrong_decides_nothing(wrong: float) -> None:
-    ages = _ages(wrong)
-    ages.age_at_poll(_record(0.0))
-    assert ages.age_at_poll(_record(100.0)) == pytest.approx(100.0, abs=2.0)
+@pytest.mark.parametrize("clock", _CLOCKS[:3])
+def test_one_clock_that_is_wrong_decides_nothing(clock: str, wrong: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    ages = _make_wrong({clock}, wrong, monkeypatch)
+    assert _judge(ages, _record(0.0), _record(100.0)) == pytest.approx(100.0, abs=_NEAR)
 
 
-@pytest.mark.parametrize("wrong", [_HOUR, -_HOUR])
-def test_a_workers_clock_that_is_wrong_decides_nothing(wrong: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    ages, fresh, old = _ages(), _record(0.0), _record(100.0)
-    now = time.time
-    monkeypatch.setattr(time, "time", lambda: now() + wrong)
-    ages.age_at_poll(fresh)
-    assert ages.age_at_poll(old) == pytest.approx(100.0, abs=2.0)
+@pytest.mark.parametrize("clocks", list(itertools.combinations(_CLOCKS, 2)))
+def test_two_clocks_that_are_ahead_make_no_record_older(
+    clocks: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ages = _make_wrong(set(clocks), _HOUR, monkeypatch)
+    if "broker" in clocks:
+        _judge(ages, _record(-_HOUR))
+    assert _judge(ages, _record(0.0), _record(100.0)) == pytest.approx(100.0, abs=_NEAR)
+
+
+def test_after_an_outage_a_new_process_knows_how_old_records_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest that it has seen is old itself, and one clock is an hour ahead."""
+    ages = _make_wrong({"worker"}, _HOUR, monkeypatch)
+    assert _judge(ages, _record(700.0)) == pytest.approx(700.0, abs=_NEAR)
+
+
+def _make_wrong(clocks: set[str], wrong: float, monkeypatch: pytest.MonkeyPatch) -> RecordAges:
+    if "worker" in clocks:
+        monkeypatch.setattr(time, "time", lambda: _true_time() + wrong)
+    return _ages(wrong if "database" in clocks else 0.0, wrong if "steady" in clocks else 0.0)
 
 
 @pytest.mark.parametrize("wrong", [_HOUR, -_HOUR])
 def test_a_brokers_clock_that_jumps_does_not_make_new_records_old(wrong: float) -> None:
     ages = _ages()
-    ages.age_at_poll(_record(0.0))
-    age = ages.age_at_poll(_record(-wrong))
+    age = _judge(ages, _record(0.0), _record(-wrong))
     # Of a broker that is set back, the others can't know; it is the one that all stamps come from.
-    assert age == pytest.approx(0.0 if wrong > 0 else _HOUR, abs=2.0)
+    assert age == pytest.approx(0.0 if wrong > 0 else _HOUR, abs=_NEAR)
 
 
 def test_a_producers_stamp_says_nothing() -> None:
-    assert _ages().age_at_poll(_record(100.0, appended_by_broker=False)) == 0.0
-    assert _ages().age_at_poll(make_record(b"", timestamp_ms=None)) == 0.0
+    unstamped = [_record(100.0, appended_by_broker=False), make_record(b"", timestamp_ms=None)]
+    assert _ages().waited_seconds(unstamped) == pytest.approx([0.0, 0.0], abs=_NEAR)

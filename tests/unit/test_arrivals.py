@@ -16,7 +16,6 @@ def _arrive(arrivals: Arrivals, org: OrgId, count: int = 1) -> list[Legible]:
     items = [
         Legible(
             record=make_record(b""),
-            age_at_poll=0.0,
             query_id=QueryId(str(uuid.uuid4())),
             org_id=org,
             mode=Mode.INTERACTIVE,
