@@ -150,7 +150,8 @@ class DatabaseClock:
         which is committed by itself.
         """
         async with self._checking:
-            if self._rank is None:
+            if self._rank is None or self._steady.now() is None:
+                # Anew at each try: who knows nothing yet is older than nobody who does.
                 self._rank = (await _read_row(connection, DRAW_RANK))[0]
             while not await self._agree(connection, self._rank):
                 pass

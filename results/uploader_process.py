@@ -43,6 +43,8 @@ _PRECONDITION_FAILED = 412
 _TRANSIENT_STATUSES = frozenset({408, 409, 425, 429})
 _FIRST_SERVER_ERROR = 500
 _TRANSIENT_CODES = frozenset({"NoSuchUpload", "RequestTimeout", "SlowDown", "Throttling", "ThrottlingException"})
+# A signature carries the time, and a store refuses what is a quarter of an hour off.
+_CLOCK_WRONG = "RequestTimeTooSkewed"
 
 
 class _Refused(Exception):
@@ -168,6 +170,8 @@ def _classify_answer(error: ClientError) -> Message:
     code, status = str(error.response.get("Error", {}).get("Code", "")), _status(error)
     if status >= _FIRST_SERVER_ERROR or status in _TRANSIENT_STATUSES or code in _TRANSIENT_CODES:
         return {"unavailable": f"the store is busy or failing (HTTP {status})"}
+    if code == _CLOCK_WRONG:
+        return {"unavailable": "the store's clock and this machine's are too far apart"}
     sentences = {
         "AccessDenied": "the store denies the writer access to the key",
         "NoSuchBucket": "the bucket does not exist",

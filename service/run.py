@@ -21,7 +21,7 @@ from queryd.registry import announce_schemas
 from service.dependencies import Dependencies, Dependency, kafka, postgres_data, postgres_state, s3
 from service.http import Health, bind, make_app, serving
 from service.settings import Settings, WrongSetting, check_kafka_options, load_settings
-from service.wiring import make_cancellations, make_executor, make_projector, make_relay
+from service.wiring import make_executor, make_projector, make_relay
 from telemetry.events import LogEvent
 from telemetry.logs import set_up_logs
 from telemetry.metrics import METRICS
@@ -88,8 +88,7 @@ async def _run_executor(settings: Settings, health: Health) -> None:
     await _require_data(settings)
     await announce_schemas()
     async with AsyncExitStack() as stack:
-        executor = await make_executor(settings, stack)
-        cancellations = await make_cancellations(settings, stack)
+        executor, cancellations = await make_executor(settings, stack)
         stack.enter_context(METRICS.reading_lags(executor.count_behind))
         stack.enter_context(METRICS.reading_queues(executor.count_waiting))
 

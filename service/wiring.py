@@ -1,12 +1,10 @@
 """The composition root: settings become services."""
 
-import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 from consumers.cancellations import Cancellations
@@ -15,11 +13,11 @@ from consumers.executor.attempt import AttemptRules, Attempts
 from consumers.executor.executor import Executor, ExecutorRules
 from consumers.executor.leases import Leases
 from consumers.executor.reaper import Reaper
+from consumers.executor.timekeeping import find_time, watching
 from consumers.executor.transitions import Transitions
 from consumers.projector import Projector
 from db.clock import DatabaseClock
 from db.connection import DataPool, StatePool, make_pool
-from db.retrying import until_available
 from engines.duckdb.pool import FOLDER_PREFIX, DuckDBEngine
 from engines.duckdb.settings import DuckDBSettings
 from processes.scratch import ScratchFolder, sweep
@@ -36,12 +34,13 @@ from service.settings import Settings
 _EXECUTOR_CONNECTIONS = 8
 _PROJECTOR_CONNECTIONS = 2
 _ATTEMPTS_PREFIX = "attempts-"
-# As often as an executor's watch looks.
-_CLOCK_SECONDS = 0.5
 
 
-async def make_executor(settings: Settings, stack: AsyncExitStack) -> Executor:
-    """An executor with everything it uses; `stack` closes what it does not close itself."""
+async def make_executor(settings: Settings, stack: AsyncExitStack) -> tuple[Executor, Cancellations]:
+    """An executor with everything it uses, and the consumer of cancellations that runs beside it.
+
+    Waits for the database's time and for Kafka; `stack` closes what they do not close themselves.
+    """
     pool = DataPool(make_pool(settings.data_url.get_secret_value(), "executor", _EXECUTOR_CONNECTIONS))
     await pool.open()
     stack.push_async_callback(pool.close)
@@ -50,6 +49,10 @@ async def make_executor(settings: Settings, stack: AsyncExitStack) -> Executor:
     folder = ScratchFolder.make(scratch, _ATTEMPTS_PREFIX)
     stack.callback(folder.remove)
     clock = DatabaseClock()
+    await find_time(pool, clock)
+    async with watching(pool, clock):
+        lanes = {mode.topic.value: await wait_for_topic(settings.kafka, mode.topic) for mode in Mode}
+        cancellations = await _make_cancellations(settings, stack)
     transitions = Transitions(pool, clock, settings.org_running_queries)
     leases = Leases(pool, clock, settings.lease_seconds, settings.lease_seconds / 3)
     engine = DuckDBEngine(duckdb_settings(settings, scratch), sum(settings.slots().values()))
@@ -64,14 +67,12 @@ async def make_executor(settings: Settings, stack: AsyncExitStack) -> Executor:
         rules=_attempt_rules(settings, folder.path),
     )
     publisher = Publisher(settings.kafka)
-    async with _watching_clock(transitions):
-        topics = {mode.topic.value: await wait_for_topic(settings.kafka, mode.topic) for mode in Mode}
-    return Executor(
+    executor = Executor(
         pool=pool,
         clock=clock,
         subscription_config=settings.kafka | settings.group("executor"),
         publisher=publisher,
-        dead_letters=_dead_letters(settings, pool, publisher, topics),
+        dead_letters=_dead_letters(settings, pool, publisher, lanes),
         engine=engine,
         uploader=uploader,
         transitions=transitions,
@@ -90,31 +91,10 @@ async def make_executor(settings: Settings, stack: AsyncExitStack) -> Executor:
         ),
         rules=ExecutorRules(settings.slots(), settings.lease_seconds, settings.drain_seconds),
     )
+    return executor, cancellations
 
 
-@asynccontextmanager
-async def _watching_clock(transitions: Transitions) -> AsyncIterator[None]:
-    """Within it the database's clock is watched as a working executor does it.
-
-    Executors may wait for Kafka all at once, and a jump that none of them has seen can't be made up for.
-    """
-
-    async def watch_for_ever() -> None:
-        while True:
-            await until_available(partial(transitions.read, ()), "postgres data")
-            await asyncio.sleep(_CLOCK_SECONDS)
-
-    watching = asyncio.create_task(watch_for_ever(), name="clock")
-    try:
-        yield
-    finally:
-        watching.cancel()
-        with suppress(asyncio.CancelledError):
-            await watching
-
-
-async def make_cancellations(settings: Settings, stack: AsyncExitStack) -> Cancellations:
-    """The consumer of cancellations that runs beside every executor."""
+async def _make_cancellations(settings: Settings, stack: AsyncExitStack) -> Cancellations:
     pool = DataPool(make_pool(settings.data_url.get_secret_value(), "cancellations", 1))
     await pool.open()
     stack.push_async_callback(pool.close)

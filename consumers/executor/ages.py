@@ -1,13 +1,12 @@
 """How long a record has waited since the broker took it: the broker's stamp, judged so that no single clock decides.
 
-A stamp is compared with four clocks: the database's as it is set and as it has gone on steadily, this worker's, and the
-broker's own as its newest stamps show it. The second lowest of them counts. So of any two that are ahead, such as a
-database's and a worker's that are both set wrong, no record is an hour older; and one that is behind makes none younger
-than the broker's own stamps say.
+A stamp is compared with what four clocks say: the database's steady time, the database's clock as it is set, this
+worker's, and the broker's own as its newest stamps show it. The steady time counts twice, and the second lowest answer
+decides. So no record is older for any two of the clocks that are ahead, nor for all three others where they are one
+host's. Those that are behind may make a record younger: its query then waits for longer than its time, never shorter.
 """
 
 import math
-import statistics
 import time
 from collections.abc import Sequence
 
@@ -34,13 +33,9 @@ class RecordAges:
             if stamp is not None:
                 self._broker_ahead = max(self._broker_ahead, stamp - record.polled_at)
         ours = time.monotonic()
-        clocks = (
-            self._clock.now().timestamp(),
-            self._clock.steady_now().timestamp(),
-            time.time(),
-            self._broker_ahead + ours,
-        )
-        now = statistics.median_low(clocks)
+        steady = self._clock.steady_now().timestamp()
+        clocks = steady, steady, self._clock.now().timestamp(), time.time(), self._broker_ahead + ours
+        now = sorted(clocks)[1]
         since_polls = (ours - record.polled_at for record in records)
         return [
             since_poll if stamp is None else max(since_poll, now - stamp)

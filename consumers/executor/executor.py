@@ -59,6 +59,9 @@ _HELD_SECONDS = {Refusal.LIMIT: 0.5, Refusal.BUSY: 0.02}
 # long ones, which others would never catch the end of, until everybody has asked.
 _REST = 0.05
 _LONGEST_REST_SECONDS = 0.65
+# Leaving the group takes some 100 ms. With Kafka away it takes as long as the group's session, and a worker that is
+# killed before it has handed back leaves crashes behind.
+_LEAVE_SECONDS = 3.0
 # Handing back is one transaction; longer than this the database is away, and the leases run out by themselves.
 _HAND_BACK_SECONDS = 2.0
 
@@ -370,11 +373,13 @@ class Executor:
         self._stopping.set()
         keep = [task for task in loops if task.get_name() == "leases" and not task.done()]
         await _end_tasks([task for task in loops if task not in keep])
-        await _guarded("leave the group", self.intake.close())
+        leaving = asyncio.create_task(_guarded("leave the group", self.intake.close()))
+        await asyncio.wait({leaving}, timeout=_LEAVE_SECONDS)
         await _guarded("drain", self._drain())
         await _guarded("flush", self._publisher.close())
         await _guarded("engine", self._engine.close())
         await _guarded("uploader", self._uploader.close())
+        await leaving
         await _end_tasks(keep)
 
     async def _drain(self) -> None:

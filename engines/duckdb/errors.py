@@ -69,6 +69,11 @@ _STORAGE: tuple[tuple[tuple[str, ...], Callable[[], _Ours]], ...] = (
         lambda: QueryFailed(ErrorCode.QUERY_TIMEOUT, "A scan of the datasets' Postgres took longer than it may."),
     ),
     (
+        # A 403 as well, and nobody's but a clock's.
+        ("RequestTimeTooSkewed",),
+        lambda: EngineUnavailable("the clocks of the datasets' store and of this machine are too far apart"),
+    ),
+    (
         ("HTTP 401", "HTTP 403", "permission denied for", "password authentication failed"),
         lambda: QueryFailed(ErrorCode.ENGINE_UNAVAILABLE, "The engine's credentials may not read the dataset."),
     ),

@@ -106,10 +106,10 @@ class SettledClock(DatabaseClock):
 class Worker:
     """One executor process as the database sees it, with batches and a clock of its own."""
 
-    def __init__(self, pool: DataPool, limits: OrgLimits = _NO_LIMITS) -> None:
+    def __init__(self, pool: DataPool, limits: OrgLimits = _NO_LIMITS, clock: DatabaseClock | None = None) -> None:
         """`limits` are those of orgs that have none of their own."""
         self.pool = pool
-        self.clock = SettledClock()
+        self.clock = clock or SettledClock()
         self.ages = RecordAges(self.clock)
         self.transitions = Transitions(pool, self.clock, limits.running_queries)
         self._rules = replace(RULES, limits=limits)

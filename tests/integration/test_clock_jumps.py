@@ -4,9 +4,10 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any, LiteralString
 
 import psycopg
 import pytest
@@ -15,10 +16,12 @@ from consumers.executor import admission
 from consumers.executor.admission import Admitted
 from consumers.executor.leases import Lease, Leases
 from consumers.executor.reaper import Reaper
+from consumers.executor.timekeeping import find_time, watching
 from db import clock
 from db.clock import READ_CLOCK, DatabaseClock
 from db.connection import Connection, DatabaseUnavailable, DataPool
 from db.migrations.upgrade import upgrade_data
+from queryd.events import Mode, Topic
 from queryd.topics import TopicIdentity
 from service import wiring
 from service.embedded.postgres import Postgres
@@ -59,6 +62,26 @@ async def workers(url: str) -> AsyncIterator[tuple[Worker, Worker]]:
         for worker in workers:
             await worker.transitions.read([])
         yield workers
+
+
+class _CountedClock(DatabaseClock):
+    """Tells how often it was compared with the database's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looks = 0
+        self._looked = asyncio.Condition()
+
+    async def check(self, connection: Connection) -> None:
+        await super().check(connection)
+        async with self._looked:
+            self.looks += 1
+            self._looked.notify_all()
+
+    async def reach(self, looks: int) -> None:
+        """Return once there have been so many looks."""
+        async with self._looked:
+            await self._looked.wait_for(lambda: self.looks >= looks)
 
 
 async def _jump(url: str, seconds: float) -> None:
@@ -304,33 +327,126 @@ async def test_a_process_that_starts_with_a_wrong_clock_takes_no_request_for_old
     assert abs(query.state.queued_at - worker.clock.steady_now()) < timedelta(seconds=5)
 
 
-async def test_an_executor_that_waits_for_kafka_sees_a_jump(
-    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("jump", _JUMPS)
+async def test_a_newcomer_counts_nothing_while_the_time_is_in_doubt(
+    url: str, workers: tuple[Worker, Worker], jump: float
 ) -> None:
-    seen, check = asyncio.Event(), DatabaseClock.check
+    elder, other = workers
+    await _jump(url, jump)
+    newcomer = Worker(other.pool, clock=(counted := _CountedClock()))
+    finding = asyncio.create_task(find_time(newcomer.pool, newcomer.clock))
+    await counted.reach(2)
+    assert not finding.done()
+    # Whoever has watched for longer was stopped, or kept from the database, and is back.
+    await elder.transitions.read([])
+    await finding
+    query = await newcomer.admit_new()
+    assert not (await elder.read(query.facts.query_id)).overdue
+    assert abs(query.state.queued_at - elder.clock.steady_now()) < timedelta(seconds=5)
 
-    async def tell(self: DatabaseClock, connection: Connection) -> None:
-        await check(self, connection)
-        seen.set()
 
-    async def wait_for_ever(*_: object) -> TopicIdentity:
-        return await asyncio.Future()
+async def test_a_newcomer_that_nobody_corrects_goes_on(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    await _jump(url, _HOUR)
+    monkeypatch.setattr(clock, "_SETTLED_SECONDS", 1.0)
+    async with opened_pool(url) as pool:
+        alone = _CountedClock()
+        await find_time(pool, alone)
+    assert alone.looks >= 2
 
-    monkeypatch.setattr(DatabaseClock, "check", tell)
-    monkeypatch.setattr(wiring, "wait_for_topic", wait_for_ever)
-    settings = Settings(kafka_bootstrap="-", data_url=url, state_url=url, results_url="s3://results", scratch=tmp_path)
+
+async def test_a_newcomer_that_agrees_begins_at_once(url: str) -> None:
+    async with opened_pool(url) as pool:
+        newcomer = _CountedClock()
+        await find_time(pool, newcomer)
+    assert newcomer.looks == 1
+
+
+async def test_who_was_cut_off_before_its_first_look_overrules_nobody(
+    url: str, workers: tuple[Worker, Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_off = Worker(workers[1].pool)
+    read_row = clock._read_row
+
+    async def break_connection(connection: Connection, statement: LiteralString) -> Any:
+        if statement == READ_CLOCK:
+            await connection.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+        return await read_row(connection, statement)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(clock, "_read_row", break_connection)
+        with pytest.raises(DatabaseUnavailable):
+            await cut_off.transitions.read([])
+    # It has a rank by now, and the next one knows the time from before the jump.
+    knowing = Worker(workers[0].pool)
+    waiting = await knowing.admit_new()
+    await _jump(url, _HOUR)
+    for each in (cut_off, knowing, cut_off, knowing):
+        await each.transitions.read([])
+    assert _read_skew(url) == pytest.approx(_HOUR, abs=2.0)
+    assert not (await knowing.read(waiting.facts.query_id)).overdue
+
+
+async def test_the_watch_ends_with_its_context_and_tells_what_it_met(url: str) -> None:
+    def find_watch() -> "list[asyncio.Task[Any]]":
+        return [task for task in asyncio.all_tasks() if task.get_name() == "clock"]
+
+    async with opened_pool(url) as pool:
+        counted = _CountedClock()
+        async with watching(pool, counted):
+            await counted.reach(2)
+        assert not find_watch()
+        with pytest.raises(psycopg.errors.UndefinedTable):
+            async with watching(pool, counted), pool.connection() as connection:
+                await connection.execute("DROP TABLE steady_clock")
+                await connection.commit()
+                await asyncio.wait(find_watch())
+
+
+@asynccontextmanager
+async def _starting_executor(url: str, scratch: Path, missing: Topic) -> AsyncIterator[asyncio.Event]:
+    """An executor starts and finds one topic missing; the event tells when it waits for it."""
+    waits = asyncio.Event()
+
+    async def wait_for_topic(_config: object, topic: str) -> TopicIdentity:
+        if topic == missing:
+            waits.set()
+            await asyncio.Event().wait()
+        return TopicIdentity("cluster", topic)
+
+    settings = Settings(kafka_bootstrap="-", data_url=url, state_url=url, results_url="s3://results", scratch=scratch)
     async with AsyncExitStack() as stack:
-        waiting = asyncio.create_task(wiring.make_executor(settings, stack))
-        await seen.wait()
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr(wiring, "wait_for_topic", wait_for_topic)
+        starting = asyncio.create_task(wiring.make_executor(settings, stack))
+        yield waits
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+
+
+@pytest.mark.parametrize("missing", [Mode.INTERACTIVE.topic, Topic.CANCELLATIONS])
+async def test_an_executor_that_waits_for_kafka_sees_a_jump(url: str, tmp_path: Path, missing: Topic) -> None:
+    async with _starting_executor(url, tmp_path, missing) as waits:
+        await waits.wait()
         await _jump(url, _HOUR)
 
         async def corrected() -> bool:
             return await asyncio.to_thread(_read_skew, url) == pytest.approx(_HOUR, abs=2.0)
 
         await until(corrected)
-        waiting.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await waiting
+
+
+async def test_an_executor_begins_nothing_while_the_time_is_in_doubt(
+    url: str, workers: tuple[Worker, Worker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await _jump(url, -_HOUR)
+    counted = _CountedClock()
+    monkeypatch.setattr(wiring, "DatabaseClock", lambda: counted)
+    async with _starting_executor(url, tmp_path, Mode.INTERACTIVE.topic) as waits:
+        await counted.reach(2)
+        assert not waits.is_set()
+        await workers[0].transitions.read([])
+        await waits.wait()
 
 
 def _read_skew(url: str) -> float:

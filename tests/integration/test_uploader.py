@@ -6,10 +6,12 @@ import os
 import signal
 import uuid
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import boto3
+import botocore.auth
 import pytest
 from botocore.exceptions import ClientError
 
@@ -157,6 +159,7 @@ async def test_unknown_credentials_are_refused(object_store: ObjectStore, tmp_pa
         ("InternalError", 500, "unavailable"),
         ("ConditionalRequestConflict", 409, "unavailable"),
         ("NoSuchUpload", 404, "unavailable"),
+        ("RequestTimeTooSkewed", 403, "unavailable"),
     ],
 )
 def test_an_error_answer_says_whether_to_try_again(code: str, status: int, kind: str) -> None:
@@ -164,6 +167,25 @@ def test_an_error_answer_says_whether_to_try_again(code: str, status: int, kind:
     told = _classify(ClientError(answer, "PutObject"))
     assert list(told) == [kind]
     assert "hunter2" not in told[kind]
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_machine_whose_clock_is_wrong_waits_until_it_is_right(
+    object_store: ObjectStore, hours: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = object_store.writer
+    s3 = boto3.client(
+        "s3",
+        endpoint_url=object_store.endpoint_url,
+        region_name=object_store.region,
+        aws_access_key_id=writer.access_key,
+        aws_secret_access_key=writer.secret_key,
+    )
+    true_now = botocore.auth.get_current_datetime
+    monkeypatch.setattr(botocore.auth, "get_current_datetime", lambda: true_now() + timedelta(hours=hours))
+    with pytest.raises(ClientError) as refused:
+        s3.put_object(Bucket=object_store.bucket, Key=_key(), Body=b"x")
+    assert _classify(refused.value) == {"unavailable": "the store's clock and this machine's are too far apart"}
 
 
 async def test_a_store_that_does_not_answer_is_unavailable(object_store: ObjectStore, tmp_path: Path) -> None:

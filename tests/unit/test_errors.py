@@ -78,6 +78,13 @@ def test_a_value_that_sounds_like_storage_is_the_querys_own_fault() -> None:
     assert isinstance(translate(_error(duckdb.IOException, value)), EngineUnavailable)
 
 
+def test_a_refusal_for_the_clocks_sake_is_an_outage() -> None:
+    # As DuckDB 1.5.5 has it.
+    text = "HTTP GET error reading 's3://b/x' (HTTP 403 Forbidden)\n\nRequestTimeTooSkewed: The difference …"
+    assert isinstance(translate(_error(duckdb.HTTPException, text)), EngineUnavailable)
+    assert _failed(_error(duckdb.HTTPException, text.partition("\n")[0])).code is ErrorCode.ENGINE_UNAVAILABLE
+
+
 def test_what_storage_says_has_no_detail() -> None:
     for text in ("HTTP 403 on http://store/key?signature", "No files found that match s3://bucket/x"):
         assert _failed(_error(duckdb.IOException, text)).detail is None

@@ -1,5 +1,6 @@
 """Shutting down: each step is guarded on its own, so that the last one is reached whatever the others ran into."""
 
+import asyncio
 import inspect
 import logging
 from typing import Any
@@ -53,14 +54,18 @@ def closed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
+def _make_executor(asked: list[str]) -> Executor:
+    parts: dict[str, Any] = {name: _Broken(name, asked) for name in inspect.signature(Executor).parameters}
+    parts["subscription_config"] = _NOBODY
+    parts["rules"] = ExecutorRules(dict.fromkeys(Mode, 1), lease_seconds=15.0, drain_seconds=0.0)
+    return Executor(**parts)
+
+
 async def test_every_step_of_an_executors_shutdown_is_reached_although_each_fails(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[str] = []
-    parts: dict[str, Any] = {name: _Broken(name, asked) for name in inspect.signature(Executor).parameters}
-    parts["subscription_config"] = _NOBODY
-    parts["rules"] = ExecutorRules(dict.fromkeys(Mode, 1), lease_seconds=15.0, drain_seconds=0.0)
-    executor = Executor(**parts)
+    executor = _make_executor(asked)
     leave_all = executor.intake.close
 
     async def leave() -> None:
@@ -71,6 +76,26 @@ async def test_every_step_of_an_executors_shutdown_is_reached_although_each_fail
     monkeypatch.setattr(executor.intake, "close", leave)
     await executor._shut_down([])
     assert asked == ["intake.close", "leases.stop_all", "publisher.close", "engine.close", "uploader.close"]
+
+
+async def test_a_group_that_cannot_be_left_keeps_nobody_from_handing_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With Kafka away a consumer leaves only once its session has ended."""
+    monkeypatch.setattr("consumers.executor.executor._LEAVE_SECONDS", 0.0)
+    asked: list[str] = []
+    executor = _make_executor(asked)
+    last_step = asyncio.Event()
+
+    async def leave() -> None:
+        await last_step.wait()
+        asked.append("left")
+
+    async def close_uploader() -> None:
+        last_step.set()
+
+    monkeypatch.setattr(executor.intake, "close", leave)
+    monkeypatch.setattr(executor._uploader, "close", close_uploader, raising=False)
+    await executor._shut_down([])
+    assert asked == ["leases.stop_all", "publisher.close", "engine.close", "left"]
 
 
 async def test_a_subscription_whose_last_commit_fails_still_leaves_its_group(

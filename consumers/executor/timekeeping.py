@@ -1,0 +1,68 @@
+"""The database's time at an executor's start: found before anything is counted by it, and watched from then on."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from functools import partial
+
+import structlog
+
+from db.clock import DatabaseClock
+from db.connection import DataPool, statement
+from db.retrying import until_available
+from telemetry.events import LogEvent
+
+_log = structlog.get_logger("queryd.clock")
+
+# As often as an executor's watch looks.
+_LOOK_SECONDS = 0.5
+# Hosts that are looked after differ by less, and a lease or a limit that is off by this does no harm.
+_APART_SECONDS = 5.0
+
+
+async def find_time(pool: DataPool, clock: DatabaseClock) -> None:
+    """Return once the database has told the time and there is no reason to doubt it.
+
+    A newcomer can't tell a clock that has just jumped from one that is right, and what it writes by the wrong time
+    stays when somebody who has watched for longer corrects it. Where the time that it is told is not its own either, it
+    waits until they agree, or for as long as such a correction may take.
+    """
+    told = False
+    while True:
+        await until_available(partial(_look, pool, clock), "postgres data")
+        apart = (clock.steady_now() - datetime.now(UTC)).total_seconds()
+        if abs(apart) <= _APART_SECONDS or clock.settled:
+            return
+        if not told:
+            _log.warning(LogEvent.CLOCKS_APART, seconds=round(apart, 1))
+            told = True
+        await asyncio.sleep(_LOOK_SECONDS)
+
+
+@asynccontextmanager
+async def watching(pool: DataPool, clock: DatabaseClock) -> AsyncIterator[None]:
+    """Within it the database's clock is watched as a working executor does it.
+
+    All executors may wait for Kafka at once, and a jump that none of them has seen can't be made up for. What the watch
+    itself has run into is raised at its end.
+    """
+
+    async def watch_for_ever() -> None:
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            await until_available(partial(_look, pool, clock), "postgres data")
+
+    watch = asyncio.create_task(watch_for_ever(), name="clock")
+    try:
+        yield
+    finally:
+        watch.cancel()
+        await asyncio.wait({watch})
+    if not watch.cancelled():
+        watch.result()
+
+
+async def _look(pool: DataPool, clock: DatabaseClock) -> None:
+    async with statement(pool) as connection:
+        await clock.check(connection)
