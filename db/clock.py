@@ -24,8 +24,11 @@ _log = structlog.get_logger("queryd.clock")
 # The steady time within a statement, for one that is in no hurry: a jump that nobody has corrected yet is in it.
 STEADY_NOW = "(SELECT now() - skew FROM steady_clock WHERE only_row)"
 
-# Not undone by a rollback: no two processes have the same rank.
-DRAW_RANK = "SELECT nextval('steady_clock_ranks')"
+# A sequence is not undone by a rollback: no two processes have the same rank. It is drawn with the first look, so that
+# whoever has one knows the time of that moment.
+FIRST_LOOK = """
+SELECT clock_timestamp(), skew, corrected_by, nextval('steady_clock_ranks') FROM steady_clock WHERE only_row
+"""
 READ_CLOCK = "SELECT clock_timestamp(), skew, corrected_by FROM steady_clock WHERE only_row"
 # Whoever saw the same jump and was first has changed the skew already.
 CORRECT = """
@@ -108,7 +111,8 @@ class DatabaseClock:
         # A reading from before a correction must not be compared with one from after it.
         self._checking = asyncio.Lock()
         self._checked_at = self._reached_since = self._unsettled_since = elapsed()
-        self._rank: int | None = None
+        # Those who have watched for longer have a lower one. There is none before the first look.
+        self._rank = 0
         # The skew that was seen last: another one was set by another process.
         self._skew: timedelta | None = None
 
@@ -150,26 +154,22 @@ class DatabaseClock:
         which is committed by itself.
         """
         async with self._checking:
-            if self._rank is None or self._steady.now() is None:
-                # Anew at each try: who knows nothing yet is older than nobody who does.
-                self._rank = (await _read_row(connection, DRAW_RANK))[0]
-            while not await self._agree(connection, self._rank):
+            while not await self._agree(connection):
                 pass
 
-    async def _agree(self, connection: Connection, rank: int) -> bool:
+    async def _agree(self, connection: Connection) -> bool:
         """One look: true if it shows what we know. Else somebody has corrected, or we have: look again."""
         sent = elapsed()
-        told, skew, corrected_by = await _read_row(connection, READ_CLOCK)
+        if self._rank:
+            told, skew, corrected_by = await _read_row(connection, READ_CLOCK)
+        else:
+            told, skew, corrected_by, self._rank = await _read_row(connection, FIRST_LOOK)
         received = elapsed()
-        if received - self._checked_at > _OUTAGE_SECONDS:
-            if self._checked_at - self._reached_since >= _SETTLED_SECONDS:
-                self._unsettled_since = received
-            self._reached_since = received
-        self._checked_at = received
+        self._note_outage(received)
         self.tell(told)
         reading = (told - skew).timestamp(), sent, received
         jump = self._steady.observe(*reading)
-        by_elder = self._skew is not None and skew != self._skew and corrected_by < rank
+        by_elder = self._skew is not None and skew != self._skew and corrected_by < self._rank
         self._skew = skew
         if jump is None:
             return True
@@ -177,11 +177,20 @@ class DatabaseClock:
             self._steady.adopt(*reading)
             return True
         _log.warning(LogEvent.CLOCK_JUMPED, seconds=round(jump, 1))
-        await connection.execute(CORRECT, {"jump": jump, "seen": skew, "rank": rank})
+        await connection.execute(CORRECT, {"jump": jump, "seen": skew, "rank": self._rank})
         # At once, whatever becomes of the caller's transaction: what is seen of the skew must not be rolled back, and
         # nobody else's correction must wait.
         await connection.commit()
         return False
+
+    def _note_outage(self, received: float) -> None:
+        """The database has answered: for how long had it not?"""
+        silent = received - self._checked_at
+        if silent > _OUTAGE_SECONDS:
+            if max(silent, self._checked_at - self._reached_since) >= _SETTLED_SECONDS:
+                self._unsettled_since = received
+            self._reached_since = received
+        self._checked_at = received
 
 
 async def _read_row(connection: Connection, statement: LiteralString) -> Any:

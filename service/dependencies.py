@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 from confluent_kafka import KafkaException
@@ -22,6 +23,8 @@ _SECONDS = 2.0
 # However many ask, a server is asked once in this time.
 _FRESH_SECONDS = 1.0
 _FORBIDDEN = 403
+# S3 refuses a signature that is further off than this.
+_SKEW_SECONDS = 15 * 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +122,15 @@ def _has_bucket(client: Any, bucket: str) -> bool:
     try:
         client.head_bucket(Bucket=bucket)
     except ClientError as error:
-        # Who may only write may not look at the bucket itself: the store is there and has answered.
-        return bool(error.response["ResponseMetadata"]["HTTPStatusCode"] == _FORBIDDEN)
+        # Who may only write may not look at the bucket itself: the store is there and has answered. Unless it refuses
+        # all that is signed by our clock; an answer to HEAD has no body to say so.
+        answer = error.response["ResponseMetadata"]
+        return answer["HTTPStatusCode"] == _FORBIDDEN and _is_near(answer["HTTPHeaders"].get("date"))
     except BotoCoreError:
         return False
     return True
+
+
+def _is_near(date: str | None) -> bool:
+    """Whether an HTTP date is so near to this machine's clock that a signature by it is taken."""
+    return date is None or abs(time.time() - parsedate_to_datetime(date).timestamp()) < _SKEW_SECONDS

@@ -1,6 +1,7 @@
 """One service as a process: logs, signals, the lifeline, and what its end says."""
 
 import asyncio
+import os
 import signal
 import socket
 import sys
@@ -75,6 +76,8 @@ def run_service(service: Service, settings: Settings) -> int:
 
 async def _run(service: Service, settings: Settings, listener: socket.socket | None) -> None:
     """The service, with its health and its metrics to be asked for from its start to the end of its drain."""
+    # Until it works there is nothing to end in order; but what runs as process 1 would not hear of SIGTERM at all.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, os._exit, 128 + signal.SIGTERM)
     dependencies = Dependencies([make(settings) for make in _NEEDED[service]])
     health = Health(service.value, dependencies, alive=lambda: not work.done())
     work = asyncio.create_task(_RUNNERS[service](settings, health), name=service.value)

@@ -1,16 +1,16 @@
 """How long a record has waited since the broker took it: the broker's stamp, judged so that no single clock decides.
 
-A stamp is compared with what four clocks say: the database's steady time, the database's clock as it is set, this
-worker's, and the broker's own as its newest stamps show it. The steady time counts twice, and the second lowest answer
-decides. So no record is older for any two of the clocks that are ahead, nor for all three others where they are one
-host's. Those that are behind may make a record younger: its query then waits for longer than its time, never shorter.
+A stamp is compared with five clocks: the database's and this worker's, each as it is set now and as it has gone on
+steadily, and the broker's own as its newest stamps show it. The second lowest of them decides. So no record is older
+for any two that are ahead, nor where database, worker and broker are one host whose clock has jumped. One that is
+behind changes nothing; two may make a record younger, and its query then waits for longer than its time, never shorter.
 """
 
 import math
 import time
 from collections.abc import Sequence
 
-from db.clock import DatabaseClock
+from db.clock import DatabaseClock, elapsed
 from queryd.subscription import Record
 
 
@@ -20,6 +20,8 @@ class RecordAges:
     def __init__(self, clock: DatabaseClock) -> None:
         """The clock must have asked the database before records are judged: until then it goes by this worker's."""
         self._clock = clock
+        # This worker's clock at its start less the monotonic one: the time as if nobody had set it since.
+        self._started_ahead = time.time() - elapsed()
         # The broker's time less our monotonic time is this at least: a record was stamped before it was polled.
         self._broker_ahead = -math.inf
 
@@ -33,8 +35,13 @@ class RecordAges:
             if stamp is not None:
                 self._broker_ahead = max(self._broker_ahead, stamp - record.polled_at)
         ours = time.monotonic()
-        steady = self._clock.steady_now().timestamp()
-        clocks = steady, steady, self._clock.now().timestamp(), time.time(), self._broker_ahead + ours
+        clocks = (
+            self._clock.now().timestamp(),
+            self._clock.steady_now().timestamp(),
+            time.time(),
+            self._started_ahead + elapsed(),
+            self._broker_ahead + ours,
+        )
         now = sorted(clocks)[1]
         since_polls = (ours - record.polled_at for record in records)
         return [

@@ -373,18 +373,19 @@ class Executor:
         self._stopping.set()
         keep = [task for task in loops if task.get_name() == "leases" and not task.done()]
         await _end_tasks([task for task in loops if task not in keep])
+        drained = time.monotonic() + self._rules.drain_seconds
         leaving = asyncio.create_task(_guarded("leave the group", self.intake.close()))
         await asyncio.wait({leaving}, timeout=_LEAVE_SECONDS)
-        await _guarded("drain", self._drain())
+        await _guarded("drain", self._drain(max(0.0, drained - time.monotonic())))
         await _guarded("flush", self._publisher.close())
         await _guarded("engine", self._engine.close())
         await _guarded("uploader", self._uploader.close())
         await leaving
         await _end_tasks(keep)
 
-    async def _drain(self) -> None:
+    async def _drain(self, seconds: float) -> None:
         if self._running:
-            await asyncio.wait(self._running, timeout=self._rules.drain_seconds)
+            await asyncio.wait(self._running, timeout=seconds)
         self._leases.stop_all(Stop.DRAINING)
         if self._running:
             _, left = await asyncio.wait(self._running, timeout=_HAND_BACK_SECONDS)

@@ -8,7 +8,7 @@ from functools import partial
 
 import structlog
 
-from db.clock import DatabaseClock
+from db.clock import DatabaseClock, elapsed
 from db.connection import DataPool, statement
 from db.retrying import until_available
 from telemetry.events import LogEvent
@@ -19,6 +19,9 @@ _log = structlog.get_logger("queryd.clock")
 _LOOK_SECONDS = 0.5
 # Hosts that are looked after differ by less, and a lease or a limit that is off by this does no harm.
 _APART_SECONDS = 5.0
+# Where the database's clock as it is set agrees with ours, most likely an old jump is made up for in the steady time,
+# and will be at every start from now on. Whoever sees a new one corrects it within a second, unless cut off or stopped.
+_CORRECTED_SECONDS = 5.0
 
 
 async def find_time(pool: DataPool, clock: DatabaseClock) -> None:
@@ -31,13 +34,19 @@ async def find_time(pool: DataPool, clock: DatabaseClock) -> None:
     told = False
     while True:
         await until_available(partial(_look, pool, clock), "postgres data")
-        apart = (clock.steady_now() - datetime.now(UTC)).total_seconds()
-        if abs(apart) <= _APART_SECONDS or clock.settled:
+        if _is_near(clock.steady_now()) or clock.settled:
+            return
+        if _is_near(clock.now()) and elapsed() - clock.reached_since >= _CORRECTED_SECONDS:
             return
         if not told:
+            apart = (clock.steady_now() - datetime.now(UTC)).total_seconds()
             _log.warning(LogEvent.CLOCKS_APART, seconds=round(apart, 1))
             told = True
         await asyncio.sleep(_LOOK_SECONDS)
+
+
+def _is_near(told: datetime) -> bool:
+    return abs((told - datetime.now(UTC)).total_seconds()) <= _APART_SECONDS
 
 
 @asynccontextmanager

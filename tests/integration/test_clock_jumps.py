@@ -12,7 +12,7 @@ from typing import Any, LiteralString
 import psycopg
 import pytest
 
-from consumers.executor import admission
+from consumers.executor import admission, timekeeping
 from consumers.executor.admission import Admitted
 from consumers.executor.leases import Lease, Leases
 from consumers.executor.reaper import Reaper
@@ -361,29 +361,51 @@ async def test_a_newcomer_that_agrees_begins_at_once(url: str) -> None:
     assert newcomer.looks == 1
 
 
-async def test_who_was_cut_off_before_its_first_look_overrules_nobody(
-    url: str, workers: tuple[Worker, Worker], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("stalled", [True, False])
+async def test_who_was_held_up_at_its_first_look_overrules_nobody_who_knows(
+    url: str, workers: tuple[Worker, Worker], stalled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cut_off = Worker(workers[1].pool)
-    read_row = clock._read_row
+    held_up, knowing = Worker(workers[1].pool), Worker(workers[0].pool)
+    read_row, asked, goes_on = clock._read_row, asyncio.Event(), asyncio.Event()
 
-    async def break_connection(connection: Connection, statement: LiteralString) -> Any:
-        if statement == READ_CLOCK:
+    async def hold_up(connection: Connection, statement: LiteralString) -> Any:
+        if not stalled:
             await connection.execute("SELECT pg_terminate_backend(pg_backend_pid())")
-        return await read_row(connection, statement)
+        answer = await read_row(connection, statement)
+        asked.set()
+        await goes_on.wait()
+        return answer
 
     with monkeypatch.context() as patch:
-        patch.setattr(clock, "_read_row", break_connection)
-        with pytest.raises(DatabaseUnavailable):
-            await cut_off.transitions.read([])
-    # It has a rank by now, and the next one knows the time from before the jump.
-    knowing = Worker(workers[0].pool)
+        patch.setattr(clock, "_read_row", hold_up)
+        looking = asyncio.create_task(held_up.transitions.read([]))
+        await asyncio.wait({looking, asyncio.create_task(asked.wait())}, return_when=asyncio.FIRST_COMPLETED)
+    # Now comes one that sees the time before the jump.
     waiting = await knowing.admit_new()
     await _jump(url, _HOUR)
-    for each in (cut_off, knowing, cut_off, knowing):
+    goes_on.set()
+    await asyncio.wait({looking})
+    assert isinstance(looking.exception(), DatabaseUnavailable) is not stalled
+    for each in (held_up, knowing, held_up, knowing):
         await each.transitions.read([])
     assert _read_skew(url) == pytest.approx(_HOUR, abs=2.0)
     assert not (await knowing.read(waiting.facts.query_id)).overdue
+
+
+async def test_an_old_correction_holds_a_newcomer_up_for_seconds_only(
+    url: str, workers: tuple[Worker, Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database's clock was an hour behind and has been set right: the steady time stays behind for good."""
+    await _jump(url, _HOUR)
+    await workers[0].transitions.read([])
+    monkeypatch.setattr(timekeeping, "_CORRECTED_SECONDS", 0.5)
+    counted = _CountedClock()
+    counted_at = clock.elapsed()
+    # What is wrong for these databases is right for this process: an hour ahead.
+    monkeypatch.setattr(timekeeping, "_is_near", lambda told: told - datetime.now(UTC) > timedelta(minutes=30))
+    await find_time(workers[1].pool, counted)
+    assert counted.looks >= 2
+    assert clock.elapsed() - counted_at < clock._SETTLED_SECONDS
 
 
 async def test_the_watch_ends_with_its_context_and_tells_what_it_met(url: str) -> None:
@@ -418,6 +440,8 @@ async def _starting_executor(url: str, scratch: Path, missing: Topic) -> AsyncIt
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(wiring, "wait_for_topic", wait_for_topic)
         starting = asyncio.create_task(wiring.make_executor(settings, stack))
+        # Whatever a start that failed has met is told, not waited for.
+        starting.add_done_callback(lambda _: waits.set())
         yield waits
         starting.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -170,7 +170,7 @@ def test_an_error_answer_says_whether_to_try_again(code: str, status: int, kind:
 
 
 @pytest.mark.parametrize("hours", [-1, 1])
-def test_a_machine_whose_clock_is_wrong_waits_until_it_is_right(
+def test_a_signature_that_a_wrong_clock_spoils_is_no_refusal(
     object_store: ObjectStore, hours: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer = object_store.writer

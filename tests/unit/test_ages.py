@@ -1,4 +1,4 @@
-"""A record's age is judged by four clocks: those that are an hour ahead make none older, any two or one host's."""
+"""A record's age is judged by five clocks: those that are an hour ahead make none older, any two or one host's."""
 
 import itertools
 import time
@@ -14,7 +14,7 @@ from tests.unit.samples import make_record
 _HOUR = 3600.0
 # As a broker's stamp and ours may differ on a busy machine.
 _NEAR = 5.0
-_CLOCKS = ("database", "steady", "worker", "broker")
+_CLOCKS = ("database", "steady", "worker", "start", "broker")
 
 
 class _Clock(DatabaseClock):
@@ -54,7 +54,7 @@ def test_it_goes_on_waiting_after_its_poll() -> None:
     assert _judge(_ages(), old) == pytest.approx(100.0, abs=_NEAR)
 
 
-@pytest.mark.parametrize("clock", ["database", "worker"])
+@pytest.mark.parametrize("clock", _CLOCKS[:4])
 def test_one_clock_that_is_behind_makes_no_record_younger(clock: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ages = _make_wrong({clock}, -_HOUR, monkeypatch)
     assert _judge(ages, _record(0.0), _record(100.0)) == pytest.approx(100.0, abs=_NEAR)
@@ -79,20 +79,24 @@ def test_the_brokers_clock_goes_on_since_the_poll_of_its_newest_stamp(monkeypatc
 
 
 def test_no_clock_makes_a_record_younger_than_its_poll(monkeypatch: pytest.MonkeyPatch) -> None:
-    ages = _make_wrong({"database", "steady", "worker"}, -_HOUR, monkeypatch)
+    ages = _make_wrong({"database", "steady", "worker", "start"}, -_HOUR, monkeypatch)
     assert _judge(ages, _record(40.0, polled_at=time.monotonic() - 40.0)) == pytest.approx(40.0, abs=_NEAR)
 
 
 def test_after_an_outage_a_new_process_knows_how_old_records_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The newest that it has seen is old itself, and one clock is an hour ahead."""
-    ages = _make_wrong({"worker"}, _HOUR, monkeypatch)
+    """The newest that it has seen is old itself, and its own clock is an hour ahead."""
+    ages = _make_wrong({"worker", "start"}, _HOUR, monkeypatch)
     assert _judge(ages, _record(700.0)) == pytest.approx(700.0, abs=_NEAR)
 
 
 def _make_wrong(clocks: set[str], wrong: float, monkeypatch: pytest.MonkeyPatch) -> RecordAges:
-    if "worker" in clocks:
-        monkeypatch.setattr(time, "time", lambda: _true_time() + wrong)
-    return _ages(wrong if "database" in clocks else 0.0, wrong if "steady" in clocks else 0.0)
+    def shift(clock: str) -> float:
+        return wrong if clock in clocks else 0.0
+
+    monkeypatch.setattr(time, "time", lambda: _true_time() + shift("start"))
+    ages = _ages(shift("database"), shift("steady"))
+    monkeypatch.setattr(time, "time", lambda: _true_time() + shift("worker"))
+    return ages
 
 
 @pytest.mark.parametrize("wrong", [_HOUR, -_HOUR])
