@@ -21,6 +21,7 @@ from consumers.executor.ages import RecordAges
 from consumers.executor.arrivals import Arrivals
 from consumers.executor.attempt import Attempts
 from consumers.executor.cancel_news import CancelNews
+from consumers.executor.cancelling import end_tasks
 from consumers.executor.intake import Intake
 from consumers.executor.leases import Leases, Stop
 from consumers.executor.reaper import Reaper
@@ -372,7 +373,7 @@ class Executor:
         _log.info(LogEvent.SERVICE_STOPPING, running=len(self._running))
         self._stopping.set()
         keep = [task for task in loops if task.get_name() == "leases" and not task.done()]
-        await _end_tasks([task for task in loops if task not in keep])
+        await end_tasks([task for task in loops if task not in keep])
         drained = time.monotonic() + self._rules.drain_seconds
         leaving = asyncio.create_task(_guarded("leave the group", self.intake.close()))
         await asyncio.wait({leaving}, timeout=_LEAVE_SECONDS)
@@ -381,7 +382,7 @@ class Executor:
         await _guarded("engine", self._engine.close())
         await _guarded("uploader", self._uploader.close())
         await leaving
-        await _end_tasks(keep)
+        await end_tasks(keep)
 
     async def _drain(self, seconds: float) -> None:
         if self._running:
@@ -389,7 +390,7 @@ class Executor:
         self._leases.stop_all(Stop.DRAINING)
         if self._running:
             _, left = await asyncio.wait(self._running, timeout=_HAND_BACK_SECONDS)
-            await _end_tasks(left)
+            await end_tasks(left)
 
 
 def _to_step(item: Legible) -> Step:
@@ -406,9 +407,3 @@ async def _guarded(step: str, work: Coroutine[Any, Any, None]) -> None:
     # The next step must be reached whatever this one ran into; ending here is as safe as a kill -9.
     except Exception as error:  # noqa: BLE001
         _log.error(LogEvent.SERVICE_FAILED, step=step, error=type(error).__name__)
-
-
-async def _end_tasks(tasks: "Sequence[asyncio.Task[Any]] | set[asyncio.Task[Any]]") -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

@@ -8,6 +8,7 @@ from functools import partial
 
 import structlog
 
+from consumers.executor.cancelling import end_tasks
 from db.clock import DatabaseClock, elapsed
 from db.connection import DataPool, statement
 from db.retrying import until_available
@@ -66,8 +67,7 @@ async def watching(pool: DataPool, clock: DatabaseClock) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        watch.cancel()
-        await asyncio.wait({watch})
+        await end_tasks([watch])
     if not watch.cancelled():
         watch.result()
 
