@@ -43,7 +43,7 @@ from engines.protocol import (
     RelationKind,
 )
 from processes.failpoints import Failpoint, failpoint
-from queryd.events import MAX_INLINE_BYTES, Delivery, ErrorCode, Mode, QueryRequested, ResultFile, Status
+from queryd.events import MAX_INLINE_BYTES, Delivery, ErrorCode, Mode, ResultFile, Status
 from results.formats import ERROR_CONTENT_TYPE, content_type
 from results.location import ERROR_FILE, file_name, prefix
 from results.uploader import StoreRefused, StoreUnavailable, Uploader
@@ -57,6 +57,10 @@ _log = structlog.get_logger("queryd.attempt")
 MAX_CRASHES = 3
 
 _MOST_ROWS = 2**62
+
+# A process that has run out of descriptors has some again within seconds. What can't be read for this long becomes an
+# object, for the uploader may still read it.
+_INLINE_SECONDS = 60.0
 
 _Done = TypeVar("_Done")
 
@@ -289,7 +293,7 @@ class Attempts:
             return outcome if outcome.detail is None else await self._store_error(running, outcome)
         try:
             with span(SpanName.STORE):
-                result = _find_inline(running.query.request, outcome) or await self._put_result(running, outcome)
+                result = await self._find_inline(running, outcome) or await self._put_result(running, outcome)
         except StoreRefused as refused:
             _log.error(LogEvent.RESULT_REFUSED, reason=str(refused), **_names(running))
             return Failure(ErrorCode.INTERNAL, "the result store refused the result")
@@ -324,6 +328,28 @@ class Attempts:
             _log.warning(LogEvent.ERROR_DETAIL_LOST, reason=type(error).__name__, **_names(running))
             return failure
         return replace(failure, error_file=ErrorFile(self._location(running), file, self._rules.retention))
+
+    async def _find_inline(self, running: Running, output: Output) -> Result | None:
+        """The result as its event will carry it, where that was asked for and it is small; None: it becomes an object.
+
+        Nobody sits and waits for a batch, so one trip to the store less is nothing to it.
+        """
+        request = running.query.request
+        if request.delivery is not Delivery.INLINE_IF_SMALL or request.mode is not Mode.INTERACTIVE:
+            return None
+
+        async def read() -> Result | None:
+            try:
+                return _read_inline(output)
+            except FileNotFoundError:
+                # The uploader runs into it too, and knows what to say.
+                return None
+
+        reading = until_available(read, "scratch", unavailable=OSError, give_up_after=_INLINE_SECONDS)
+        try:
+            return await self._unless_stopped(running, reading)
+        except OSError:
+            return None
 
     async def _put(
         self,
@@ -476,20 +502,11 @@ async def make_scratch(running: Running) -> None:
     await until_available(make, "scratch", unavailable=OSError, give_up_after=_seconds_left(running))
 
 
-def _find_inline(request: QueryRequested, output: Output) -> Result | None:
-    """The result as its event will carry it, where that was asked for and it is small; None: it becomes an object.
-
-    Nobody sits and waits for a batch, so one trip to the store less is nothing to it.
-    """
-    if request.delivery is not Delivery.INLINE_IF_SMALL or request.mode is not Mode.INTERACTIVE:
-        return None
-    try:
-        # Takes microseconds. One byte more shows that there are more, whatever the engine has said.
-        with output.path.open("rb") as file:
-            body = file.read(MAX_INLINE_BYTES + 1)
-    except OSError:
-        # The uploader runs into it too, and knows what to say.
-        return None
+def _read_inline(output: Output) -> Result | None:
+    """The result as its event will carry it; None where it is too large. Raises `OSError`."""
+    # Takes microseconds. One byte more shows that there are more, whatever the engine has said.
+    with output.path.open("rb") as file:
+        body = file.read(MAX_INLINE_BYTES + 1)
     return Result.in_event(body, output.rows) if len(body) <= MAX_INLINE_BYTES else None
 
 
