@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self, Unpack
+from uuid import UUID
 
 import pyarrow as pa
 
@@ -26,11 +27,13 @@ class AsyncQueryHandle(KnownQuery):
 
     async def wait(self, timeout: float | None = None) -> QueryStatusChanged:  # noqa: ASYNC109 — as its twin has it
         """The terminal event; see `QueryHandle.wait`."""
+        self._query.session.check_process()
         await _wait_for(self._ended, timeout)
         return self._query.track.answer()
 
     async def latest(self, timeout: float | None = None) -> QueryStatusChanged | None:  # noqa: ASYNC109
         """The newest event, once the log has been read for it if need be; see `QueryHandle.latest`."""
+        self._query.session.check_process()
         await _wait_for(self._looked_up, timeout)
         self._query.track.check()
         return self.event
@@ -53,7 +56,7 @@ class AsyncQueryHandle(KnownQuery):
         await self.wait(timeout)
         return await asyncio.to_thread(self._query.session.reader.links, self._query.succeeded())
 
-    async def cancel(self, *, user_id: str | None = None, reason: str | None = None) -> None:
+    async def cancel(self, *, user_id: str | UUID | None = None, reason: str | None = None) -> None:
         """Ask for the query to stop; see `QueryClient.cancel`."""
         org_id = self._query.org_id
         await _send(lambda: self._query.session.cancel(self.query_id, org_id, user_id, reason))
@@ -81,18 +84,23 @@ class AsyncQueryClient:
         session = self._session
         return AsyncQueryHandle(await _send(lambda: session.submit(sql, options)))
 
-    def handle(self, query_id: str, *, org_id: str | None = None) -> AsyncQueryHandle:
+    def handle(self, query_id: str | UUID, *, org_id: str | UUID | None = None) -> AsyncQueryHandle:
         """A query that was submitted before; see `QueryClient.handle`."""
         return AsyncQueryHandle(self._session.find(query_id, org_id))
 
     async def cancel(
-        self, query_id: str, *, org_id: str, user_id: str | None = None, reason: str | None = None
+        self,
+        query_id: str | UUID,
+        *,
+        org_id: str | UUID,
+        user_id: str | UUID | None = None,
+        reason: str | None = None,
     ) -> AsyncQueryHandle:
         """Ask for a query of that org to stop; see `QueryClient.cancel`."""
         session = self._session
         return AsyncQueryHandle(await _send(lambda: session.cancel(query_id, org_id, user_id, reason)))
 
-    def events(self, *, group: str, org: str | None = None) -> AsyncEventFeed:
+    def events(self, *, group: str, org: str | UUID | None = None) -> AsyncEventFeed:
         """All status events, or those of one org, as a durable subscription of the caller's group."""
         return AsyncEventFeed(self._kafka, group, org=org)
 

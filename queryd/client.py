@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self, Unpack
+from uuid import UUID
 
 import pyarrow as pa
 
@@ -21,6 +22,7 @@ class QueryHandle(KnownQuery):
 
         Raises `TimeoutError` after `timeout` seconds, `QueryDeleted`, and `ClientStopped`.
         """
+        self._query.session.check_process()
         try:
             self._query.track.ended.result(timeout)
         except TimeoutError:
@@ -32,6 +34,7 @@ class QueryHandle(KnownQuery):
 
         For a query that this client has just submitted under a new id, its first event. Raises as `wait` does.
         """
+        self._query.session.check_process()
         try:
             self._query.track.looked_up.result(timeout)
         except TimeoutError:
@@ -60,7 +63,7 @@ class QueryHandle(KnownQuery):
         self.wait(timeout)
         return self._query.session.reader.links(self._query.succeeded())
 
-    def cancel(self, *, user_id: str | None = None, reason: str | None = None) -> None:
+    def cancel(self, *, user_id: str | UUID | None = None, reason: str | None = None) -> None:
         """Ask for the query to stop; see `QueryClient.cancel`."""
         _, answer = self._query.session.cancel(self.query_id, self._query.org_id, user_id, reason)
         answer.result()
@@ -80,8 +83,10 @@ class QueryClient:
         return cls(read_kafka())
 
     def submit(self, sql: str | None = None, **options: Unpack[SubmitOptions]) -> QueryHandle:
-        """Publish a request and return once the broker has it; raises `NotSubmitted`, `Invalid` for a wrong id, and
-        `ClientStopped` after `close`.
+        """Publish a request and return once the broker has it.
+
+        Raises `TypeError` for an option that there is not, `Invalid` for a value that the field can't have,
+        `NotSubmitted`, and `ClientStopped` after `close` and in a fork of the process that made the client.
 
         Submitting again under the same `query_id` with the same content is the same request: the handle tells what has
         come of the first. With other content it is refused into `query.requests.dead`, and the first stays.
@@ -90,7 +95,7 @@ class QueryClient:
         answer.result()
         return QueryHandle(query)
 
-    def handle(self, query_id: str, *, org_id: str | None = None) -> QueryHandle:
+    def handle(self, query_id: str | UUID, *, org_id: str | UUID | None = None) -> QueryHandle:
         """A query that was submitted before, by anybody, finished or not. Publishes nothing.
 
         What the log knows of it is looked up in the background. `org_id` is for its `cancel`, before an event says it.
@@ -98,7 +103,12 @@ class QueryClient:
         return QueryHandle(self._session.find(query_id, org_id))
 
     def cancel(
-        self, query_id: str, *, org_id: str, user_id: str | None = None, reason: str | None = None
+        self,
+        query_id: str | UUID,
+        *,
+        org_id: str | UUID,
+        user_id: str | UUID | None = None,
+        reason: str | None = None,
     ) -> QueryHandle:
         """Ask for a query of that org to stop, and return once the broker has it; raises as `submit` does.
 
@@ -109,8 +119,9 @@ class QueryClient:
         answer.result()
         return QueryHandle(query)
 
-    def events(self, *, group: str, org: str | None = None) -> EventFeed:
+    def events(self, *, group: str, org: str | UUID | None = None) -> EventFeed:
         """All status events, or those of one org, as a durable subscription of the caller's group: see `EventFeed`."""
+        self._session.check_process()
         return EventFeed(self._session.kafka, group, org=org)
 
     def close(self) -> None:

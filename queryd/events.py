@@ -195,7 +195,9 @@ def event_id(query_id: QueryId, sequence: int) -> str:
 
 
 def parse_uuid(text: object, name: str) -> str:
-    """The canonical form of a UUID in its 8-4-4-4-12 form; raises `Invalid` for anything else."""
+    """The canonical form of a UUID, or of its text in the form 8-4-4-4-12; raises `Invalid` for anything else."""
+    if isinstance(text, uuid.UUID):
+        return str(text)
     if not isinstance(text, str) or not _UUID.fullmatch(text):
         raise Invalid(f"{name} is not a UUID")
     return text.lower()

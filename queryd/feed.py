@@ -25,11 +25,13 @@ from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
+from uuid import UUID
 
 from confluent_kafka import KafkaError, KafkaException
 
 from queryd.errors import ClientStopped, CommitOverdue
-from queryd.events import QueryId, QueryStatusChanged, Topic
+from queryd.events import QueryId, QueryStatusChanged, Topic, parse_uuid
+from queryd.forks import Origin
 from queryd.status_records import StatusRecord, Unreadable, read_status
 from queryd.subscription import Rebalancing, Record, Subscription, SubscriptionLost, Window
 
@@ -67,6 +69,7 @@ class AsyncFeed(Generic[_Item]):
         if group.startswith(_OWN_GROUPS):
             raise ValueError(f"groups that begin with {_OWN_GROUPS} are queryd's own: choose another name")
         self._config = group_config(kafka, group)
+        self._origin = Origin(self)
         self._choose = choose
         self._subscription: Subscription | None = None
         self._reading: asyncio.Task[None] | None = None
@@ -97,6 +100,7 @@ class AsyncFeed(Generic[_Item]):
 
         Whoever takes may call it from another thread than the event loop's, as long as nobody else takes or commits.
         """
+        self._origin.check()
         while True:
             try:
                 record = self._arrived.popleft()
@@ -132,6 +136,7 @@ class AsyncFeed(Generic[_Item]):
         nothing is committed, and it comes again where they are. Raises `KafkaException` where the broker refuses, and
         `ClientStopped` when the feed is closed meanwhile: then some of it may come again.
         """
+        self._origin.check()
         if self._subscription is None:
             return
         for record in self._handed:
@@ -144,6 +149,7 @@ class AsyncFeed(Generic[_Item]):
 
     async def close(self) -> None:
         """Leave the group. What was not committed comes again."""
+        self._origin.check()
         self._closed = True
         self._news.set()
         if self._reading is not None:
@@ -166,6 +172,7 @@ class AsyncFeed(Generic[_Item]):
 
     async def _await_arrival(self) -> bool:
         """True once records lie here that nobody has judged; False after `close`."""
+        self._origin.check()
         if self._reading is None and not self._closed:
             self._reading = asyncio.create_task(self._read())
             self._reading.add_done_callback(lambda _: self._news.set())
@@ -267,6 +274,7 @@ class Feed(Generic[_Item]):
 
     def __init__(self, feed: AsyncFeed[_Item]) -> None:
         self._feed = feed
+        self._origin = Origin(self)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, name="queryd-feed", daemon=True)
         self._thread.start()
@@ -297,6 +305,7 @@ class Feed(Generic[_Item]):
 
     def close(self) -> None:
         """Leave the group. What was not committed comes again."""
+        self._origin.check()
         if self._loop.is_closed():
             return
         self._run(self._feed.close)
@@ -317,6 +326,7 @@ class Feed(Generic[_Item]):
         self._loop.close()
 
     def _run(self, work: Callable[[], Coroutine[Any, Any, _Answer]]) -> _Answer:
+        self._origin.check()
         if self._loop.is_closed():
             raise ClientStopped("the feed was closed: make another, it goes on behind the last commit")
         running = asyncio.run_coroutine_threadsafe(work(), self._loop)
@@ -350,16 +360,18 @@ class AsyncEventFeed(AsyncFeed[QueryStatusChanged]):
     Deletions are not events: who keeps data takes `AsyncStatusFeed`.
     """
 
-    def __init__(self, kafka: Mapping[str, Any], group: str, *, org: str | None = None) -> None:
-        """`kafka` is librdkafka's configuration; raises `ValueError` for a group of queryd's own."""
-        super().__init__(kafka, group, partial(_choose_event, None if org is None else org.lower()))
+    def __init__(self, kafka: Mapping[str, Any], group: str, *, org: str | UUID | None = None) -> None:
+        """`kafka` is librdkafka's configuration; raises `ValueError` for a group of queryd's own, and `Invalid` for an
+        org that is no UUID."""
+        super().__init__(kafka, group, partial(_choose_event, None if org is None else parse_uuid(org, "org")))
 
 
 class EventFeed(Feed[QueryStatusChanged]):
     """`AsyncEventFeed` without asyncio."""
 
-    def __init__(self, kafka: Mapping[str, Any], group: str, *, org: str | None = None) -> None:
-        """`kafka` is librdkafka's configuration; raises `ValueError` for a group of queryd's own."""
+    def __init__(self, kafka: Mapping[str, Any], group: str, *, org: str | UUID | None = None) -> None:
+        """`kafka` is librdkafka's configuration; raises `ValueError` for a group of queryd's own, and `Invalid` for an
+        org that is no UUID."""
         super().__init__(AsyncEventFeed(kafka, group, org=org))
 
 

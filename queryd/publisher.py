@@ -7,6 +7,7 @@ from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
+from queryd.forks import Origin
 from queryd.headers import to_kafka
 from queryd.outages import QUIET, OutageLog
 
@@ -57,6 +58,7 @@ class Publisher:
                 "error_cb": self._outages.complain,
             }
         )
+        self._origin = Origin(self)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closing = threading.Event()
         self._poller = threading.Thread(target=self._poll, name="queryd-publisher", daemon=True)
@@ -74,6 +76,7 @@ class Publisher:
         `headers` is a mapping of text, or a list of pairs as confluent-kafka takes it. Without a partition the key
         decides.
         """
+        self._origin.check()
         assert self._loop is not None
         loop = self._loop
         answer: asyncio.Future[Delivered] = loop.create_future()
@@ -103,6 +106,7 @@ class Publisher:
 
     async def close(self) -> None:
         """Wait for what is under way; raises `NotDelivered` if something stays unacknowledged."""
+        self._origin.check()
         left = await asyncio.to_thread(self._producer.flush, _DELIVERY_MILLIS / 1000)
         self._closing.set()
         await asyncio.to_thread(self._poller.join)

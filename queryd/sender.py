@@ -10,6 +10,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from queryd.codec import encode, topic_of
 from queryd.errors import ClientStopped, NotSubmitted
 from queryd.events import QueryCancelRequested, QueryRequested
+from queryd.forks import Origin
 from queryd.outages import QUIET
 from queryd.registry import RegistryAway, RegistryRefused
 from queryd.requests import make_headers
@@ -34,6 +35,7 @@ class Sender:
             | QUIET
             | {"enable.idempotence": True, "acks": "all", "delivery.timeout.ms": int(_DELIVERY_SECONDS * 1000)}
         )
+        self._origin = Origin(self)
         self._closing = threading.Event()
         # Nothing gets into the queue behind a close, where nobody would ever hear of it.
         self._open = threading.Lock()
@@ -43,9 +45,10 @@ class Sender:
     def send(self, request: QueryRequested | QueryCancelRequested) -> "Future[None]":
         """Begin to publish; the future is done once the broker has it, and raises `NotSubmitted` after 30 s.
 
-        Raises `NotSubmitted` where it can't even begin, `ClientStopped` after `close`, `Invalid` and `EventTooLarge`
-        for what does not fit its schema.
+        Raises `NotSubmitted` where it can't even begin, `ClientStopped` after `close` and in a fork of the process,
+        `Invalid` and `EventTooLarge` for what does not fit its schema.
         """
+        self._origin.check()
         answer: Future[None] = Future()
         # What is on its way can't be called back.
         answer.set_running_or_notify_cancel()
@@ -78,7 +81,8 @@ class Sender:
 
     def close(self) -> None:
         """Wait for what is under way; its futures say how it went, all of them. Blocks for up to 34 s, where the broker
-        is away."""
+        is away. Raises `ClientStopped` in a fork of the process."""
+        self._origin.check()
         with self._open:
             self._closing.set()
         self._poller.join()

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
+from uuid import UUID
 
 from queryd.errors import QueryFailed
 from queryd.events import OrgId, QueryId, QueryStatusChanged, Status, parse_uuid
@@ -39,7 +40,7 @@ class Session:
         return Query(self, track, request.org_id), answer
 
     def cancel(
-        self, query_id: str, org_id: str, user_id: str | None, reason: str | None
+        self, query_id: str | UUID, org_id: str | UUID, user_id: str | UUID | None, reason: str | None
     ) -> "tuple[Query, Future[None]]":
         """The query that is to stop, and the acknowledgement; see `Sender.send`."""
         cancel = make_cancel(query_id, org_id=org_id, user_id=user_id, reason=reason)
@@ -48,11 +49,15 @@ class Session:
         self._tracking.look_up(track, SILENCE_SECONDS)
         return Query(self, track, cancel.org_id), answer
 
-    def find(self, query_id: str, org_id: str | None) -> "Query":
+    def find(self, query_id: str | UUID, org_id: str | UUID | None) -> "Query":
         """A query that somebody has submitted. Raises `Invalid` where an id is no UUID."""
         track = self._tracking.take(QueryId(parse_uuid(query_id, "query_id")))
         self._tracking.look_up(track)
         return Query(self, track, None if org_id is None else OrgId(parse_uuid(org_id, "org_id")))
+
+    def check_process(self) -> None:
+        """Raises `ClientStopped` in a fork of the process that made the client."""
+        self._tracking.origin.check()
 
     @property
     def reader(self) -> ResultReader:

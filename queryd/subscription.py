@@ -28,6 +28,7 @@ from confluent_kafka import (
     TopicPartition,
 )
 
+from queryd.forks import Origin
 from queryd.lag import STATISTICS_MILLIS, read_behind
 from queryd.offsets import PartitionOffsets
 from queryd.outages import QUIET, OutageLog
@@ -158,6 +159,8 @@ class Subscription:
         self._consumer_turn = threading.Lock()
         self._first_assignment = asyncio.Event()
         self._outages = OutageLog("the consumer")
+        # A fork of the process must not destroy the consumer.
+        self._origin = Origin(self)
         self._consumer = Consumer(
             _consumer_config(config)
             | QUIET

@@ -21,6 +21,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 from queryd.codec import NoRegistry, Undecodable, decode_status
 from queryd.errors import ClientStopped, QueryDeleted
 from queryd.events import Invalid, QueryId, QueryStatusChanged, Topic
+from queryd.forks import Origin
 from queryd.outages import QUIET
 from queryd.registry import RegistryAway
 
@@ -164,6 +165,7 @@ class Tracking:
         self._lock = threading.Lock()
         self._stopped: str | None = None
         self._closing = threading.Event()
+        self.origin = Origin(self)
         self._consumer, self._partitions = self._open_at_the_end()
         self._wanted: list[tuple[float, weakref.ref[Track]]] = []
         self._wanting = threading.Condition()
@@ -172,7 +174,9 @@ class Tracking:
         self._follower.start()
 
     def take(self, query_id: QueryId) -> Track:
-        """The track of a query; what is published from now on will be heard."""
+        """The track of a query; what is published from now on will be heard. Raises `ClientStopped` in a fork of the
+        process."""
+        self.origin.check()
         with self._lock:
             track = self._tracks.get(query_id.encode())
             if track is None:

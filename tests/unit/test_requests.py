@@ -4,6 +4,7 @@ import logging
 import uuid
 from typing import Any
 
+import numpy as np
 import pytest
 
 import queryd
@@ -182,3 +183,83 @@ def test_the_queries_that_were_heard_of_last_are_remembered() -> None:
     one, two, three = (str(uuid.uuid4()) for _ in range(3))
     assert _hear(seen, one, 1) + _hear(seen, two, 1) + _hear(seen, one, 2) + _hear(seen, three, 1) == [True] * 4
     assert (_hear(seen, one, 2), _hear(seen, two, 1)) == ([False], [True])
+
+
+# What is not taken.
+
+
+@pytest.mark.parametrize(
+    ("option", "meant"),
+    [
+        ("format", "output_format"),
+        ("timeout", "timeout_seconds"),
+        ("params", "parameters"),
+        ("max_row", "max_rows"),
+        ("org", "org_id"),
+        ("role", "roles"),
+        ("max_bytes_scaned", "max_bytes_scanned"),
+    ],
+)
+def test_an_option_that_there_is_not_is_named_with_the_one_that_is_meant(option: str, meant: str) -> None:
+    options: Any = {"org_id": ORG_ID, option: 1}
+    with pytest.raises(TypeError, match=f"no option '{option}': {meant} is one"):
+        make_request("SELECT 1", **options)
+
+
+def test_an_option_that_is_like_no_other_is_named_alone() -> None:
+    options: Any = {"org_id": ORG_ID, "colour": "red"}
+    with pytest.raises(TypeError, match=r"no option 'colour'$"):
+        make_request("SELECT 1", **options)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("org_id", None),
+        ("org_id", 7),
+        ("user_id", "nobody"),
+        ("task_id", b"x"),
+        ("query_id", ""),
+        ("saved_query_id", ORG_ID),
+        ("roles", "analysts"),
+        ("roles", 1),
+        ("roles", ["analysts", 7]),
+        ("roles", ["\ud800"]),
+        ("mode", "fast"),
+        ("mode", ["batch"]),
+        ("output_format", "CSV"),
+        ("output_format", None),
+        ("delivery", True),
+        ("timeout_seconds", 1.5),
+        ("timeout_seconds", "5"),
+        ("timeout_seconds", True),
+        ("timeout_seconds", 0),
+        ("timeout_seconds", 2**31),
+        ("max_rows", -1),
+        ("max_rows", 2**63),
+        ("max_bytes_scanned", 1e9),
+    ],
+)
+def test_a_value_that_a_field_can_not_have_is_refused_by_the_fields_name(field: str, value: Any) -> None:
+    options: Any = {"org_id": ORG_ID, field: value}
+    with pytest.raises(Invalid, match=field):
+        make_request("SELECT 1", **options)
+
+
+@pytest.mark.parametrize("sql", [b"SELECT 1", 7, ["SELECT 1"], "SELECT '\ud800'", None])
+def test_sql_is_text(sql: Any) -> None:
+    with pytest.raises(Invalid, match="sql"):
+        make_request(sql, org_id=ORG_ID)
+
+
+def test_ids_are_uuids_or_their_text_and_amounts_any_whole_number() -> None:
+    org, user, task, query = (uuid.uuid4() for _ in range(4))
+    request = make_request(
+        "SELECT 1", org_id=org, user_id=user, task_id=task, query_id=query, timeout_seconds=np.int64(5)
+    )
+    assert (request.org_id, request.user_id, request.task_id) == (str(org), str(user), str(task))
+    assert (request.query_id, request.timeout_seconds, type(request.timeout_seconds)) == (str(query), 5, int)
+    cancel = make_cancel(query, org_id=org, user_id=user, reason=None)
+    assert (cancel.query_id, cancel.org_id, cancel.user_id) == (str(query), str(org), str(user))
+    with pytest.raises(Invalid, match="user_id"):
+        make_cancel(query, org_id=org, user_id="nobody", reason=None)
