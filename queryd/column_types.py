@@ -1,14 +1,15 @@
-"""DuckDB's types, as an event names a column's, in Arrow's words."""
+"""DuckDB's types, as an event names a column's: their parts, and what of Arrow's a reader makes of them."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import pyarrow as pa
 
 _Part = TypeVar("_Part")
 
-_SCALARS = {
+_NUMBERS = {
     "BOOLEAN": pa.bool_(),
     "TINYINT": pa.int8(),
     "SMALLINT": pa.int16(),
@@ -18,33 +19,39 @@ _SCALARS = {
     "USMALLINT": pa.uint16(),
     "UINTEGER": pa.uint32(),
     "UBIGINT": pa.uint64(),
-    # What a sum of integers is; Parquet has it so too.
-    "HUGEINT": pa.decimal128(38, 0),
+    # What a sum of integers is. It has up to 39 digits; decimal128 ends at 38.
+    "HUGEINT": pa.decimal256(39, 0),
     "UHUGEINT": pa.decimal256(39, 0),
     "FLOAT": pa.float32(),
     "DOUBLE": pa.float64(),
+}
+_TIMES = {
     "DATE": pa.date32(),
-    "TIME": pa.time64("us"),
     "TIMESTAMP": pa.timestamp("us"),
+    "TIMESTAMP_S": pa.timestamp("us"),
+    "TIMESTAMP_MS": pa.timestamp("ms"),
+    "TIMESTAMP_NS": pa.timestamp("ns"),
     "TIMESTAMP WITH TIME ZONE": pa.timestamp("us", "UTC"),
 }
-# What has no counterpart, or one that text does not show, and is text in every file of text.
+# Arrow has no counterpart, or one that lacks some of the values: its time of day ends before 24:00:00.
 _TEXTS = {
     "VARCHAR",
-    "BLOB",
     "BIT",
     "UUID",
+    "ENUM",
+    "JSON",
+    "BIGNUM",
+    "GEOMETRY",
     "INTERVAL",
+    "TIME",
     "TIME_NS",
     "TIME WITH TIME ZONE",
-    "TIMESTAMP_S",
-    "TIMESTAMP_MS",
-    "TIMESTAMP_NS",
 }
-DATE, TIME = _SCALARS["DATE"], _SCALARS["TIME"]
+_SCALARS: dict[str, pa.DataType] = {**_NUMBERS, **_TIMES, "BLOB": pa.binary(), **dict.fromkeys(_TEXTS, pa.string())}
+_NESTED = frozenset({"LIST", "ARRAY", "STRUCT", "MAP", "UNION"})
 
-_NESTED = re.compile(r"(STRUCT|MAP|UNION)\b.*|.*\[\d*\]", re.DOTALL)
 _TOKEN = re.compile(r"""\s*("(?:[^"]|"")*"|'(?:[^']|'')*'|[\[\](),]|[^\s"'\[\](),]+)""")
+_PLAIN_NAME = re.compile(r"[A-Za-z_]\w*")
 # Ends the words of a name; "" is the end of the text.
 _MARKS = {"", "[", "]", "(", ")", ","}
 # Deeper than anybody's data, and far from the interpreter's own limit.
@@ -52,101 +59,185 @@ _MOST_DEEP = 50
 
 
 class NoCounterpart(ValueError):
-    """Arrow has no type of which it could be said that a column's text is one of its values."""
+    """The text is no type that a result can have."""
 
 
-def is_nested(type_: str) -> bool:
-    """True for lists, structs, maps and unions, whose parts are types."""
-    return _NESTED.fullmatch(type_) is not None
+@dataclass(frozen=True, slots=True)
+class ColumnType:
+    """A type of DuckDB's. `name` is its own words, or LIST or ARRAY.
+
+    `parts` are fields and members with their names ("" where a field has none), a map's key and value, or a list's
+    element; `numbers` a decimal's width and scale.
+    """
+
+    name: str
+    parts: tuple[tuple[str, "ColumnType"], ...] = ()
+    numbers: tuple[int, ...] = ()
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether its values have parts."""
+        return self.name in _NESTED
+
+    @property
+    def element(self) -> "ColumnType":
+        """The type of a list's elements."""
+        return self.parts[0][1]
+
+    def walk(self) -> Iterator["ColumnType"]:
+        """This type and all within it."""
+        yield self
+        for _, part in self.parts:
+            yield from part.walk()
+
+    def holds(self, *names: str) -> bool:
+        """Whether it is one of these types, or has one within it."""
+        return any(each.name in names for each in self.walk())
 
 
-def parse_or_text(type_: str) -> pa.DataType:
-    """The type; text where Arrow has none."""
-    try:
-        return parse_type(type_)
-    except NoCounterpart:
-        return pa.string()
+def parse_type(text: str) -> ColumnType:
+    """The type that DuckDB describes by that text. Raises `NoCounterpart`."""
+    if text in _SCALARS:
+        return ColumnType(text)
+    return _Parser(text).parse_all()
 
 
-def parse_type(type_: str) -> pa.DataType:
-    """The type, of whatever depth. Raises `NoCounterpart`: for a UNION, for a struct whose fields have no names, for
-    JSON, whose values are of any type, and for what is none of DuckDB's 1.5."""
-    return _Parser(type_).parse_all()
+def write_type(type_: ColumnType, name_field: Callable[[str, int], str] = lambda name, _: name) -> str:
+    """The type as DuckDB writes it, but for what may be data: the values of an ENUM, the system of a GEOMETRY.
+
+    `name_field` gives the name that stands for a field's own, by that and its number from 1.
+    """
+    parts = [
+        (name_field(name, number) if type_.name in ("STRUCT", "UNION") and name else name, write_type(part, name_field))
+        for number, (name, part) in enumerate(type_.parts, 1)
+    ]
+    match type_.name:
+        case "LIST":
+            return f"{parts[0][1]}[]"
+        case "ARRAY":
+            return f"{parts[0][1]}[{type_.numbers[0]}]"
+        case "MAP":
+            return f"MAP({parts[0][1]}, {parts[1][1]})"
+        case "STRUCT" | "UNION":
+            return f"{type_.name}({', '.join(f'{_quote(name)} {part}' if name else part for name, part in parts)})"
+        case "DECIMAL":
+            return f"DECIMAL({type_.numbers[0]},{type_.numbers[1]})"
+        case name:
+            return name
 
 
-def replace(type_: pa.DataType, old: pa.DataType, new: pa.DataType) -> pa.DataType:
-    """The type with one of its parts, wherever it stands, another."""
-    if type_ == old:
-        return new
-    if pa.types.is_list(type_):
-        return pa.list_(replace(type_.value_type, old, new))
-    if pa.types.is_map(type_):
-        return pa.map_(replace(type_.key_type, old, new), replace(type_.item_type, old, new))
-    if pa.types.is_struct(type_):
-        return pa.struct([(field.name, replace(field.type, old, new)) for field in type_])
-    return type_
+def name_fields(type_: ColumnType) -> list[str]:
+    """The names under which the values of a STRUCT, or of a UNION behind its tag, are written: `field_N`, N from 1, for
+    one that has none."""
+    own = [name for name, _ in type_.parts]
+    named = [name or f"field_{number}" for number, name in enumerate(own, 1)]
+    if type_.name == "UNION":
+        return make_unique(["tag", *named])
+    return named if all(own) else make_unique(named)
 
 
-def holds_map(type_: pa.DataType) -> bool:
-    """True where a map is anywhere in it."""
-    if pa.types.is_map(type_):
-        return True
-    return any(holds_map(type_.field(place).type) for place in range(type_.num_fields))
+def make_unique(names: Sequence[str]) -> list[str]:
+    """Names that differ in more than case, each as near to the original as may be: `a`, `A_1`."""
+    taken = {name.lower() for name in names}
+    seen: set[str] = set()
+    unique = []
+    for name in names:
+        candidate, number = name, 0
+        while candidate.lower() in seen or (number and candidate.lower() in taken):
+            number += 1
+            candidate = f"{name}_{number}"
+        seen.add(candidate.lower())
+        unique.append(candidate)
+    return unique
+
+
+def to_arrow(type_: ColumnType) -> pa.DataType:
+    """What a reader of JSON makes of the type's values."""
+    match type_.name:
+        case "LIST" | "ARRAY":
+            return pa.list_(to_arrow(type_.element))
+        case "MAP":
+            return pa.map_(*(to_arrow(part) for _, part in type_.parts))
+        case "STRUCT" | "UNION":
+            parts = [to_arrow(part) for _, part in type_.parts]
+            tag = [pa.string()] if type_.name == "UNION" else []
+            return pa.struct(list(zip(name_fields(type_), [*tag, *parts], strict=True)))
+        case "DECIMAL":
+            return pa.decimal128(*type_.numbers)
+        case name:
+            return _SCALARS[name]
+
+
+def _quote(name: str) -> str:
+    return name if _PLAIN_NAME.fullmatch(name) else '"' + name.replace('"', '""') + '"'
 
 
 class _Parser:
-    """By descent: a type is a scalar, a STRUCT or a MAP, and a list for each pair of brackets behind it."""
+    """By descent: a type is a scalar, a STRUCT, a UNION or a MAP, and a list for each pair of brackets behind it."""
 
     def __init__(self, text: str) -> None:
         self._tokens = _split(text)
         self._place = 0
 
-    def parse_all(self) -> pa.DataType:
+    def parse_all(self) -> ColumnType:
         parsed = self._parse(0)
         if self._place != len(self._tokens):
             raise NoCounterpart
         return parsed
 
-    def _parse(self, depth: int) -> pa.DataType:
+    def _parse(self, depth: int) -> ColumnType:
         if depth > _MOST_DEEP:
             raise NoCounterpart
-        parsed = self._parse_unlisted(depth)
+        parsed = self._parse_unlisted(self._take_words(), depth)
         for _ in range(_MOST_DEEP):
             if self._next() != "[":
                 return parsed
             self._take()
-            if self._next() != "]":
-                # An array's size: Parquet has arrays as lists too.
-                self._take()
+            parsed = ColumnType("LIST", (("", parsed),)) if self._next() == "]" else self._parse_array(parsed)
             self._expect("]")
-            parsed = pa.list_(parsed)
         raise NoCounterpart
 
-    def _parse_unlisted(self, depth: int) -> pa.DataType:
+    def _parse_array(self, element: ColumnType) -> ColumnType:
+        return ColumnType("ARRAY", (("", element),), (self._parse_number(),))
+
+    def _take_words(self) -> list[str]:
         words = []
         while self._next() not in _MARKS:
             words.append(self._take())
+        return words
+
+    def _parse_unlisted(self, words: list[str], depth: int) -> ColumnType:
         match " ".join(words):
-            case "STRUCT":
-                return pa.struct(self._parse_all_of(lambda: self._parse_field(depth)))
+            case "STRUCT" | "UNION" as name:
+                return ColumnType(name, tuple(self._parse_all_of(lambda: self._parse_field(depth))))
             case "MAP":
-                key, value = self._parse_all_of(lambda: self._parse(depth + 1))
-                return pa.map_(key, value)
+                parts = self._parse_all_of(lambda: self._parse(depth + 1))
+                if len(parts) != len(("key", "value")):
+                    raise NoCounterpart
+                return ColumnType("MAP", tuple(zip(("key", "value"), parts, strict=True)))
             case "DECIMAL":
-                precision, scale = self._parse_all_of(self._parse_number)
-                return pa.decimal128(precision, scale)
-            case "ENUM":
-                # An event leaves its values out.
+                width, scale = self._parse_all_of(self._parse_number)
+                return ColumnType("DECIMAL", numbers=(width, scale))
+            case "ENUM" | "GEOMETRY" as name:
+                # An event leaves what stands there out.
                 if self._next() == "(":
                     self._parse_all_of(self._take)
-                return pa.string()
-            case name if name in _TEXTS:
-                return pa.string()
+                return ColumnType(name)
+            case '"NULL"':
+                # Of a list or a map that is empty: no value has it.
+                return ColumnType("INTEGER")
             case name if name in _SCALARS:
-                return _SCALARS[name]
+                return ColumnType(name)
         raise NoCounterpart
 
-    def _parse_field(self, depth: int) -> tuple[str, pa.DataType]:
+    def _parse_field(self, depth: int) -> tuple[str, ColumnType]:
+        """A name and a type, or a type alone."""
+        start = self._place
+        words = self._take_words()
+        self._place = start
+        # No type's own first word is a name before another type, but `TIMESTAMP WITH TIME ZONE` is four words.
+        if len(words) <= 1 or " ".join(words) in _SCALARS:
+            return "", self._parse(depth + 1)
         name = self._take()
         if name.startswith('"'):
             name = name[1:-1].replace('""', '"')

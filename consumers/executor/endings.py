@@ -11,10 +11,11 @@ from consumers.executor.story import QueryFacts, tell
 from db.data.attempts import Ending
 from db.data.outbox import NewEvent
 from db.data.runs import INLINE_FILE, RunState
-from queryd.events import Column, ErrorCode, ResultFile, Status
+from queryd.events import Column, ErrorCode, OutputFormat, ResultFile, Status
 
-# An event carries this many columns at most, with names of so many characters and types of so many bytes; the file has
-# everything. Together, and with an inline result, they stay well below the 512 KiB of an event.
+# Of a Parquet file, which tells its own types, an event carries this many columns at most, with names of so many
+# characters and types of so many bytes. Of a file of text it carries all, of which the engine has seen to it that they
+# fit. Either way, and with an inline result, it stays well below the 512 KiB of an event.
 _MAX_COLUMNS = 200
 _MAX_NAME = 128
 _MAX_TYPE = 1_000
@@ -135,7 +136,7 @@ def succeed(facts: QueryFacts, state: RunState, success: Success, *, now: dateti
         output_location=result.location,
         files=result.files,
         inline_result=result.inline,
-        columns=tuple(_fit(column, number) for number, column in enumerate(success.columns[:_MAX_COLUMNS], start=1)),
+        columns=_fit_columns(success.columns, facts.output_format),
         row_count=result.rows,
         bytes=result.bytes,
         bytes_scanned=success.bytes_scanned,
@@ -205,13 +206,18 @@ def _retention_seconds(failure: Failure | None, success: Success | None) -> floa
     return None if stored is None else stored.retention.total_seconds()
 
 
+def _fit_columns(columns: tuple[Column, ...], output_format: OutputFormat | None) -> tuple[Column, ...]:
+    if output_format in (OutputFormat.CSV, OutputFormat.JSON):
+        return columns
+    return tuple(_fit(column, number) for number, column in enumerate(columns[:_MAX_COLUMNS], start=1))
+
+
 def _fit(column: Column, number: int) -> Column:
     return Column(column.name if len(column.name) <= _MAX_NAME else f"column_{number}", _fit_type(column.type))
 
 
 def _fit_type(described: str) -> str:
-    # An ENUM spells its values out, which are data: a type with a text in it says only what kind of type it is.
-    if "'" in described or len(described.encode()) > _MAX_TYPE:
+    if len(described.encode()) > _MAX_TYPE:
         described = described.partition("(")[0]
     cut = described.encode()[:_MAX_TYPE].decode(errors="ignore")
     return cut if cut == described else cut + "…"

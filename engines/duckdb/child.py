@@ -3,13 +3,15 @@
 import os
 import sys
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import duckdb
 
 from engines.duckdb import errors
+from engines.duckdb.columns import Naming
 from engines.duckdb.export import Exported, export
 from engines.duckdb.forecast import forecast_scan
 from engines.duckdb.gate import Gate, Judged
@@ -22,7 +24,7 @@ from engines.protocol import EngineUnavailable, QueryFailed, Relation, RelationK
 from processes.failpoints import Failpoint, failpoint
 from processes.frames import Message
 from processes.serving import serve
-from queryd.events import ErrorCode, OutputFormat
+from queryd.events import ErrorCode, OutputFormat, Parameter
 
 # memory_limit bounds DuckDB's buffers only; its other allocations, the threads' arenas and the mapped libraries (1 GB
 # of address space alone) need room beside them.
@@ -179,7 +181,12 @@ class _Runner:
                 OutputFormat(message["format"]),
                 max_rows=message["max_rows"],
                 limits=limits,
-                strings=judged.strings,
+                naming=Naming(
+                    judged.names,
+                    judged.has_pivot,
+                    _texts(message["parameters"]),
+                    partial(instance.names_in, judged.references),
+                ),
             )
         except (duckdb.Error, MemoryError, StatementFailed) as error:
             verdict = self._leave()
@@ -263,6 +270,11 @@ def _translate(
     if isinstance(ours, QueryFailed):
         return QueryFailed(ours.code, ours.message)
     return ours
+
+
+def _texts(parameters: Mapping[str, Parameter]) -> tuple[str, ...]:
+    """What parameters are as text; NULL and the truth values are nobody's secret."""
+    return tuple(str(value) for value in parameters.values() if value is not None and not isinstance(value, bool))
 
 
 def _tell_reads(judged: Judged | None) -> list[list[Any]]:

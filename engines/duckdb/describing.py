@@ -5,7 +5,7 @@ import uuid
 from dataclasses import replace
 from pathlib import Path
 
-from engines.duckdb.export import quote
+from engines.duckdb.sql_text import quote
 from engines.protocol import Engine, Execution, Output, Relation, RelationKind
 from queryd.events import Column, OrgId, OutputFormat, QueryId
 

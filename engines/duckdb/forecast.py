@@ -8,8 +8,8 @@ own figure at the end.
 import json
 from typing import Any
 
-from engines.duckdb.export import literal
 from engines.duckdb.instance import Instance
+from engines.duckdb.sql_text import literal
 from engines.duckdb.statement import Wrapped
 from queryd.events import Parameter
 

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections import OrderedDict
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,9 +17,10 @@ from urllib.parse import urlsplit
 
 import duckdb
 
-from engines.duckdb.export import literal, quote
 from engines.duckdb.settings import DuckDBSettings
+from engines.duckdb.sql_text import literal, quote
 from engines.protocol import EngineUnavailable, Relation, RelationKind
+from queryd.column_types import NoCounterpart, parse_type
 
 # No name that a dataset can have: SQL never reaches the attached server but through our views.
 _ATTACHED = "__queryd_datasets"
@@ -113,6 +115,17 @@ class Instance:
     def files_of(self, name: str) -> str:
         """The files of a granted Parquet relation, as DuckDB's table functions take them, in SQL."""
         return _files(self._relations[name])
+
+    def names_in(self, names: Collection[str]) -> frozenset[str]:
+        """The names of the columns of exposed relations, and of the fields of their structs."""
+        found: set[str] = set()
+        for name in names:
+            view = ".".join(quote(part) for part in name.split("."))
+            for column, described, *_ in self.connection.execute(f"DESCRIBE {view}").fetchall():
+                found.add(column)
+                with suppress(NoCounterpart):
+                    found.update(field for part in parse_type(described).walk() for field, _ in part.parts)
+        return frozenset(found)
 
     def close(self) -> None:
         """Free everything that it holds."""

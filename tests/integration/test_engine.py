@@ -222,7 +222,7 @@ async def test_names_that_occur_twice_are_made_unique(engine: DuckDBEngine, prep
 
 async def test_events_learn_no_sql_from_column_names(engine: DuckDBEngine, prepare: _Prepare) -> None:
     sql = """SELECT count(*), sum(x), x AS "two words", 'hunter2', x + 42, 'a'::ENUM('a', 'hunter2') AS e,
-             {'hunter2 x': 1} AS s, lower('hunter2') FROM (SELECT 1 AS x) GROUP BY x"""
+             {'field x': 'hunter2'} AS s, lower('hunter2') FROM (SELECT 1 AS x) GROUP BY x"""
     output = await engine.execute(prepare(sql, output_format=OutputFormat.PARQUET))
     names = ["count_star()", "sum(x)", "two words", "column_4", "column_5", "e", "s", "column_8"]
     assert [column.name for column in output.columns] == names

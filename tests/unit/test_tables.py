@@ -98,7 +98,7 @@ def test_an_empty_line_is_a_null_of_a_csv_of_one_column(tmp_path: Path) -> None:
 def test_lists_and_structs_are_text_in_csv_and_themselves_in_json(tmp_path: Path) -> None:
     sql = "SELECT [1, 2] AS l, {'a': 'b'} AS s, TIME '10:00:00' AS t"
     [row] = _read(*_write(tmp_path, sql, OutputFormat.CSV), OutputFormat.CSV).to_pylist()
-    assert row == {"l": "[1, 2]", "s": "{'a': b}", "t": datetime.time(10)}
+    assert row == {"l": "[1, 2]", "s": "{'a': b}", "t": "10:00:00"}
     [row] = _read(*_write(tmp_path, sql, OutputFormat.JSON), OutputFormat.JSON).to_pylist()
     assert row == {"l": [1, 2], "s": {"a": "b"}, "t": "10:00:00"}
 
@@ -158,15 +158,9 @@ def test_maps_keep_their_values_digits_and_are_read_in_pieces(tmp_path: Path, mo
 @pytest.mark.parametrize(
     "expression",
     [
-        "'{\"a\": 1}'::JSON",
-        # Otherwise a text without its quotes.
-        "'\"a\"'::JSON",
-        "[('[1]'::JSON)]",
-        "union_value(n := 2)",
         "row(1, 'x')",
         "MAP {['a']: 1}",
         "MAP {{'a': 1}: 1}",
-        "170141183460469231731687303715884105727::HUGEINT",
     ],
 )
 def test_what_json_does_not_tell_is_said_to_be_unreadable_and_never_guessed(tmp_path: Path, expression: str) -> None:
@@ -183,12 +177,13 @@ def test_a_nested_type_that_the_event_cuts_short_is_not_guessed(described: str) 
         _read(b'{"x":["2020-01-01"]}\n', [Column("x", described)], OutputFormat.JSON)
 
 
-def test_columns_that_the_event_does_not_name_are_guessed() -> None:
-    body = b"known,unknown\r\n1,2\r\n"
-    table = _read(body, [Column("known", "VARCHAR")], OutputFormat.CSV)
-    assert table.to_pylist() == [{"known": "1", "unknown": 2}]
-    table = _read(b'{"known":1,"unknown":2}\n', [Column("known", "DOUBLE")], OutputFormat.JSON)
-    assert table.schema.types == [pa.float64(), pa.int64()]
+def test_columns_that_the_event_does_not_tell_are_not_guessed() -> None:
+    """As of a release that told 200 at most."""
+    told = [Column("known", "VARCHAR")]
+    table = _read(b"known,unknown\r\n1,00249\r\n", told, OutputFormat.CSV)
+    assert table.to_pylist() == [{"known": "1", "unknown": "00249"}]
+    with pytest.raises(ResultUnreadable, match="more columns than its event tells"):
+        _read(b'{"known":"1","unknown":2}\n', told, OutputFormat.JSON)
 
 
 def test_a_large_csv_is_read_in_pieces() -> None:

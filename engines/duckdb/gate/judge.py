@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,9 @@ _PIVOT = re.compile(r"\bpivot", re.IGNORECASE)
 
 _Node = dict[str, Any]
 
+# Where a tree has names that a statement gives: `t(a, b)`, `WITH t(a, b)`, `UNPIVOT … INTO NAME a VALUE b`.
+_LISTS_OF_NAMES = ("column_name_alias", "aliases", "unpivot_names")
+
 
 @dataclass(frozen=True, slots=True)
 class Judged:
@@ -44,8 +47,9 @@ class Judged:
     text: str
     references: frozenset[str]
     reads: tuple[Read, ...] = ()
-    # The strings that the statement writes: they may become the names of columns.
-    strings: frozenset[str] = frozenset()
+    # The names that the statement itself gives, to columns and to fields of structs; and whether PIVOT makes others.
+    names: frozenset[str] = frozenset()
+    has_pivot: bool = False
 
 
 class Gate:
@@ -79,7 +83,7 @@ class Gate:
                 "The SQL reads a relation that this request may not read: personal data needs a user or a task.",
             )
         _check_parameters(_expected(statement), parameters)
-        return Judged(text, named, reads, frozenset(_strings(statement["node"])))
+        return Judged(text, named, reads, *_read_names(statement["node"]))
 
     def inspect(self, sql: str) -> Inspected:
         """Judge a statement as if any relation were granted to its caller; raises `QueryFailed` as `judge` does."""
@@ -182,22 +186,26 @@ def _unfit(message: str, text: str) -> str:
     return "only a SELECT statement may run"
 
 
-def _strings(root: _Node) -> Iterator[str]:
-    """The string constants of a tree, and the keys of the structs that it makes."""
+def _read_names(root: _Node) -> tuple[frozenset[str], bool]:
+    """The names that a tree gives by aliases and lists of names, and whether a PIVOT in it makes names of values."""
+    names: set[str] = set()
+    has_pivot = False
     ahead: list[Any] = [root]
     while ahead:
         node = ahead.pop()
         if isinstance(node, list):
             ahead += node
         elif isinstance(node, dict):
-            if node.get("class") == "CONSTANT":
-                value = node["value"].get("value")
-                if isinstance(value, str):
-                    yield value
-                continue
-            if node.get("function_name") == "struct_pack":
-                yield from (child["alias"] for child in node.get("children", ()) if "alias" in child)
-            ahead += node.values()
+            if isinstance(alias := node.get("alias"), str):
+                names.add(alias)
+            for key in _LISTS_OF_NAMES:
+                names.update(name for name in node.get(key, ()) if isinstance(name, str))
+            names.update(renamed["value"] for renamed in node.get("rename_list", ()))
+            if node.get("type") == "PIVOT" and not node.get("unpivot_names"):
+                has_pivot = True
+            # What stands in a pivot's entries are values, or names in their place.
+            ahead += (value for key, value in node.items() if key != "entries")
+    return frozenset(names), has_pivot
 
 
 def _expected(statement: _Node) -> dict[str, str]:

@@ -1,0 +1,161 @@
+"""Expressions that write a row as a line of JSON that a strict parser takes. docs/results.md lists every type."""
+
+import json
+from collections.abc import Callable
+
+from engines.duckdb.sql_text import literal
+from queryd.column_types import ColumnType, name_fields
+
+_NUMBERS = frozenset(
+    {
+        "BOOLEAN",
+        "TINYINT",
+        "SMALLINT",
+        "INTEGER",
+        "BIGINT",
+        "UTINYINT",
+        "USMALLINT",
+        "UINTEGER",
+        "UBIGINT",
+        "HUGEINT",
+        "UHUGEINT",
+        "BIGNUM",
+    }
+)
+# Of these the text has nothing to escape.
+_BARE_TEXTS = frozenset(
+    {
+        "DATE",
+        "TIME",
+        "TIME_NS",
+        "TIME WITH TIME ZONE",
+        "TIMESTAMP",
+        "TIMESTAMP_S",
+        "TIMESTAMP_MS",
+        "TIMESTAMP_NS",
+        "TIMESTAMP WITH TIME ZONE",
+        "INTERVAL",
+        "UUID",
+        "BIT",
+    }
+)
+
+# What DuckDB takes for JSON and a strict parser does not, or what would break the line; unless it stands in a string.
+_SUSPICIOUS = literal(r"(?i)nan|inf|,\s*[\]}]|[\r\n]")
+_STRINGS_AND_THE_REST = literal(r'"(?:[^"\\]|\\.)*"|[^"]+')
+# Patterns and what stands for what they match.
+_MENDED = (
+    (literal(r"(?i)-?(?:nan|inf(?:inity)?)"), literal(r'"\0"')),
+    (literal(r",(\s*[\]}])"), literal(r"\1")),
+    (literal(r"[\r\n]"), literal(" ")),
+)
+
+
+def write_json_row(columns: list[tuple[str, str, ColumnType]]) -> str:
+    """An expression that is a row's line of JSON. `columns` are their places, names and types."""
+    parts = []
+    for number, (place, name, type_) in enumerate(columns):
+        begin = "{" if number == 0 else ","
+        parts += [literal(f"{begin}{write_string(name)}:"), f"coalesce({_write_json(place, type_, 0)}, 'null')"]
+    return f"concat({', '.join(parts)}, '}}')"
+
+
+def write_string(text: str) -> str:
+    """A text as JSON has it."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _write_json(place: str, type_: ColumnType, depth: int) -> str:
+    """An expression that is the value's text in JSON, or NULL."""
+    write = _NESTED.get(type_.name)
+    return _write_scalar(place, type_) if write is None else write(place, type_, depth)
+
+
+def _write_scalar(place: str, type_: ColumnType) -> str:
+    text = f"CAST({place} AS VARCHAR)"
+    match type_.name:
+        case name if name in _NUMBERS:
+            written = text
+        case name if name in _BARE_TEXTS:
+            written = f"'\"' || {text} || '\"'"
+        case "FLOAT" | "DOUBLE":
+            written = (
+                f"CASE WHEN isfinite({place}) THEN CAST(to_json({place}) AS VARCHAR) ELSE '\"' || {text} || '\"' END"
+            )
+        case "DECIMAL":
+            width, scale = type_.numbers
+            # DuckDB leaves out the zero before the point where the type has no digit there.
+            written = rf"regexp_replace({text}, '^(-?)\.', '\10.')" if width == scale else text
+        case "JSON":
+            written = _write_embedded(text)
+        case _:
+            written = f"CAST(to_json({text}) AS VARCHAR)"
+    return written
+
+
+def _write_embedded(text: str) -> str:
+    """JSON as it is, in one line, without what only DuckDB takes for JSON."""
+    mended = "y"
+    for pattern, replacement in _MENDED:
+        mended = f"regexp_replace({mended}, {pattern}, {replacement}, 'g')"
+    pieces = f"regexp_extract_all({text}, {_STRINGS_AND_THE_REST})"
+    joined = f"array_to_string(list_transform({pieces}, lambda y: CASE WHEN y[1] = '\"' THEN y ELSE {mended} END), '')"
+    return f"CASE WHEN regexp_matches({text}, {_SUSPICIOUS}) THEN {joined} ELSE {text} END"
+
+
+def _join(of_list: str, written: str, name: str, ends: str) -> str:
+    """A list's elements, each written, between two signs."""
+    each = f"list_transform({of_list}, lambda {name}: {written})"
+    return f"'{ends[0]}' || array_to_string({each}, ',') || '{ends[1]}'"
+
+
+def _write_each(of_list: str, element: ColumnType, depth: int) -> str:
+    name = f"x{depth}"
+    return _join(of_list, f"coalesce({_write_json(name, element, depth + 1)}, 'null')", name, "[]")
+
+
+def _write_struct(place: str, type_: ColumnType, depth: int) -> str:
+    parts = []
+    for number, (name, (own, part)) in enumerate(zip(name_fields(type_), type_.parts, strict=True), 1):
+        begin = "{" if number == 1 else ","
+        by = f"struct_extract({place}, {literal(own)})" if own else f"struct_extract_at({place}, {number})"
+        parts += [
+            literal(f"{begin}{write_string(name)}:"),
+            f"coalesce({_write_json(by, part, depth + 1)}, 'null')",
+        ]
+    return f"CASE WHEN {place} IS NOT NULL THEN concat({', '.join(parts)}, '}}') END"
+
+
+def _write_union(place: str, type_: ColumnType, depth: int) -> str:
+    """`{"tag":value}`."""
+    cases = " ".join(
+        f"WHEN {literal(name)} THEN concat({literal(f'{{{write_string(name)}:')}, "
+        f"coalesce({_write_json(f'union_extract({place}, {literal(name)})', part, depth + 1)}, 'null'), '}}')"
+        for name, part in type_.parts
+    )
+    return f"CASE CAST(union_tag({place}) AS VARCHAR) {cases} END"
+
+
+def _write_map(place: str, type_: ColumnType, depth: int) -> str:
+    """An object; an array of keys and values where a key has parts."""
+    name = f"x{depth}"
+    (_, key), (_, value) = type_.parts
+    entries = f"map_entries({place})"
+    if key.is_nested:
+        return _write_each(entries, ColumnType("STRUCT", type_.parts), depth)
+    named = f"CAST(to_json(CAST({name}.key AS VARCHAR)) AS VARCHAR)"
+    written = f"concat({named}, ':', coalesce({_write_json(f'{name}.value', value, depth + 1)}, 'null'))"
+    return _join(entries, written, name, "{}")
+
+
+def _write_list(place: str, type_: ColumnType, depth: int) -> str:
+    return _write_each(place, type_.element, depth)
+
+
+_NESTED: dict[str, Callable[[str, ColumnType, int], str]] = {
+    "LIST": _write_list,
+    "ARRAY": _write_list,
+    "STRUCT": _write_struct,
+    "UNION": _write_union,
+    "MAP": _write_map,
+}
