@@ -165,6 +165,23 @@ def test_every_parameter_needs_exactly_one_value(judge: Gate) -> None:
     assert "case" in _refusal(judge, "SELECT $a", {"a": 1, "A": 2}).message
 
 
+@pytest.mark.parametrize("value", ["\ud800", "a\udcff", "\udfff\ud800", "x" * 1000 + "\udbff"])
+def test_a_parameter_with_half_of_a_surrogate_pair_is_refused_by_its_name(judge: Gate, value: str) -> None:
+    refused = _refusal(judge, "SELECT $carrier, $other", {"other": "\N{GRINNING FACE}", "carrier": value})
+    assert refused.code is ErrorCode.QUERY_ERROR
+    assert refused.message == "The value of the parameter $carrier is not valid Unicode."
+    # Nothing else of Unicode is refused.
+    assert judge.judge("SELECT $carrier", (), {"carrier": "\N{GRINNING FACE}\uffff\0"}).text
+
+
+def test_the_column_that_a_call_stands_behind_counts_as_its_first_argument(judge: Gate) -> None:
+    """`name.lpad(2000000000, 'x')` is `lpad(name, 2000000000, 'x')`."""
+    for call in ("name.repeat(2000000000)", "t.name.rpad(2000000000, 'x')", "name.list_resize(2000000000)"):
+        refused = _refusal(judge, f"SELECT {call} FROM (SELECT 'x' AS name) t")
+        assert "makes more than" in refused.message
+    assert judge.judge("SELECT name.repeat(20) FROM (SELECT 'x' AS name)", (), {}).text
+
+
 def test_a_refusal_never_quotes_the_sql(judge: Gate) -> None:
     for sql in ("SELECT * FROM hunter2", "SELECT hunter2(", "SELECT read_text('hunter2')", "DROP TABLE hunter2"):
         assert "hunter2" not in _refusal(judge, sql).message

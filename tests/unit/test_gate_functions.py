@@ -1,5 +1,6 @@
 """The reviewed lists of functions and types against what the pinned DuckDB really has."""
 
+import contextlib
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from importlib import resources
@@ -7,8 +8,9 @@ from importlib import resources
 import duckdb
 import pytest
 
-from engines.duckdb.gate import functions, grammar
+from engines.duckdb.gate import Gate, functions, grammar
 from engines.duckdb.instance import extension_file
+from engines.protocol import QueryFailed
 
 # Functions that may be called in expressions, and whose namesakes in FROM may not.
 _ONLY_IN_EXPRESSIONS = {"repeat", "histogram"}
@@ -23,6 +25,7 @@ def running() -> Iterator[duckdb.DuckDBPyConnection]:
     with duckdb.connect(":memory:") as connection:
         for name in ("httpfs", "postgres_scanner"):
             connection.execute(f"LOAD '{extension_file(name)}'")
+        connection.execute("CREATE TYPE canary_type AS ENUM ('canary')")
         yield connection
 
 
@@ -76,11 +79,64 @@ def _words(definition: str) -> list[str]:
 
 
 def test_types_that_sql_may_name_are_those_of_the_running_version(running: duckdb.DuckDBPyConnection) -> None:
-    every = {name.lower() for (name,) in running.execute("SELECT type_name FROM duckdb_types()").fetchall()}
+    found = running.execute("SELECT type_name FROM duckdb_types() WHERE internal").fetchall()
+    every = {name.lower() for (name,) in found}
     # A type as a value, and an identifier of Postgres's catalog, are nothing for a query over datasets; functions of
     # lists read a VARIANT's bytes as a list's.
     assert every - grammar.TYPE_NAMES == {"type", "oid", "variant"}
     assert grammar.TYPE_NAMES - every == set()
+
+
+@pytest.mark.parametrize("name", ["user", "current_user", "current_role", "session_user"])
+def test_a_name_that_means_a_function_may_be_used_where_it_is_the_same_wherever_the_session_is(name: str) -> None:
+    text = Gate().judge(f"SELECT {name} AS told", (), {}).text
+    with duckdb.connect(":memory:") as connection:
+        told = connection.execute(text).fetchall()
+        connection.execute("ATTACH ':memory:' AS other; CREATE SCHEMA other.inner; USE other.inner")
+        assert connection.execute(text).fetchall() == told == [("duckdb",)]
+
+
+@pytest.mark.parametrize("name", ["current_catalog", "current_schema"])
+def test_a_name_that_tells_where_the_session_is_may_not_be_used(name: str) -> None:
+    with pytest.raises(QueryFailed):
+        Gate().judge(f"SELECT {name} AS told", (), {})
+    with duckdb.connect(":memory:") as connection:
+        before = connection.execute(f"SELECT {name}").fetchall()
+        connection.execute("ATTACH ':memory:' AS other; CREATE SCHEMA other.inner; USE other.inner")
+        assert connection.execute(f"SELECT {name}").fetchall() != before
+
+
+def test_no_function_that_may_be_called_makes_a_type_out_of_a_text(running: duckdb.DuckDBPyConnection) -> None:
+    """What a function returns whose type is known only from its arguments' values: never the type that a text names."""
+    judge = Gate()
+    made = []
+    for name, *types in _signatures(running):
+        for place, type_ in enumerate(types):
+            if type_ not in ("VARCHAR", "ANY", "JSON"):
+                continue
+            given = ["'\"canary_type\"'" if at == place else _sample(each) for at, each in enumerate(types)]
+            quoted = name if name.isidentifier() else f'"{name}"'
+            sql = f"SELECT {quoted}({', '.join(given)}) AS told"
+            with contextlib.suppress(QueryFailed, duckdb.Error):
+                judge.judge(sql, (), {})
+                made += [sql for row in running.execute(f"DESCRIBE {sql}").fetchall() if "ENUM" in row[1]]
+    assert made == []
+    # The check itself: a function that may not be called does.
+    [[_, type_, *_]] = running.execute("DESCRIBE SELECT from_json('0', '\"canary_type\"')").fetchall()
+    assert "ENUM" in type_
+
+
+def _signatures(running: duckdb.DuckDBPyConnection) -> list[list[str]]:
+    found = running.execute(
+        "SELECT DISTINCT lower(function_name), parameter_types FROM duckdb_functions()"
+        " WHERE function_type IN ('scalar', 'aggregate')"
+    ).fetchall()
+    return sorted([name, *types] for name, types in found if name in functions.listed("functions.txt"))
+
+
+def _sample(type_: str) -> str:
+    samples = {"VARCHAR": "'0'", "JSON": "'0'", "ANY": "'0'", "BOOLEAN": "true", "LAMBDA": "lambda x: x"}
+    return samples.get(type_, "[0]" if type_.endswith("]") else f"NULL::{type_}")
 
 
 def test_the_lists_are_sorted_and_say_each_name_once() -> None:

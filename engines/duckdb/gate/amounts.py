@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from engines.duckdb.gate import thresholds
+from engines.duckdb.gate.functions import arguments_of
 from engines.duckdb.gate.names import fold
 from engines.duckdb.gate.refusals import rejected
 from queryd.events import Parameter
@@ -20,6 +21,8 @@ _SIZED = {
     "list_resize": 1,
     "lpad": 1,
     "repeat": 1,
+    # How many values the sample keeps; it is allocated at once.
+    "reservoir_quantile": 2,
     "rpad": 1,
 }
 _DIVISIONS = frozenset({"/", "//", "%", "mod"})
@@ -66,7 +69,7 @@ class Amounts:
 
     def judge(self, node: _Node) -> None:
         """Raises `QueryFailed` for a call that is told to make more than `MAX_AMPLIFICATION` rows or characters."""
-        name, arguments = fold(node["function_name"]), node.get("children", [])
+        name, arguments = fold(node["function_name"]), arguments_of(node)
         if name in _SERIES:
             made = self._series(arguments)
         elif name in _SIZED:
@@ -77,6 +80,12 @@ class Amounts:
             return
         if made > thresholds.MAX_AMPLIFICATION:
             raise rejected(f"it makes more than {thresholds.MAX_AMPLIFICATION:,} rows or characters out of one call")
+
+    def judge_offset(self, window: _Node) -> None:
+        """Raises `QueryFailed` for LEAD or LAG over more than `MAX_AMPLIFICATION` rows: the least BIGINT as an offset
+        kills the process (DuckDB 1.5.5)."""
+        if "offset_expr" in window and self._amount(window["offset_expr"]) > thresholds.MAX_AMPLIFICATION:
+            raise rejected(f"LEAD or LAG reaches over more than {thresholds.MAX_AMPLIFICATION:,} rows")
 
     def _series(self, arguments: list[_Node]) -> float:
         """How long a series is; where not all of it is told, it may be as long as its largest number."""
@@ -90,7 +99,7 @@ class Amounts:
 
     def _sized(self, node: _Node, depth: int) -> float:
         """What a sized call makes: as much as is said, times what it is made of, which may be such a call again."""
-        name, arguments = fold(node["function_name"]), node.get("children", [])
+        name, arguments = fold(node["function_name"]), arguments_of(node)
         place = _SIZED[name]
         amount = self._amount(arguments[place]) if len(arguments) > place else 0
         if name != "repeat" or not arguments or depth == _MAX_DEPTH:

@@ -46,10 +46,21 @@ def judge_call(node: _Node) -> None:
     name = fold(node["function_name"])
     if name not in listed("functions.txt"):
         raise _not_callable(name)
+    judge_coordinate_system(node)
     if "catalog" not in node and "schema" not in node:
         return
     if called_on(node) is None and not (_by_parser(node) and name in _WRITTEN_BY_PARSER):
         raise rejected("it calls a function by a qualified name")
+
+
+def judge_coordinate_system(node: _Node) -> None:
+    """Raises `QueryFailed` for a coordinate system that is no plain string: DuckDB reads a value of any other type as
+    one, and meets a fault of its own."""
+    if fold(node["function_name"]) != "st_setcrs":
+        return
+    for argument in arguments_of(node)[1:]:
+        if argument["class"] not in ("CONSTANT", "PARAMETER"):
+            raise rejected("the coordinate system of st_setcrs is neither a literal nor a parameter")
 
 
 def judge_table_call(node: _Node) -> None:
@@ -67,6 +78,13 @@ def called_on(node: _Node) -> tuple[str, ...] | None:
     if not parts or node["class"] != "FUNCTION" or _CATALOGS.intersection(map(fold, parts)):
         return None
     return parts
+
+
+def arguments_of(node: _Node) -> list[_Node]:
+    """What a call is given, in order; the column that it stands behind comes first."""
+    given: list[_Node] = node.get("children", [])
+    column = called_on(node)
+    return given if column is None else [{"class": "COLUMN_REF", "column_names": list(column)}, *given]
 
 
 def _by_parser(node: _Node) -> bool:

@@ -224,6 +224,18 @@ def _check_parameters(expected: Mapping[str, str], given: Mapping[str, Parameter
         if fold(name) not in expected:
             message = f"A value was given for the parameter{_named(name)}, which the SQL does not have."
             raise QueryFailed(ErrorCode.QUERY_ERROR, message)
+    for name, value in given.items():
+        if isinstance(value, str) and not _is_unicode(value):
+            raise QueryFailed(ErrorCode.QUERY_ERROR, f"The value of the parameter{_named(name)} is not valid Unicode.")
+
+
+def _is_unicode(text: str) -> bool:
+    """False for a text with half of a surrogate pair, which DuckDB can't bind."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _named(name: str) -> str:

@@ -16,8 +16,9 @@ from engines.duckdb.gate.refusals import NO_SUCH_RELATION, TOO_DEEP, rejected, u
 
 _Node = dict[str, Any]
 
-# What a name without an argument means where no column has it: the functions of the same name may not be called.
-_REFUSED_COLUMNS = frozenset({"current_catalog", "current_role", "current_schema", "current_user", "session_user"})
+# Names that mean a function where no column has them, and tell what the session is connected to. The names of users
+# (`user`, `current_user`, `current_role`, `session_user`) are not among them: each stands for the constant 'duckdb'.
+_REFUSED_COLUMNS = frozenset({"current_catalog", "current_schema"})
 
 # WITH RECURSIVE … USING KEY calls all rows so far by this schema.
 _RECURRING = "recurring"
@@ -183,6 +184,7 @@ class Walk:
                 if column := functions.called_on(node):
                     judge_column(column)
                 self._amounts.judge(node)
+                self._amounts.judge_offset(node)
                 doublings += fold(node["function_name"]) in functions.DOUBLING
             case "SUBQUERY" | "LAMBDA":
                 doublings += 1
