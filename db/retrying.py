@@ -20,18 +20,21 @@ ASKED_AGAIN_SECONDS = _LONGEST_SECONDS + _JITTER_SECONDS + 0.5
 
 async def until_available(
     work: Callable[[], Awaitable[_Answer]],
-    dependency: str,
+    dependency: str | Callable[[Exception], str],
     *,
     unavailable: type[Exception] = DatabaseUnavailable,
     give_up_after: float | None = None,
 ) -> _Answer:
     """Repeat `work` while it raises `unavailable`, waiting 0.1 s to 5 s in between.
 
-    For ever, if need be; or for `give_up_after` seconds, then `unavailable` is raised.
+    For ever, if need be; or for `give_up_after` seconds, then `unavailable` is raised. `dependency` is what the log
+    calls it, or finds that in the error.
     """
     try:
         return await work()
     except unavailable as error:
+        if callable(dependency):
+            dependency = dependency(error)
         _log.warning(LogEvent.DEPENDENCY_UNAVAILABLE, dependency=dependency, reason=str(error))
     async for attempt in stamina.retry_context(
         on=unavailable,

@@ -1,7 +1,7 @@
 """What an engine is: it turns SQL and the relations granted to its caller into one file of results."""
 
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Protocol
 
@@ -33,6 +33,14 @@ class Relation:
 
 
 @dataclass(frozen=True, slots=True)
+class Read:
+    """That a statement reads a relation. `columns`: which of its PII columns, or None where that can't be told."""
+
+    relation: str
+    columns: frozenset[str] | None
+
+
+@dataclass(frozen=True, slots=True)
 class Execution:
     """One attempt to run one query. `relations` is everything granted to its caller, and nothing else can be read.
 
@@ -53,29 +61,20 @@ class Execution:
     max_bytes_scanned: int | None = None
     # Names of relations that the caller may see and may not read now: a statement that names one is ACCESS_DENIED.
     denied: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """That a statement reads a relation. `columns`: which of its PII columns, or None where that can't be told."""
-
-    relation: str
-    columns: frozenset[str] | None
+    # The engine adds each read of a relation with PII columns before it reads, so that the caller can record it however
+    # the query ends.
+    reads: set[Read] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A whole result in `path`, a file inside the attempt's scratch directory. `bytes_scanned` is None if unknown.
-
-    `reads` has every relation with PII columns that the statement names.
-    """
+    """A whole result in `path`, a file inside the attempt's scratch directory. `bytes_scanned` is None if unknown."""
 
     path: Path
     rows: int
     bytes: int
     columns: tuple[Column, ...]
     bytes_scanned: int | None = None
-    reads: tuple[Read, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,23 +89,44 @@ class QueryFailed(Exception):
     """The query's own error: fail it with `code`. `message` is a sentence of ours, free of SQL, values and names.
 
     `detail` is the engine's own text for the statement's author alone: it may quote SQL and values, and goes nowhere
-    but to `error.json` beside where the result would have been. `reads` as an `Output` has them: what it may quote.
+    but to `error.json` beside where the result would have been.
     """
 
-    def __init__(self, code: ErrorCode, message: str, detail: str | None = None, reads: tuple[Read, ...] = ()) -> None:
+    def __init__(self, code: ErrorCode, message: str, detail: str | None = None) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
         self.detail = detail
-        self.reads = reads
 
 
 class EngineCrashed(Exception):
     """The process died under this query: try again, and count it, for the query may be the cause."""
 
 
+class Outage(Enum):
+    """Everything that counts as an outage. An error that is not known to be one of these ends its query at once.
+
+    Each has the dependency's name for the log, and the sentence with which a query fails that waited until its time
+    limit. docs/reliability.md lists the situations that prove each.
+    """
+
+    STORE = ("datasets' store", "The datasets' store can't be reached.")
+    CLOCKS = ("clock", "The clocks of the datasets' store and of the engine's machine are too far apart.")
+    POSTGRES = ("datasets' postgres", "The datasets' Postgres can't be reached.")
+    SCRATCH = ("scratch", "The engine's scratch disk is full.")
+    ENGINE = ("engine", "The engine's process can't be started.")
+
+    def __init__(self, dependency: str, sentence: str) -> None:
+        self.dependency = dependency
+        self.sentence = sentence
+
+
 class EngineUnavailable(Exception):
-    """What the query reads can't be reached just now: wait and try again. The sentence holds no SQL and no values."""
+    """Something that the query needs is away: wait and try again."""
+
+    def __init__(self, outage: Outage) -> None:
+        super().__init__(outage.sentence)
+        self.outage = outage
 
 
 class Engine(Protocol):

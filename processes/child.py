@@ -5,7 +5,7 @@ import contextlib
 import itertools
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -46,6 +46,7 @@ class ChildProcess:
         self._stdout = process.stdout
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Message]] = {}
+        self._listeners: dict[int, Callable[[Message], None]] = {}
         self._ended = False
         self._reader = asyncio.create_task(self._read(), name=f"child-{process.pid}")
 
@@ -76,21 +77,25 @@ class ChildProcess:
         """False once the pipe has ended: no request will be answered any more."""
         return not self._ended
 
-    async def request(self, message: Message) -> Message:
+    async def request(self, message: Message, on_told: Callable[[Message], None] | None = None) -> Message:
         """Send a message and wait for its answer. Raises `ChildDied` when there will be none.
 
-        Cancelling it only stops the waiting: the child goes on and its answer is dropped.
+        `on_told` gets what the child tells before its answer. Cancelling the request only stops the waiting: the child
+        goes on and its answer is dropped.
         """
         if self._ended:
             raise ChildDied("the child has ended")
         number = next(self._ids)
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._waiting[number] = answer
+        if on_told is not None:
+            self._listeners[number] = on_told
         try:
             await self._write({"id": number, "body": message})
             return await answer
         finally:
             del self._waiting[number]
+            self._listeners.pop(number, None)
             if answer.done() and not answer.cancelled():
                 # Mark a failure as seen, for it may have come while the write was what failed.
                 answer.exception()
@@ -131,8 +136,12 @@ class ChildProcess:
             while True:
                 header = await self._stdout.readexactly(frames.HEADER.size)
                 message = frames.decode(await self._stdout.readexactly(frames.body_length(header)))
-                waiting = self._waiting.get(int(message["id"]))
-                if waiting is not None and not waiting.done():
+                number = int(message["id"])
+                waiting = self._waiting.get(number)
+                if "told" in message:
+                    if (listener := self._listeners.get(number)) is not None:
+                        listener(message["told"])
+                elif waiting is not None and not waiting.done():
                     waiting.set_result(message["body"])
         except (asyncio.IncompleteReadError, ConnectionError):
             pass

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from processes import frames
 from processes.frames import Message
 
-Handler = Callable[[Message], Message]
+# Says something about a request before its answer.
+Tell = Callable[[Message], None]
+Handler = Callable[[Message, Tell], Message]
 Notice = Callable[[Message], None]
 
 # From <linux/prctl.h>.
@@ -65,7 +67,8 @@ def serve(handle: Handler, notice: Notice | None = None, *, workers: int = 1) ->
     """Answer requests until the parent goes; never returns.
 
     `handle` runs one request at a time on the calling thread (a main thread has the large stack), or on that many
-    threads if `workers` is above one. `notice` gets one-way messages on the reading thread, while a request runs.
+    threads if `workers` is above one; what it tells reaches the parent before the answer. `notice` gets one-way
+    messages on the reading thread, while a request runs.
     A handler answers its own errors: one that raises ends the process, for nothing in it can be trusted any more.
     """
     _outlive_signals()
@@ -111,7 +114,12 @@ def _work(pipe: _Pipe, requests: queue.SimpleQueue[Message], handle: Handler) ->
     try:
         while True:
             message = requests.get()
-            pipe.send({"id": message["id"], "body": handle(message["body"])})
+            number = message["id"]
+
+            def tell(told: Message, number: int = number) -> None:
+                pipe.send({"id": number, "told": told})
+
+            pipe.send({"id": number, "body": handle(message["body"], tell)})
     finally:
         # Only an exception leads here, on whichever thread.
         sys.excepthook(*sys.exc_info())

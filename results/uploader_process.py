@@ -14,7 +14,7 @@ from botocore.exceptions import ConnectionError as BotoConnectionError
 
 from processes.failpoints import Failpoint, failpoint
 from processes.frames import Message
-from processes.serving import serve
+from processes.serving import Tell, serve
 from results.retention.bucket_process import BucketSweeper, NotRemoved
 
 # One PUT up to here: it is whole or it is not there.
@@ -60,7 +60,7 @@ class _Store:
         self._parts = ThreadPoolExecutor(_PART_WORKERS, thread_name_prefix="part")
         self._sweeper = BucketSweeper(self._s3)
 
-    def handle(self, message: Message) -> Message:
+    def handle(self, message: Message, _tell: Tell) -> Message:
         """Store one file and say what is there now; or a step of a sweep, which names itself."""
         if "hello" in message:
             return {"ready": True}

@@ -19,7 +19,7 @@ from db.health import DATA_TABLES, STATE_TABLES, read_missing_tables, same_serve
 from engines.duckdb.pool import DuckDBEngine
 from engines.duckdb.sandbox import Layers
 from engines.duckdb.settings import DuckDBSettings
-from engines.protocol import EngineUnavailable
+from engines.protocol import EngineUnavailable, Outage
 from queryd.events import Topic
 from queryd.outages import QUIET
 from queryd.registry import EVENT_OF_TOPIC, RegistryAway, RegistryRefused, registry_in_use
@@ -202,7 +202,7 @@ def _examine_sandbox(settings: Settings) -> Iterator[Finding]:
     try:
         layers = asyncio.run(_ask_child(settings))
     except EngineUnavailable as error:
-        yield Finding("sandbox", "wrong", f"{error}: look for free memory, and space in the temporary folder")
+        yield Finding("sandbox", "wrong", f"{error} Look for free memory, and space in the temporary folder")
         return
     lacking = [
         *(["Landlock (Linux 5.13 and newer): files are kept by DuckDB's own settings alone"] * (layers.landlock == 0)),
@@ -223,5 +223,5 @@ async def _ask_child(settings: Settings) -> Layers:
         layers = engine.layers
         await engine.close()
     if layers is None:
-        raise EngineUnavailable("a DuckDB process did not say what holds it")
+        raise EngineUnavailable(Outage.ENGINE)
     return layers

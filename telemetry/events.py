@@ -30,6 +30,7 @@ class LogEvent(StrEnum):
     QUERY_REAPED = "query_reaped"
     CANCEL_REQUESTED = "cancel_requested"
     ENGINE_CHILD_DIED = "engine_child_died"
+    ENGINE_FAILED = "engine_failed"
     RESULT_REFUSED = "result_refused"
     AUDIT_REFUSED = "audit_refused"
     ERROR_DETAIL_LOST = "error_detail_lost"

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -58,6 +58,9 @@ MAX_CRASHES = 3
 
 _MOST_ROWS = 2**62
 
+# An operator has to do something about these, so the log has their sentences.
+_OPERATORS = frozenset({ErrorCode.INTERNAL, ErrorCode.ENGINE_UNAVAILABLE})
+
 # A process that has run out of descriptors has some again within seconds. What can't be read for this long becomes an
 # object, for the uploader may still read it.
 _INLINE_SECONDS = 60.0
@@ -90,6 +93,8 @@ class Running:
     run_seconds: float
     queued_ms: int
     scratch: Path
+    # What the engine says that it reads of personal data, as soon as it says so.
+    reads: set[Read] = field(default_factory=set)
 
 
 class _Stopped(Exception):
@@ -148,12 +153,15 @@ class Attempts:
                     outcome = await self._execute(running)
                     executed()
                     failpoint(Failpoint.EXECUTE_AFTER)
-                    outcome = await self._audit(running, outcome)
+                    if running.reads:
+                        outcome = await self._unless_stopped(running, self._audit(running, outcome))
                     return await self._finish(running, await self._store(running, outcome))
                 except _Stopped as stopped:
                     return await self._give_up(running, stopped.why)
                 except EngineCrashed:
                     _log.warning(LogEvent.ENGINE_CHILD_DIED, **_names(running))
+                    # Where its crashes end the query, nobody knows any more what it has read.
+                    await self._audit(running, None)
                     await self._hand_back(running, crashed=True)
                     return False
 
@@ -222,7 +230,7 @@ class Attempts:
 
     # Authorize and execute.
 
-    async def _execute(self, running: Running) -> Output | Failure | QueryFailed:
+    async def _execute(self, running: Running) -> Output | Failure:
         query = running.query
         if query.sql is None:
             return Failure(ErrorCode.SAVED_QUERY_NOT_FOUND, "the saved query has changed since it was admitted")
@@ -248,6 +256,7 @@ class Attempts:
             max_rows=None if most_rows is None else min(most_rows, _MOST_ROWS),
             max_bytes=query.limits.result_bytes,
             max_bytes_scanned=least(request.max_bytes_scanned, query.limits.bytes_scanned),
+            reads=running.reads,
         )
         try:
             await self._unless_stopped(running, make_scratch(running))
@@ -255,35 +264,35 @@ class Attempts:
         except OSError:
             return Failure(ErrorCode.ENGINE_UNAVAILABLE, "there was no scratch space within the time limit")
         except QueryFailed as failed:
-            return failed
-        except EngineUnavailable:
-            return Failure(ErrorCode.ENGINE_UNAVAILABLE, "a dataset's store could not be reached within the time limit")
+            if failed.code in _OPERATORS:
+                _log.error(LogEvent.ENGINE_FAILED, reason=failed.message, **_names(running))
+            return Failure(failed.code, failed.message, failed.detail)
+        except EngineUnavailable as unavailable:
+            return Failure(ErrorCode.ENGINE_UNAVAILABLE, unavailable.outage.sentence)
 
     @in_span(SpanName.EXECUTE)
     async def _execute_when_available(self, execution: Execution, running: Running) -> Output:
-        # The dataset's store is away: that is nobody's error, so it is tried again until the query's own time is over.
+        # An outage is nobody's error, so the query is tried again until its own time is over.
         return await until_available(
             partial(self._engine.execute, execution),
-            "a dataset",
+            _name_dependency,
             unavailable=EngineUnavailable,
             give_up_after=_seconds_left(running),
         )
 
     # Audit.
 
-    async def _audit(self, running: Running, outcome: Output | Failure | QueryFailed) -> Output | Failure:
-        """Record what was read of personal data, before any of it is released: a result, or an error that quotes it."""
-        reads = () if isinstance(outcome, Failure) else outcome.reads
-        if reads:
-            facts, token = running.query.facts, running.lease.token
-            record = partial(record_reads, self._pool, facts.query_id, token, [_to_personal(read) for read in reads])
-            try:
-                await self._unless_stopped(running, until_available(record, "postgres data"))
-            except AuditRefused as refused:
-                _log.error(LogEvent.AUDIT_REFUSED, reason=str(refused), **_names(running))
-                return Failure(ErrorCode.INTERNAL, "the read of personal data could not be recorded")
-        if isinstance(outcome, QueryFailed):
-            return Failure(outcome.code, outcome.message, outcome.detail)
+    async def _audit(self, running: Running, outcome: _Done) -> _Done | Failure:
+        """Record what was read of personal data before any outcome is released, for each may tell something of it."""
+        facts, token = running.query.facts, running.lease.token
+        record = partial(
+            record_reads, self._pool, facts.query_id, token, [_to_personal(read) for read in running.reads]
+        )
+        try:
+            await until_available(record, "postgres data")
+        except AuditRefused as refused:
+            _log.error(LogEvent.AUDIT_REFUSED, reason=str(refused), **_names(running))
+            return Failure(ErrorCode.INTERNAL, "the read of personal data could not be recorded")
         return outcome
 
     # Store.
@@ -456,7 +465,7 @@ class Attempts:
     async def _give_up(self, running: Running, why: Stop) -> bool:
         match why:
             case Stop.CANCELLED:
-                return await self._finish(running, CANCELLED)
+                return await self._finish(running, await self._audit(running, CANCELLED))
             case Stop.DRAINING:
                 return False
             case Stop.LOST:
@@ -520,6 +529,10 @@ def _denied(granted: Sequence[Dataset], facts: QueryFacts) -> frozenset[str]:
     if facts.user_id is not None or facts.task_id is not None:
         return frozenset()
     return frozenset(dataset.name for dataset in granted if dataset.pii_columns)
+
+
+def _name_dependency(error: Exception) -> str:
+    return error.outage.dependency if isinstance(error, EngineUnavailable) else "engine"
 
 
 def _to_personal(read: Read) -> PersonalRead:

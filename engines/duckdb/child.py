@@ -11,19 +11,20 @@ from typing import Any
 import duckdb
 
 from engines.duckdb import errors
+from engines.duckdb.bad_files import find_file
 from engines.duckdb.columns import Naming
 from engines.duckdb.export import Exported, export
 from engines.duckdb.forecast import forecast_scan
 from engines.duckdb.gate import Gate, Judged
-from engines.duckdb.instance import Instance, WarmInstances, empty, fixed_part
-from engines.duckdb.sandbox import Layers, address_space_used, allow_cpu, confine, enter_sandbox
+from engines.duckdb.instance import Instance, WarmInstances, empty
+from engines.duckdb.sandbox import LOCAL_SOCKETS, Layers, address_space_used, allow_cpu, confine, enter_sandbox
 from engines.duckdb.settings import DuckDBSettings
 from engines.duckdb.statement import StatementFailed, Wrapped
 from engines.duckdb.watch import Limits, Watch
-from engines.protocol import EngineUnavailable, QueryFailed, Relation, RelationKind
+from engines.protocol import EngineUnavailable, QueryFailed, Read, Relation, RelationKind
 from processes.failpoints import Failpoint, failpoint
 from processes.frames import Message
-from processes.serving import serve
+from processes.serving import Tell, serve
 from queryd.events import ErrorCode, OutputFormat, Parameter
 
 # memory_limit bounds DuckDB's buffers only; its other allocations, the threads' arenas and the mapped libraries (1 GB
@@ -37,8 +38,14 @@ _CROWDED_SHARE = 0.6
 # What a query may burn beyond its threads' share of its time: the parent's deadline comes first, this is the belt.
 _CPU_SLACK_SECONDS = 5.0
 
-# After these nothing inside the process can be relied on.
-_TAINTING = frozenset({ErrorCode.MEMORY_LIMIT_EXCEEDED, ErrorCode.INTERNAL})
+
+class _Failed(Exception):
+    """A statement has failed. After an error that is not known, nothing inside the process can be relied on."""
+
+    def __init__(self, ours: QueryFailed, *, known: bool) -> None:
+        super().__init__()
+        self.ours = ours
+        self.known = known
 
 
 class _Progress:
@@ -105,8 +112,11 @@ class _Runner:
             return {"failed": failure.code, "message": failure.message, "detail": failure.detail}
         return {"relations": sorted(inspected.relations), "parameters": sorted(inspected.parameters)}
 
-    def run(self, message: Message) -> Message:
-        """Run one query and say how it ended. The file of one that succeeded stays in `out` for the parent to take."""
+    def run(self, message: Message, tell: Tell) -> Message:
+        """Run one query and say how it ended. The file of one that succeeded stays in `out` for the parent to take.
+
+        Before it runs, `tell` says which personal data it will read: a query that dies or is killed has read it.
+        """
         judged: Judged | None = None
         exported: Exported | None = None
         try:
@@ -116,17 +126,15 @@ class _Runner:
             relations = frozenset(_relation(fields) for fields in message["relations"])
             denied = frozenset(message["denied"])
             judged = self._gate.judge(message["sql"], relations, message["parameters"], denied)
+            if judged.reads:
+                tell({"reads": [_to_message(read) for read in judged.reads]})
             exported = self._execute(message, relations, judged)
         except QueryFailed as failure:
-            return {
-                "failed": failure.code,
-                "message": failure.message,
-                "detail": failure.detail,
-                "reads": _tell_reads(judged),
-                "tainted": failure.code in _TAINTING,
-            }
+            return _tell_failure(failure, known=failure.code is not ErrorCode.INTERNAL)
+        except _Failed as failure:
+            return _tell_failure(failure.ours, known=failure.known)
         except EngineUnavailable as failure:
-            return {"unavailable": str(failure)}
+            return {"unavailable": failure.outage.name}
         except errors.Interrupted:
             return {"interrupted": True}
         finally:
@@ -139,7 +147,6 @@ class _Runner:
             "bytes": exported.bytes,
             "columns": [[column.name, column.type] for column in exported.columns],
             "bytes_scanned": exported.bytes_read if known else None,
-            "reads": _tell_reads(judged),
         }
 
     def _execute(self, message: Message, relations: frozenset[Relation], judged: Judged) -> Exported:
@@ -162,8 +169,8 @@ class _Runner:
         kinds = frozenset(relation.kind for relation in relations if relation.name in judged.references)
         try:
             return self._instances.take(org, relations, kinds)
-        except (duckdb.Error, MemoryError) as error:
-            raise errors.translate(error) from None
+        except (duckdb.Error, MemoryError, UnicodeError) as error:
+            raise _to_exception(errors.translate(error, kinds=kinds)) from None
 
     def _export(self, instance: Instance, judged: Judged, message: Message, relations: frozenset[Relation]) -> Exported:
         """Let the instance write the result into `out`, for as long as it stays within its limits."""
@@ -188,12 +195,14 @@ class _Runner:
                     partial(instance.names_in, judged.references),
                 ),
             )
-        except (duckdb.Error, MemoryError, StatementFailed) as error:
+        except (duckdb.Error, MemoryError, UnicodeError, StatementFailed) as error:
+            meaning = self._explain(error, instance, judged, message, relations)
             verdict = self._leave()
-            ours = _translate(error, message["sql"], judged.text, self._confidential(relations))
-            if isinstance(ours, EngineUnavailable) or (isinstance(ours, QueryFailed) and ours.code in _TAINTING):
+            if isinstance(meaning.ours, EngineUnavailable) or not meaning.known:
                 self._instances.drop(instance)
-            raise (verdict if verdict and isinstance(ours, errors.Interrupted) else ours) from None
+            raise (
+                verdict if verdict and isinstance(meaning.ours, errors.Interrupted) else _to_exception(meaning)
+            ) from None
         except QueryFailed:
             self._leave()
             raise
@@ -218,15 +227,31 @@ class _Runner:
         values = message["parameters"] or None
         limits.judge_scanned(forecast_scan(instance, statement, values, judged.references, limits.max_bytes_scanned))
 
-    def _confidential(self, relations: Collection[Relation]) -> list[str]:
-        """What no author of a statement need know: where things lie here, and where a dataset's files do."""
-        places = [
-            fixed_part(relation.location) if relation.kind is RelationKind.PARQUET else relation.location
-            for relation in relations
-        ]
+    def _explain(
+        self,
+        error: Exception,
+        instance: Instance,
+        judged: Judged,
+        message: Message,
+        relations: Collection[Relation],
+    ) -> errors.Meaning:
+        """What an error means; one of a dataset's file names the file in its detail."""
+        read = [relation for relation in relations if relation.name in judged.references]
+        kinds = frozenset(relation.kind for relation in read)
+        placed, cause = None, error
+        if isinstance(error, StatementFailed):
+            texts = tuple(value for value in message["parameters"].values() if isinstance(value, str))
+            placed, cause = errors.Placed(message["sql"], judged.text, error.offset, texts), error.error
+        meaning = errors.translate(cause, placed, self._confidential(), kinds)
+        if RelationKind.PARQUET in kinds and errors.may_be_a_file(meaning):
+            return find_file(instance.connection, read, cause, meaning)
+        return meaning
+
+    def _confidential(self) -> list[str]:
+        """What is ours alone: where this process lives, and credentials."""
         settings = self._settings
-        ours = (str(self._home), settings.endpoint_url, settings.postgres_url, settings.access_key, settings.secret_key)
-        return sorted((place for place in (*places, *ours) if place), key=len, reverse=True)
+        ours = (str(self._home), settings.postgres_url, settings.access_key, settings.secret_key)
+        return sorted((text for text in ours if text), key=len, reverse=True)
 
 
 class _Child:
@@ -238,7 +263,7 @@ class _Child:
         self._progress = _Progress()
         self._runner: _Runner | None = None
 
-    def handle(self, message: Message) -> Message:
+    def handle(self, message: Message, tell: Tell) -> Message:
         """Answer one message of the pool's."""
         if self._runner is None:
             settings = DuckDBSettings.from_message(message["settings"])
@@ -249,7 +274,7 @@ class _Child:
         self._progress.begin(message["run"])
         failpoint(Failpoint.CHILD_BEFORE)
         try:
-            answer = self._runner.run(message)
+            answer = self._runner.run(message, tell)
             failpoint(Failpoint.CHILD_AFTER)
             return answer
         finally:
@@ -260,16 +285,10 @@ class _Child:
         self._progress.interrupt(message["interrupt"])
 
 
-def _translate(
-    error: Exception, sql: str, text: str, confidential: Collection[str]
-) -> QueryFailed | EngineUnavailable | errors.Interrupted:
-    if isinstance(error, StatementFailed):
-        return errors.translate(error.error, errors.Placed(sql, text, error.offset), confidential)
-    # One of our own statements failed: its text says nothing to the author of another.
-    ours = errors.translate(error)
-    if isinstance(ours, QueryFailed):
-        return QueryFailed(ours.code, ours.message)
-    return ours
+def _to_exception(meaning: errors.Meaning) -> Exception:
+    if isinstance(meaning.ours, QueryFailed):
+        return _Failed(meaning.ours, known=meaning.known)
+    return meaning.ours
 
 
 def _texts(parameters: Mapping[str, Parameter]) -> tuple[str, ...]:
@@ -277,10 +296,13 @@ def _texts(parameters: Mapping[str, Parameter]) -> tuple[str, ...]:
     return tuple(str(value) for value in parameters.values() if value is not None and not isinstance(value, bool))
 
 
-def _tell_reads(judged: Judged | None) -> list[list[Any]]:
-    """For each relation with PII that the statement names: its name and its columns, or None."""
-    reads = judged.reads if judged else ()
-    return [[read.relation, None if read.columns is None else sorted(read.columns)] for read in reads]
+def _tell_failure(failure: QueryFailed, *, known: bool) -> Message:
+    return {"failed": failure.code, "message": failure.message, "detail": failure.detail, "tainted": not known}
+
+
+def _to_message(read: Read) -> list[Any]:
+    """A relation with PII that the statement names: its name and its columns, or None."""
+    return [read.relation, None if read.columns is None else sorted(read.columns)]
 
 
 def _relation(fields: list[Any]) -> Relation:
@@ -290,7 +312,9 @@ def _relation(fields: list[Any]) -> Relation:
 
 if __name__ == "__main__":
     # Before `serve` starts a thread. The pool says which TCP ports and which files a query may need.
-    ports = tuple(int(argument) for argument in sys.argv[1:] if argument.isdecimal())
-    files = tuple(Path(argument) for argument in sys.argv[1:] if not argument.isdecimal())
-    child = _Child(confine(Path(os.environ["HOME"]), ports, files))
+    arguments = sys.argv[1:]
+    local_sockets = LOCAL_SOCKETS in arguments
+    ports = tuple(int(argument) for argument in arguments if argument.isdecimal())
+    files = tuple(Path(argument) for argument in arguments if argument.startswith("/"))
+    child = _Child(confine(Path(os.environ["HOME"]), ports, files, local_sockets=local_sockets))
     serve(child.handle, child.notice)

@@ -6,14 +6,22 @@ the statement: what storage says may quote servers, keys and other people's name
 
 import json
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import duckdb
 
-from engines.protocol import EngineUnavailable, QueryFailed
+from engines.duckdb.storage_errors import (
+    FILE_UNREADABLE,
+    Ours,
+    read_disk_error,
+    read_file_error,
+    read_postgres_error,
+    read_store_error,
+)
+from engines.protocol import QueryFailed, RelationKind
 from queryd.events import ErrorCode
 
 
@@ -27,94 +35,100 @@ MAX_DETAIL_BYTES = 16 * 1024
 # Of other kinds the position is missing, or counted in another unit (the parser counts characters).
 _PLACED = (duckdb.BinderException, duckdb.CatalogException, duckdb.ConversionException)
 
-# These quote values, which may say whatever storage might.
-_QUOTING = (duckdb.ConversionException, duckdb.OutOfRangeException)
+_SYNTAX = "The SQL has a syntax error."
+_ARGUMENT = "A function or a subquery was given something that it can't work with."
+_CANT = "The SQL uses something that the engine can't do."
 
-# The first match decides, so subclasses stand before their bases.
-_SENTENCES: tuple[tuple[type[Exception], str], ...] = (
-    (duckdb.ParserException, "The SQL has a syntax error."),
-    (duckdb.SyntaxException, "The SQL has a syntax error."),
+# Whatever these say, they are an author's everyday mistakes. The first match decides: subclasses before their bases.
+_MISTAKES: tuple[tuple[type[Exception], str], ...] = (
+    (duckdb.ParserException, _SYNTAX),
+    (duckdb.SyntaxException, _SYNTAX),
     (duckdb.CatalogException, "The SQL names a function, type or relation that does not exist."),
     (duckdb.BinderException, "The SQL names a column that does not exist, or uses values of types that don't fit."),
     (duckdb.ConversionException, "A value can't be converted to the type that the SQL asks for."),
     (duckdb.OutOfRangeException, "A value lies outside the range of its type."),
     (duckdb.TypeMismatchException, "The SQL uses values of types that don't fit."),
-    (duckdb.InvalidTypeException, "The SQL uses a type that can't be used here."),
     (duckdb.ConstraintException, "A value breaks a constraint."),
-    (duckdb.InvalidInputException, "A function or a subquery was given something that it can't work with."),
-    (duckdb.NotImplementedException, "The SQL uses something that the engine can't do."),
+    (duckdb.PermissionException, "The SQL reads something that it may not read."),
+)
+# Of these only the texts below are known to be an author's mistakes. Any other text may come of a corrupt process.
+_BY_TEXT: tuple[tuple[type[Exception], str], ...] = (
+    (duckdb.InvalidTypeException, "The SQL uses a type that can't be used here."),
+    (duckdb.InvalidInputException, _ARGUMENT),
+    (duckdb.NotImplementedException, _CANT),
     (duckdb.SequenceException, "The SQL uses a sequence, which can't be used here."),
-    (duckdb.SerializationException, "A file of the dataset can't be read."),
+    (duckdb.SerializationException, FILE_UNREADABLE),
+    # A function's or a cast's own check, which failed: its text says nothing to anybody but DuckDB's developers.
+    (duckdb.InternalException, "The engine can't run this SQL: a function or cast in it fails inside the engine."),
 )
-
-_Ours = QueryFailed | EngineUnavailable
-
-# What storage says, by signs in the text; the first match decides. Some are the query's or the dataset's own, the rest
-# pass by waiting.
-_STORAGE: tuple[tuple[tuple[str, ...], Callable[[], _Ours]], ...] = (
-    (
+_KNOWN_TEXTS = re.compile(
+    "|".join(
         (
-            "Unable to connect to Postgres",
-            "server closed the connection",
-            "terminating connection",
-            "connection to server",
-            "the database system is",
-            "no connection to the server",
-            "SSL connection has been closed",
-        ),
-        lambda: EngineUnavailable("the datasets' Postgres can't be reached"),
+            r"More than one row returned by a subquery",
+            r"Could not parse string \"",
+            r"Failed to parse format specifier",
+            r"Malformed JSON at byte",
+            r"JSON path error",
+            r"Map keys (?:must be unique|can not be NULL)",
+            # Regular expressions, in RE2's words.
+            r"missing (?:\)|closing \]|argument to repetition operator)|unexpected \)",
+            r"no argument for repetition operator",
+            r"invalid (?:escape sequence|character class|perl operator|named capture group|repetition|UTF-8)",
+            r"bad repetition operator|trailing \\|pattern too large|Unrecognized Regex option",
+            r"Invalid type specifier|invalid format string|argument (?:index out of range|not found)",
+            r"Invalid input for (?:hex|binary) digit",
+            r"Invalid UTF8 Codepoint",
+            r"Slice step cannot be zero",
+            r"Argument for ntile must be greater than zero",
+            r"Type \w+ with value .* can't be cast",
+            r"Values were not provided for the following prepared statement parameters",
+            r"Cannot (?:AND|OR|XOR) bit strings of different sizes|The new bit must be 1 or 0",
+            r"SETSEED accepts seed values",
+            r"Mismatch Function: Strings must be of equal length",
+            r"Cannot subtract infinite timestamps",
+            r"'to_base' ",
+            r"A?(?:COS|SIN) is undefined",
+            r"Cannot perform list_reduce on an empty input list",
+            r"Unknown TimeZone",
+            r"Unimplemented type for cast",
+            # What a format can't hold.
+            r"Parquet files do not support negative intervals",
+            r"Parquet writer: map key column is not allowed to contain NULL values",
+        )
     ),
-    (
-        ("canceling statement due to statement timeout",),
-        lambda: QueryFailed(ErrorCode.QUERY_TIMEOUT, "A scan of the datasets' Postgres took longer than it may."),
-    ),
-    (
-        # A 403 as well, and nobody's but a clock's.
-        ("RequestTimeTooSkewed",),
-        lambda: EngineUnavailable("the clocks of the datasets' store and of this machine are too far apart"),
-    ),
-    (
-        ("HTTP 401", "HTTP 403", "permission denied for", "password authentication failed"),
-        lambda: QueryFailed(ErrorCode.ENGINE_UNAVAILABLE, "The engine's credentials may not read the dataset."),
-    ),
-    (
-        ("No files found that match", "HTTP 404"),
-        lambda: QueryFailed(ErrorCode.QUERY_ERROR, "The dataset's files are missing."),
-    ),
+    re.DOTALL,
 )
-_DISK: tuple[tuple[tuple[str, ...], Callable[[], _Ours]], ...] = (
-    (
-        ("File too large",),
-        lambda: QueryFailed(ErrorCode.RESULT_TOO_LARGE, "The result is larger than a result may be."),
-    ),
-    (
-        ("No space left on device", "Disk quota exceeded"),
-        lambda: EngineUnavailable("the engine's scratch disk is full"),
-    ),
-    (
-        ("No magic bytes found", "too small to be a Parquet file", "corrupt"),
-        lambda: QueryFailed(ErrorCode.QUERY_ERROR, "A file of the dataset can't be read."),
-    ),
-)
-# Postgres's own word on a scan: a view that divides by zero is the dataset's error, and no outage.
-_POSTGRES: tuple[tuple[tuple[str, ...], Callable[[], _Ours]], ...] = (
-    (
-        ("ERROR: ",),
-        lambda: QueryFailed(ErrorCode.QUERY_ERROR, "The datasets' Postgres could not read the dataset."),
-    ),
-)
-_SCANS = ("Failed to prepare COPY", "Failed to execute query", "Failed to prepare query")
+_FORMAT_LACKS = re.compile(r"Parquet (?:files do not support|writer: )")
 _SPILL_LIMIT = "max_temp_directory_size"
+
+# DuckDB's name of a kind of error, where its text was no UTF-8 and Python raised something else.
+_KINDS: dict[str, type[Exception]] = {
+    "Parser": duckdb.ParserException,
+    "Syntax": duckdb.SyntaxException,
+    "Catalog": duckdb.CatalogException,
+    "Binder": duckdb.BinderException,
+    "Conversion": duckdb.ConversionException,
+    "Out of Range": duckdb.OutOfRangeException,
+    "Mismatch Type": duckdb.TypeMismatchException,
+    "Invalid Input": duckdb.InvalidInputException,
+    "Not implemented": duckdb.NotImplementedException,
+    "IO": duckdb.IOException,
+    "HTTP": duckdb.HTTPException,
+}
+
+# Addresses. An author may know those that the statement writes.
+_ADDRESS = re.compile(r"""\b(?:s3|https?|postgres(?:ql)?)://[^\s'"]*|"?\b__queryd_\w+"?(?:\."?[^\s'".;,()]+"?){0,2}""")
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
     """Where a statement stands: `sql` is what its author wrote, `text` the part of it that runs, and `offset` how many
-    bytes of ours stand before it in what DuckDB was given."""
+    bytes of ours stand before it in what DuckDB was given. `values` are the author's parameters that are texts."""
 
     sql: str
     text: str
     offset: int
+    values: tuple[str, ...] = ()
 
     def locate(self, position: int) -> tuple[int, int] | None:
         """Line and column, in characters and from 1, in the author's SQL of a byte in what DuckDB was given.
@@ -128,78 +142,154 @@ class Placed:
         before = self.sql[:start] + text[:within].decode(errors="ignore")
         return before.count("\n") + 1, len(before) - before.rfind("\n")
 
+    def has_written(self, text: str) -> bool:
+        """Whether the author wrote that text, in the statement or in a parameter."""
+        return any(text in written for written in (self.sql, *self.values))
+
 
 @dataclass(frozen=True, slots=True)
-class _Told:
-    """What DuckDB says: its text as people know it, and what else it tells with `errors_as_json`."""
+class Told:
+    """What DuckDB says: the kind of error, its text as people know it, and what else it tells with `errors_as_json`."""
 
+    kind: type[Exception]
     text: str
     facts: dict[str, Any]
 
+    @property
+    def message(self) -> str:
+        """The text without the kind's name before it."""
+        return str(self.facts.get("exception_message", self.text))
+
     @classmethod
-    def by(cls, error: Exception) -> "_Told":
-        text = str(error)
+    def by(cls, error: Exception) -> "Told":
+        # The bytes of DuckDB's message, which quotes a part of a character.
+        text = error.object.decode(errors="replace") if isinstance(error, UnicodeDecodeError) else str(error)
         start = text.find("{")
         try:
             # A stack trace may follow, and what stands before may be missing.
             facts, _ = json.JSONDecoder().raw_decode(text, max(start, 0))
-            return cls(f"{text[: max(start, 0)]}{facts['exception_message']}", facts)
+            text = f"{text[: max(start, 0)]}{facts['exception_message']}"
         except (ValueError, KeyError, TypeError):
-            return cls(text, {})
+            return cls(type(error), text, {})
+        if isinstance(error, UnicodeDecodeError):
+            return cls(_KINDS.get(str(facts.get("exception_type")), duckdb.Error), text, facts)
+        return cls(type(error), text, facts)
+
+
+@dataclass(frozen=True, slots=True)
+class Meaning:
+    """What an exception means. After one that is not `known`, nothing inside the process can be relied on."""
+
+    ours: Ours | Interrupted
+    known: bool
 
 
 def translate(
-    error: Exception, placed: Placed | None = None, confidential: Collection[str] = ()
-) -> _Ours | Interrupted:
-    """The exception of ours for one that DuckDB (or Python's allocator) raised; only its `detail` quotes the original.
+    error: Exception,
+    placed: Placed | None = None,
+    confidential: Collection[str] = (),
+    kinds: Collection[RelationKind] = frozenset(RelationKind),
+) -> Meaning:
+    """The meaning of an exception that DuckDB (or Python's allocator) raised; only its `detail` quotes the original.
 
-    `placed` is the statement that ran, if it was one of a caller's. No detail holds any of the `confidential` texts.
+    Args:
+        error: The exception.
+        placed: The statement that ran; None where it was one of ours, which is then not blamed.
+        confidential: Texts that no detail holds unless the author wrote them.
+        kinds: The storages that the statement reads. No other can be the cause.
     """
-    told = _Told.by(error)
+    told = Told.by(error)
     match error:
+        case UnicodeEncodeError():
+            return Meaning(QueryFailed(ErrorCode.QUERY_ERROR, "A parameter is not valid Unicode."), known=True)
         case duckdb.InterruptException():
-            return Interrupted("the query was interrupted")
+            return Meaning(Interrupted("the query was interrupted"), known=True)
         case MemoryError() | duckdb.OutOfMemoryException():
-            return _out_of_memory(told.text)
-        case duckdb.PermissionException():
-            return QueryFailed(ErrorCode.SQL_REJECTED, "The SQL reads something that it may not read.")
-        case UnicodeError():
-            return QueryFailed(ErrorCode.QUERY_ERROR, "A parameter is not valid Unicode.")
-        case duckdb.IOException():
-            return _told_by((*_STORAGE, *_DISK, *_POSTGRES), told.text) or EngineUnavailable(
-                "a dataset can't be reached"
-            )
-        case _:
-            # Postgres's errors come as several kinds of exceptions.
-            by_storage = None if isinstance(error, _QUOTING) else _told_by(_STORAGE, told.text)
-            return by_storage or _query_error(error, told, placed, confidential)
+            return Meaning(_out_of_memory(told.text), known=False)
+    return _translate(told, placed, confidential, kinds)
 
 
-def _told_by(table: tuple[tuple[tuple[str, ...], Callable[[], _Ours]], ...], text: str) -> _Ours | None:
-    return next((make() for signs, make in table if any(sign in text for sign in signs)), None)
+def _translate(
+    told: Told, placed: Placed | None, confidential: Collection[str], kinds: Collection[RelationKind]
+) -> Meaning:
+    by_storage = _read_storage_error(told, kinds)
+    if by_storage is not None:
+        return Meaning(by_storage, known=True)
+    if placed is not None:
+        return _blame_statement(told, placed, confidential)
+    return _blame_dataset(told) if kinds else Meaning(_unknown(), known=False)
 
 
-def _query_error(error: Exception, told: _Told, placed: Placed | None, confidential: Collection[str]) -> QueryFailed:
-    detail = _detail(told.text, confidential)
-    if isinstance(error, duckdb.InternalException | duckdb.FatalException):
-        return QueryFailed(ErrorCode.INTERNAL, "The engine met a fault of its own while it ran the SQL.", detail)
-    sentence = next((sentence for kind, sentence in _SENTENCES if isinstance(error, kind)), "The SQL failed.")
-    return QueryFailed(ErrorCode.QUERY_ERROR, sentence + _where(error, told, placed), detail)
+def may_be_a_file(meaning: Meaning) -> bool:
+    """Whether a file of a dataset is to blame, or may be."""
+    if not isinstance(meaning.ours, QueryFailed) or meaning.ours.code is ErrorCode.MEMORY_LIMIT_EXCEEDED:
+        return False
+    return meaning.ours.message == FILE_UNREADABLE or not meaning.known
 
 
-def _detail(text: str, confidential: Collection[str]) -> str | None:
-    """What the author may know. Where a scan of Postgres fails, its own SQL tells where the dataset lies."""
-    if any(sign in text for sign in _SCANS):
-        return None
+def _read_storage_error(told: Told, kinds: Collection[RelationKind]) -> Ours | None:
+    found = read_disk_error(told.kind, told.message)
+    if found is None and RelationKind.PARQUET in kinds:
+        found = read_store_error(told.kind, told.message) or read_file_error(told.message)
+    if found is None and RelationKind.POSTGRES in kinds:
+        found = read_postgres_error(told.message)
+    return found
+
+
+def _blame_dataset(told: Told) -> Meaning:
+    """One of our own statements failed, which makes a dataset visible."""
+    if issubclass(told.kind, duckdb.CatalogException):
+        return Meaning(QueryFailed(ErrorCode.QUERY_ERROR, "The dataset's table or view is missing."), known=True)
+    return Meaning(QueryFailed(ErrorCode.QUERY_ERROR, "The dataset can't be read."), known=False)
+
+
+def _blame_statement(told: Told, placed: Placed, confidential: Collection[str]) -> Meaning:
+    detail = _detail(told.text, placed, confidential)
+    sentence = next((sentence for kind, sentence in _MISTAKES if issubclass(told.kind, kind)), None)
+    if sentence is not None:
+        code = ErrorCode.SQL_REJECTED if issubclass(told.kind, duckdb.PermissionException) else ErrorCode.QUERY_ERROR
+        return Meaning(QueryFailed(code, sentence + _where(told, placed), detail), known=True)
+    known = _KNOWN_TEXTS.match(told.message) is not None
+    sentence = next((sentence for kind, sentence in _BY_TEXT if issubclass(told.kind, kind)), None)
+    if _FORMAT_LACKS.match(told.message):
+        sentence = "A value of the result can't be written as Parquet: cast it to VARCHAR."
+    elif sentence is None and known:
+        sentence = _ARGUMENT
+    if sentence is not None:
+        return Meaning(QueryFailed(ErrorCode.QUERY_ERROR, sentence, detail), known)
+    return Meaning(_unknown(), known=False)
+
+
+def _unknown() -> QueryFailed:
+    return QueryFailed(ErrorCode.INTERNAL, "The engine failed in an unknown way while it ran the SQL.")
+
+
+def mask_addresses(text: str, placed: Placed | None = None) -> str:
+    """The text without addresses, but for those that the author wrote."""
+    return _ADDRESS.sub(lambda found: found[0] if placed and placed.has_written(found[0]) else "…", text)
+
+
+def _detail(text: str, placed: Placed, confidential: Collection[str]) -> str:
+    """What the author may know: no address, and nothing confidential.
+
+    What the author wrote stays, whatever it is: to hide a right guess would confirm it.
+    """
+    text = mask_addresses(text, placed)
     for hidden in confidential:
-        text = text.replace(hidden, "…")
+        if not placed.has_written(hidden):
+            text = text.replace(hidden, "…")
+    return cut(text)
+
+
+def cut(text: str) -> str:
+    """The text as far as a detail may hold it."""
     return text.encode(errors="replace")[:MAX_DETAIL_BYTES].decode(errors="ignore")
 
 
-def _where(error: Exception, told: _Told, placed: Placed | None) -> str:
+def _where(told: Told, placed: Placed) -> str:
     """Where to look, if that is certain."""
     position = str(told.facts.get("position", ""))
-    if placed is None or not position.isdecimal() or not isinstance(error, _PLACED):
+    if not position.isdecimal() or not issubclass(told.kind, _PLACED):
         return ""
     # The gate has found every relation, so one that is missing is missing inside a view of ours.
     if told.facts.get("type") in ("Table", "View", "Schema") or _calls_macro(placed.text):

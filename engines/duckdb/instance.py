@@ -16,11 +16,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import duckdb
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from engines.duckdb.settings import DuckDBSettings
 from engines.duckdb.sql_text import literal, quote
-from engines.protocol import EngineUnavailable, Relation, RelationKind
+from engines.protocol import QueryFailed, Relation, RelationKind
 from queryd.column_types import NoCounterpart, parse_type
+from queryd.events import ErrorCode
 
 # No name that a dataset can have: SQL never reaches the attached server but through our views.
 _ATTACHED = "__queryd_datasets"
@@ -181,9 +183,17 @@ class Instance:
 
     def _attach(self, settings: DuckDBSettings) -> None:
         if settings.postgres_url is None:
-            raise EngineUnavailable("the datasets' Postgres is not configured (QUERYD_DATASETS_PG_URL)")
-        url = literal(settings.postgres_url)
-        self.connection.execute(f"ATTACH {url} AS {_ATTACHED} (TYPE postgres, READ_ONLY)")
+            message = "The datasets' Postgres is not configured: set QUERYD_DATASETS_PG_URL."
+            raise QueryFailed(ErrorCode.INTERNAL, message)
+        given = conninfo_to_dict(settings.postgres_url)
+        password = given.pop("password", None)
+        options = "TYPE postgres, READ_ONLY"
+        if password is not None:
+            # DuckDB shows the connection string of an attached server, and of a secret everything but the password.
+            self.connection.execute(f"CREATE SECRET {_ATTACHED} (TYPE postgres, PASSWORD {literal(str(password))})")
+            options += f", SECRET {_ATTACHED}"
+        url = literal(make_conninfo("", **given))
+        self.connection.execute(f"ATTACH {url} AS {_ATTACHED} ({options})")
 
     def _create_view(self, relation: Relation) -> None:
         schema, _, name = relation.name.rpartition(".")
@@ -239,12 +249,13 @@ class WarmInstances:
 
 @cache
 def extension_file(name: str) -> Path:
-    """The file of an extension's wheel. DuckDB checks its signature at LOAD. Raises `EngineUnavailable` if missing."""
+    """The file of an extension's wheel. DuckDB checks its signature at LOAD. Raises `QueryFailed` if it is missing."""
     package = importlib.util.find_spec(f"duckdb_extension_{name}")
     for folder in (package.submodule_search_locations or ()) if package else ():
         for file in Path(folder).glob(f"extensions/*/{name}.duckdb_extension"):
             return file
-    raise EngineUnavailable(f"the package duckdb-extension-{name.replace('_', '-')} is not installed")
+    package_name = f"duckdb-extension-{name.replace('_', '-')}"
+    raise QueryFailed(ErrorCode.INTERNAL, f"The package {package_name} is not installed beside the engine.")
 
 
 def empty(folder: Path) -> None:

@@ -8,7 +8,7 @@ import shutil
 import signal
 import stat
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from importlib.metadata import version
@@ -18,13 +18,14 @@ from urllib.parse import urlsplit
 
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from engines.duckdb.sandbox import Layers
+from engines.duckdb.sandbox import LOCAL_SOCKETS, Layers
 from engines.duckdb.settings import DuckDBSettings
 from engines.protocol import (
     EngineCrashed,
     EngineUnavailable,
     Execution,
     Inspected,
+    Outage,
     Output,
     QueryFailed,
     Read,
@@ -142,7 +143,7 @@ class DuckDBEngine:
                     group.create_task(self._add_worker())
         except* (OSError, ChildDied, TimeoutError) as failures:
             await self.close()
-            raise EngineUnavailable("a DuckDB process can't be started") from failures
+            raise EngineUnavailable(Outage.ENGINE) from failures
 
     async def execute(self, execution: Execution) -> Output:
         """Run one query on the child that suits it best; see `engines.protocol.Engine.execute`.
@@ -154,7 +155,11 @@ class DuckDBEngine:
         warmth = (execution.org_id, frozenset(execution.relations))
         worker = await self._take_until(deadline, warmth)
         run = worker.begin(warmth)
-        async with self._asking(worker, _to_message(execution, run), run, deadline) as answering:
+
+        def note_reads(told: Message) -> None:
+            execution.reads.update(_to_reads(told["reads"]))
+
+        async with self._asking(worker, _to_message(execution, run), run, deadline, note_reads) as answering:
             answer = await _read_answer(answering, worker)
             target = execution.scratch / f"result.{execution.output_format}"
             await _move(worker.home.path / "out" / target.name, target)
@@ -189,10 +194,15 @@ class DuckDBEngine:
 
     @asynccontextmanager
     async def _asking(
-        self, worker: _Worker, message: Message, run: int, deadline: float
+        self,
+        worker: _Worker,
+        message: Message,
+        run: int,
+        deadline: float,
+        on_told: Callable[[Message], None] | None = None,
     ) -> AsyncIterator[asyncio.Task[Message]]:
         """Ask a child that was taken: the request, which is done inside. Afterwards the child is given back."""
-        answering = asyncio.create_task(worker.process.request(message))
+        answering = asyncio.create_task(worker.process.request(message, on_told))
         try:
             # Unlike wait_for and timeout, wait leaves the request alone when time is up.
             await asyncio.wait({answering}, timeout=deadline - asyncio.get_running_loop().time())
@@ -218,7 +228,7 @@ class DuckDBEngine:
                 return chosen
             self._returned.clear()
             await self._returned.wait()
-        raise EngineUnavailable("the engine is closed")
+        raise EngineUnavailable(Outage.ENGINE)
 
     async def _interrupt(self, worker: _Worker, run: int, answering: asyncio.Task[Message]) -> None:
         """Stop a run: ask first, and kill the child if it has not answered within a second.
@@ -270,6 +280,8 @@ class DuckDBEngine:
         try:
             environment = minimal_environment(home.path)
             needed = (*map(str, sorted(set(_ports(self._settings)))), *_files(self._settings))
+            if _uses_local_socket(self._settings):
+                needed = (*needed, LOCAL_SOCKETS)
             command = room_command("engines.duckdb.child", *needed)
             process = await ChildProcess.start(command, environment, quiet=self._quiet)
         except BaseException:
@@ -319,10 +331,9 @@ async def _read_answer(answering: asyncio.Task[Message], worker: _Worker) -> Mes
     if "interrupted" in answer:
         raise _timed_out()
     if "failed" in answer:
-        code = ErrorCode(answer["failed"])
-        raise QueryFailed(code, answer["message"], answer["detail"], _to_reads(answer.get("reads", ())))
+        raise QueryFailed(ErrorCode(answer["failed"]), answer["message"], answer["detail"])
     if "unavailable" in answer:
-        raise EngineUnavailable(answer["unavailable"])
+        raise EngineUnavailable(Outage[answer["unavailable"]])
     return answer
 
 
@@ -333,12 +344,11 @@ def _to_output(answer: Message, path: Path) -> Output:
         answer["bytes"],
         tuple(Column(name, type_) for name, type_ in answer["columns"]),
         answer["bytes_scanned"],
-        _to_reads(answer["reads"]),
     )
 
 
-def _to_reads(told: Iterable[tuple[str, list[str] | None]]) -> tuple[Read, ...]:
-    return tuple(Read(name, None if columns is None else frozenset(columns)) for name, columns in told)
+def _to_reads(told: Iterable[tuple[str, list[str] | None]]) -> Iterator[Read]:
+    return (Read(name, None if columns is None else frozenset(columns)) for name, columns in told)
 
 
 async def _move(written: Path, wanted: Path) -> None:
@@ -346,10 +356,10 @@ async def _move(written: Path, wanted: Path) -> None:
     try:
         if not _rename(written, wanted):
             await asyncio.to_thread(shutil.move, written, wanted)
-    except FileNotFoundError:
-        raise EngineUnavailable("the attempt's directory is gone") from None
-    except OSError:
-        raise EngineUnavailable("the engine's scratch disk is full") from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise EngineUnavailable(Outage.SCRATCH) from None
+        raise QueryFailed(ErrorCode.INTERNAL, "The engine's scratch folder can't be used.") from None
 
 
 def _rename(written: Path, wanted: Path) -> bool:
@@ -393,6 +403,15 @@ def _ports(settings: DuckDBSettings) -> Iterator[int]:
     if settings.postgres_url is not None:
         given = str(conninfo_to_dict(settings.postgres_url).get("port") or _POSTGRES_PORT)
         yield from (int(port or _POSTGRES_PORT) for port in given.split(","))
+
+
+def _uses_local_socket(settings: DuckDBSettings) -> bool:
+    """Whether the datasets' Postgres is reached by a socket in the file system, or by libpq's default, which is one."""
+    if settings.postgres_url is None:
+        return False
+    given = conninfo_to_dict(settings.postgres_url)
+    hosts = str(given.get("hostaddr") or given.get("host") or "").split(",")
+    return any(not host or host.startswith(("/", "@")) for host in hosts)
 
 
 def _files(settings: DuckDBSettings) -> Iterator[str]:

@@ -3,7 +3,8 @@
 A filter is a program for the kernel's classic BPF machine (<linux/filter.h>, <linux/seccomp.h>). It names what is
 refused, not what is allowed: DuckDB, its extensions, OpenSSL and two C libraries need some hundred calls which differ
 by version, and a forgotten one would break queries. What is refused is what leads out: other programs and processes,
-other processes' memory, the kernel's own machinery, servers, and sockets that are neither IP nor local.
+other processes' memory and signals, the kernel's own machinery, attributes of files (Landlock does not bound them),
+channels between processes, servers, and sockets that are neither plain TCP nor UDP.
 """
 
 import ctypes
@@ -11,6 +12,7 @@ import errno
 import os
 import struct
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 _PR_SET_NO_NEW_PRIVS = 38
@@ -29,6 +31,15 @@ _CLONE_THREAD = 0x10000
 _AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK = 1, 2, 10, 16
 _SOCK_STREAM, _SOCK_DGRAM = 1, 2
 _SOCK_TYPE = 0xF
+# Landlock's rule for TCP ports binds no other protocol: MPTCP, SCTP and their like would pass it.
+_IPPROTO_TCP, _IPPROTO_UDP = 6, 17
+# Nor does it see a connection that is made by sending: by a flag of that call, or of the socket. A socket with another
+# upper layer (ULP) may become one of SMC.
+_MSG_FASTOPEN = 0x20000000
+_TCP_FASTOPEN, _TCP_FASTOPEN_CONNECT, _TCP_ULP = 23, 30, 31
+# FS_IOC_SETFLAGS, FS_IOC32_SETFLAGS, FS_IOC_FSSETXATTR, FS_IOC_SETVERSION, FS_IOC_ENABLE_VERITY: attributes of files
+# that were opened for reading; TIOCSTI, TIOCLINUX: input for a terminal.
+_IOCTLS = (0x40086602, 0x40046602, 0x401C5820, 0x40087602, 0x40806685, 0x5412, 0x541C)
 # Calls of the x32 ABI have this bit; nothing of ours is built for it, and it would be a way around the numbers below.
 _X32 = 0x40000000
 
@@ -42,6 +53,12 @@ class _Machine:
     clone: int
     socket: int
     prlimit: int
+    ioctl: int
+    setsockopt: int
+    # Their first argument is a process.
+    signals: tuple[int, ...]
+    # The calls that send, each with the index of its flags.
+    sending: tuple[tuple[int, int], ...]
 
 
 # Newer calls have the same number everywhere.
@@ -58,7 +75,17 @@ _EVERYWHERE = {
     "fspick": 433,
     "pidfd_open": 434,
     "pidfd_getfd": 438,
+    "process_madvise": 440,
     "mount_setattr": 442,
+    "quotactl_fd": 443,
+    "process_mrelease": 448,
+    "fchmodat2": 452,
+    "setxattrat": 463,
+    "getxattrat": 464,
+    "listxattrat": 465,
+    "removexattrat": 466,
+    "file_getattr": 468,
+    "file_setattr": 469,
 }
 _CLONE3 = 435
 
@@ -68,6 +95,10 @@ _MACHINES = {
         clone=56,
         socket=41,
         prlimit=302,
+        ioctl=16,
+        setsockopt=54,
+        signals=(62, 234),
+        sending=((44, 3), (46, 2), (307, 3)),
         refused={
             "listen": 50,
             "accept": 43,
@@ -119,6 +150,69 @@ _MACHINES = {
             "syslog": 103,
             "name_to_handle_at": 303,
             "open_by_handle_at": 304,
+            "chmod": 90,
+            "fchmod": 91,
+            "fchmodat": 268,
+            "chown": 92,
+            "fchown": 93,
+            "lchown": 94,
+            "fchownat": 260,
+            "utime": 132,
+            "utimes": 235,
+            "futimesat": 261,
+            "utimensat": 280,
+            "setxattr": 188,
+            "lsetxattr": 189,
+            "fsetxattr": 190,
+            "getxattr": 191,
+            "lgetxattr": 192,
+            "fgetxattr": 193,
+            "listxattr": 194,
+            "llistxattr": 195,
+            "flistxattr": 196,
+            "removexattr": 197,
+            "lremovexattr": 198,
+            "fremovexattr": 199,
+            "truncate": 76,
+            "link": 86,
+            "linkat": 265,
+            "symlink": 88,
+            "symlinkat": 266,
+            "shmget": 29,
+            "shmat": 30,
+            "shmctl": 31,
+            "shmdt": 67,
+            "semget": 64,
+            "semop": 65,
+            "semctl": 66,
+            "semtimedop": 220,
+            "msgget": 68,
+            "msgsnd": 69,
+            "msgrcv": 70,
+            "msgctl": 71,
+            "mq_open": 240,
+            "mq_unlink": 241,
+            "mq_timedsend": 242,
+            "mq_timedreceive": 243,
+            "mq_notify": 244,
+            "mq_getsetattr": 245,
+            "inotify_init": 253,
+            "inotify_init1": 294,
+            "inotify_add_watch": 254,
+            "inotify_rm_watch": 255,
+            "fanotify_init": 300,
+            "fanotify_mark": 301,
+            "setpriority": 141,
+            "sched_setparam": 142,
+            "sched_setscheduler": 144,
+            "sched_setattr": 314,
+            "ioprio_set": 251,
+            "migrate_pages": 256,
+            "move_pages": 279,
+            "get_robust_list": 274,
+            "tkill": 200,
+            "rt_sigqueueinfo": 129,
+            "rt_tgsigqueueinfo": 297,
         },
     ),
     "aarch64": _Machine(
@@ -126,6 +220,10 @@ _MACHINES = {
         clone=220,
         socket=198,
         prlimit=261,
+        ioctl=29,
+        setsockopt=208,
+        signals=(129, 131),
+        sending=((206, 3), (211, 2), (269, 3)),
         refused={
             "listen": 201,
             "accept": 202,
@@ -169,6 +267,60 @@ _MACHINES = {
             "syslog": 116,
             "name_to_handle_at": 264,
             "open_by_handle_at": 265,
+            "fchmod": 52,
+            "fchmodat": 53,
+            "fchownat": 54,
+            "fchown": 55,
+            "utimensat": 88,
+            "setxattr": 5,
+            "lsetxattr": 6,
+            "fsetxattr": 7,
+            "getxattr": 8,
+            "lgetxattr": 9,
+            "fgetxattr": 10,
+            "listxattr": 11,
+            "llistxattr": 12,
+            "flistxattr": 13,
+            "removexattr": 14,
+            "lremovexattr": 15,
+            "fremovexattr": 16,
+            "truncate": 45,
+            "linkat": 37,
+            "symlinkat": 36,
+            "shmget": 194,
+            "shmctl": 195,
+            "shmat": 196,
+            "shmdt": 197,
+            "semget": 190,
+            "semctl": 191,
+            "semtimedop": 192,
+            "semop": 193,
+            "msgget": 186,
+            "msgctl": 187,
+            "msgrcv": 188,
+            "msgsnd": 189,
+            "mq_open": 180,
+            "mq_unlink": 181,
+            "mq_timedsend": 182,
+            "mq_timedreceive": 183,
+            "mq_notify": 184,
+            "mq_getsetattr": 185,
+            "inotify_init1": 26,
+            "inotify_add_watch": 27,
+            "inotify_rm_watch": 28,
+            "fanotify_init": 262,
+            "fanotify_mark": 263,
+            "setpriority": 140,
+            "sched_setparam": 118,
+            "sched_setscheduler": 119,
+            "sched_setattr": 274,
+            "ioprio_set": 30,
+            "migrate_pages": 238,
+            "move_pages": 239,
+            "get_robust_list": 100,
+            "tkill": 130,
+            "rt_sigqueueinfo": 138,
+            "rt_tgsigqueueinfo": 240,
         },
     ),
 }
@@ -179,10 +331,11 @@ def refused_calls() -> dict[str, int]:
     return _MACHINES[os.uname().machine].refused | _EVERYWHERE | {"clone3": _CLONE3}
 
 
-def restrict() -> bool:
+def restrict(*, local_sockets: bool = False) -> bool:
     """Refuse those calls to the whole process for good. False where the system or the architecture has no such filter.
 
-    Raises `OSError` where the kernel has seccomp and refuses the filter.
+    `local_sockets` lets it connect to sockets in the file system, whichever: no filter sees their names. Raises
+    `OSError` where the kernel has seccomp and refuses the filter.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -192,7 +345,7 @@ def restrict() -> bool:
     library = ctypes.CDLL(None, use_errno=True)
     if library.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "no_new_privs can't be set")
-    code = b"".join(_program(machine))
+    code = b"".join(_program(machine, os.getpid(), local_sockets=local_sockets))
     instructions = ctypes.create_string_buffer(code, len(code))
     # struct sock_fprog: how many, and where.
     program = struct.pack("@HP", len(code) // 8, ctypes.addressof(instructions))
@@ -206,7 +359,7 @@ def restrict() -> bool:
     raise OSError(ctypes.get_errno(), "the kernel refuses the seccomp filter")
 
 
-def _program(machine: _Machine) -> list[bytes]:
+def _program(machine: _Machine, pid: int, *, local_sockets: bool) -> list[bytes]:
     """The filter. A jump counts the instructions that it passes over."""
     numbers = sorted({*machine.refused.values(), *_EVERYWHERE.values()})
     listed: list[bytes] = []
@@ -228,28 +381,69 @@ def _program(machine: _Machine) -> list[bytes]:
             [_load(_argument(0)), _jump(_ANY_BIT, _CLONE_THREAD, 1, 0), _refuse(errno.EPERM)],
         ),
         # Of one's own limits, which the hard ones bound.
-        *_when(machine.prlimit, [_load(_argument(0)), _jump(_EQUAL, 0, 1, 0), _refuse(errno.EPERM)]),
-        *_when(machine.socket, _judge_socket()),
+        *_when(machine.prlimit, _unless(0, 0)),
+        *_when(machine.socket, _judge_socket(local_sockets=local_sockets)),
+        *[step for number in machine.signals for step in _when(number, _unless(0, pid))],
+        *[step for number, flags in machine.sending for step in _when(number, _judge_flags(flags))],
+        *_when(machine.setsockopt, _judge_option()),
+        *_when(machine.ioctl, _refuse_any(1, _IOCTLS)),
         _step(_RETURN, _ALLOW),
     ]
 
 
-def _judge_socket() -> list[bytes]:
-    """Local sockets; IP as stream or datagram; of netlink what `getaddrinfo` asks: addresses and routes."""
-    return [
-        _load(_argument(0)),
-        _jump(_EQUAL, _AF_UNIX, 10, 0),
-        _jump(_EQUAL, _AF_NETLINK, 6, 0),
-        _jump(_EQUAL, _AF_INET, 1, 0),
-        _jump(_EQUAL, _AF_INET6, 0, 6),
+def _judge_socket(*, local_sockets: bool) -> list[bytes]:
+    """IP as stream or datagram with TCP or UDP; of netlink what `getaddrinfo` asks: addresses and routes."""
+    allow, refuse = _step(_RETURN, _ALLOW), _refuse(errno.EAFNOSUPPORT)
+
+    def protocols(*allowed: int) -> list[bytes]:
+        steps = [_load(_argument(2))]
+        for protocol in allowed:
+            steps += [_jump(_EQUAL, protocol, 0, 1), allow]
+        return [*steps, refuse]
+
+    def block(value: int, then: list[bytes]) -> list[bytes]:
+        """Steps for one value, which end in a verdict."""
+        return [_jump(_EQUAL, value, 0, len(then)), *then]
+
+    by_type = [
         _load(_argument(1)),
         _step(_AND, _SOCK_TYPE),
-        _jump(_EQUAL, _SOCK_STREAM, 4, 0),
-        _jump(_EQUAL, _SOCK_DGRAM, 3, 2),
-        _load(_argument(2)),
-        _jump(_EQUAL, 0, 1, 0),
-        _refuse(errno.EAFNOSUPPORT),
+        *block(_SOCK_STREAM, protocols(0, _IPPROTO_TCP)),
+        *block(_SOCK_DGRAM, protocols(0, _IPPROTO_UDP)),
+        refuse,
     ]
+    return [
+        _load(_argument(0)),
+        *(block(_AF_UNIX, [allow]) if local_sockets else []),
+        *block(_AF_NETLINK, protocols(0)),
+        *block(_AF_INET, by_type),
+        *block(_AF_INET6, by_type),
+        refuse,
+    ]
+
+
+def _judge_flags(index: int) -> list[bytes]:
+    """No connection is made by sending."""
+    return [_load(_argument(index)), _jump(_ANY_BIT, _MSG_FASTOPEN, 0, 1), _refuse(errno.EPERM)]
+
+
+def _judge_option() -> list[bytes]:
+    """No option of TCP that connects without a call of `connect`."""
+    refused = _refuse_any(2, (_TCP_FASTOPEN, _TCP_FASTOPEN_CONNECT, _TCP_ULP))
+    return [_load(_argument(1)), _jump(_EQUAL, _IPPROTO_TCP, 0, len(refused)), *refused]
+
+
+def _refuse_any(index: int, values: Sequence[int]) -> list[bytes]:
+    """Refuse the call if that argument is one of these."""
+    steps = [_load(_argument(index))]
+    for value in values:
+        steps += [_jump(_EQUAL, value, 0, 1), _refuse(errno.EPERM)]
+    return steps
+
+
+def _unless(index: int, value: int) -> list[bytes]:
+    """Refuse the call unless that argument is this."""
+    return [_load(_argument(index)), _jump(_EQUAL, value, 1, 0), _refuse(errno.EPERM)]
 
 
 def _when(number: int, then: list[bytes]) -> list[bytes]:

@@ -1,12 +1,13 @@
 """DuckDB's exceptions as ours: codes, positions and details."""
 
 import json
+from collections.abc import Collection
 
 import duckdb
 import pytest
 
 from engines.duckdb.errors import MAX_DETAIL_BYTES, Placed, translate
-from engines.protocol import EngineUnavailable, QueryFailed
+from engines.protocol import EngineUnavailable, Outage, QueryFailed, RelationKind
 from queryd.events import ErrorCode
 
 _SQL = "SELECT 'é',\n  a FROM t"
@@ -20,8 +21,8 @@ def _error(kind: type[Exception], message: str, **facts: str) -> Exception:
     return kind(f"Some Error: {json.dumps({'exception_message': message} | facts)}")
 
 
-def _failed(error: Exception, placed: Placed | None = None, confidential: tuple[str, ...] = ()) -> QueryFailed:
-    ours = translate(error, placed, confidential)
+def _failed(error: Exception, placed: Placed | None = _PLACED, confidential: tuple[str, ...] = ()) -> QueryFailed:
+    ours = translate(error, placed, confidential).ours
     assert isinstance(ours, QueryFailed)
     return ours
 
@@ -63,28 +64,113 @@ def test_a_place_that_is_not_certain_is_not_told(error: Exception, sql: str) -> 
     assert "Look at" not in _failed(error, Placed(sql, sql, 11)).message
 
 
-def test_a_detail_is_cut_and_holds_nothing_confidential() -> None:
-    text = "s3://bucket/private/part.parquet says " + "é" * 20_000
-    detail = _failed(_error(duckdb.InvalidInputException, text), _PLACED, ("s3://bucket/private/",)).detail
+def test_a_detail_is_cut_and_holds_no_address_and_nothing_confidential() -> None:
+    text = "key-id s3://bucket/private/part.parquet __queryd_datasets.public.shops says " + "é" * 20_000
+    detail = _failed(_error(duckdb.InvalidInputException, text), _PLACED, ("key-id",)).detail
     assert detail is not None
-    assert "bucket" not in detail
-    assert "part.parquet" in detail
+    assert detail.startswith("Some Error: … … … says é")
     assert MAX_DETAIL_BYTES - 4 < len(detail.encode()) <= MAX_DETAIL_BYTES
 
 
+@pytest.mark.parametrize("hidden", ["s3://bucket/private/part.parquet", "__queryd_datasets.public.shops", "AKIAKEY"])
+def test_what_the_author_wrote_is_left_alone_so_that_no_guess_is_confirmed(hidden: str) -> None:
+    error = _error(duckdb.ConversionException, f"can't convert '{hidden}'")
+    for placed in (Placed(f"SELECT '{hidden}'::INT", "SELECT 1", 0), Placed("SELECT $p", "SELECT $p", 0, (hidden,))):
+        assert _failed(error, placed, ("AKIAKEY",)).detail == f"Some Error: can't convert '{hidden}'"
+
+
+def test_an_address_that_was_computed_is_hidden_whether_it_is_right_or_not() -> None:
+    placed = Placed("SELECT ('s3://' || 'x')::INT", "SELECT 1", 0)
+    for guess in ("s3://bucket/private/", "s3://wrong/guess/", "__queryd_datasets.public.guess"):
+        assert _failed(_error(duckdb.ConversionException, f"'{guess}'"), placed).detail == "Some Error: '…'"
+
+
 def test_a_value_that_sounds_like_storage_is_the_querys_own_fault() -> None:
-    value = "server closed the connection unexpectedly"
-    assert _failed(_error(duckdb.ConversionException, f"could not convert '{value}'")).code is ErrorCode.QUERY_ERROR
-    assert isinstance(translate(_error(duckdb.IOException, value)), EngineUnavailable)
+    for text in ("server closed the connection unexpectedly", "x error for HTTP GET to 'y'", "No magic bytes found"):
+        for kind in (duckdb.ConversionException, duckdb.InvalidInputException, duckdb.IOException):
+            meaning = translate(_error(kind, f"could not convert '{text}'"), _PLACED)
+            assert isinstance(meaning.ours, QueryFailed)
+            assert meaning.ours.message != "A file of the dataset can't be read."
 
 
 def test_a_refusal_for_the_clocks_sake_is_an_outage() -> None:
     # As DuckDB 1.5.5 has it.
     text = "HTTP GET error reading 's3://b/x' (HTTP 403 Forbidden)\n\nRequestTimeTooSkewed: The difference …"
-    assert isinstance(translate(_error(duckdb.HTTPException, text)), EngineUnavailable)
+    assert _outage(_error(duckdb.HTTPException, text)) is Outage.CLOCKS
     assert _failed(_error(duckdb.HTTPException, text.partition("\n")[0])).code is ErrorCode.ENGINE_UNAVAILABLE
 
 
+def _outage(error: Exception, kinds: Collection[RelationKind] = frozenset(RelationKind)) -> Outage | None:
+    ours = translate(error, _PLACED, kinds=kinds).ours
+    return ours.outage if isinstance(ours, EngineUnavailable) else None
+
+
+_AWAY = _error(duckdb.IOException, "Could not connect to server error for HTTP HEAD to 'http://s/b'")
+_CLOSED = _error(
+    duckdb.IOException, 'Unable to connect to Postgres at "x": connection to server failed: Connection refused'
+)
+
+
+def test_only_a_storage_that_the_statement_reads_can_be_away() -> None:
+    parquet, postgres = frozenset({RelationKind.PARQUET}), frozenset({RelationKind.POSTGRES})
+    assert _outage(_AWAY, parquet) is Outage.STORE
+    assert _outage(_CLOSED, postgres) is Outage.POSTGRES
+    for error, kinds in ((_AWAY, postgres), (_CLOSED, parquet), (_AWAY, frozenset()), (_CLOSED, frozenset())):
+        meaning = translate(error, _PLACED, kinds=kinds)
+        assert isinstance(meaning.ours, QueryFailed)
+        assert (meaning.ours.code, meaning.known) == (ErrorCode.INTERNAL, False)
+
+
+@pytest.mark.parametrize("kind", [duckdb.IOException, duckdb.Error, duckdb.FatalException, duckdb.InternalException])
+def test_an_unknown_error_is_no_outage_and_leaves_no_trust_in_the_process(kind: type[Exception]) -> None:
+    meaning = translate(_error(kind, "something new"), _PLACED)
+    assert isinstance(meaning.ours, QueryFailed)
+    assert not meaning.known
+    assert not translate(_error(duckdb.InvalidInputException, "double free or corruption"), _PLACED).known
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        _error(duckdb.ParserException, "syntax error"),
+        _error(duckdb.BinderException, "no such column"),
+        _error(duckdb.ConversionException, "anything"),
+        _error(duckdb.InvalidInputException, "missing ): ("),
+        _error(duckdb.InvalidInputException, "More than one row returned by a subquery used as an expression"),
+        _error(duckdb.IOException, "Parquet files do not support negative intervals"),
+    ],
+)
+def test_a_known_mistake_leaves_the_process_in_trust(error: Exception) -> None:
+    meaning = translate(error, _PLACED)
+    assert isinstance(meaning.ours, QueryFailed)
+    assert (meaning.ours.code, meaning.known) == (ErrorCode.QUERY_ERROR, True)
+
+
+def test_a_fault_inside_the_engine_that_a_statement_provokes_is_told_to_its_author() -> None:
+    failure = _failed(_error(duckdb.InternalException, "Attempted to dereference shared_ptr that is NULL!"))
+    assert (failure.code, failure.detail is not None) == (ErrorCode.QUERY_ERROR, True)
+
+
+def test_a_text_of_duckdb_that_is_no_unicode_is_read_all_the_same() -> None:
+    with duckdb.connect() as connection:
+        connection.execute("SET errors_as_json = true")
+        with pytest.raises(UnicodeDecodeError) as caught:
+            connection.execute("SELECT unhex('ä')")
+    failure = _failed(caught.value, Placed("SELECT unhex('ä')", "SELECT unhex('ä')", 0))
+    assert failure.message == "A function or a subquery was given something that it can't work with."
+    assert failure.detail is not None
+    assert "hex digit" in failure.detail
+
+
+def test_a_statement_of_ours_that_fails_does_not_blame_the_sql() -> None:
+    for kind in (duckdb.CatalogException, duckdb.BinderException, duckdb.InvalidInputException):
+        assert "SQL" not in _failed(_error(kind, "Table with name t does not exist!"), None).message
+
+
 def test_what_storage_says_has_no_detail() -> None:
-    for text in ("HTTP 403 on http://store/key?signature", "No files found that match s3://bucket/x"):
-        assert _failed(_error(duckdb.IOException, text)).detail is None
+    for kind, text in (
+        (duckdb.HTTPException, "HTTP GET error on 'http://store/key?signature' (HTTP 403)"),
+        (duckdb.IOException, "No files found that match s3://bucket/x"),
+        (duckdb.IOException, 'Failed to prepare COPY "COPY (SELECT a FROM hidden.place)": ERROR:  division by zero'),
+    ):
+        assert _failed(_error(kind, text)).detail is None

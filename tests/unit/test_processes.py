@@ -23,10 +23,13 @@ from processes.serving import serve
 
 interrupted = threading.Event()
 
-def handle(message):
+def handle(message, tell):
     match message["do"]:
         case "echo":
             return message
+        case "tell":
+            tell({{"before": 1}})
+            os._exit(3)
         case "print":
             print("noise on stdout", flush=True)
             os.write(1, b"more noise")
@@ -101,6 +104,15 @@ async def test_a_notice_arrives_while_a_request_runs(tmp_path: Path) -> None:
     await child.send({"interrupt": 1})
     assert await waiting == {"interrupted": True}
     await _end(child)
+
+
+async def test_what_a_child_tells_arrives_although_it_dies_then(tmp_path: Path) -> None:
+    child = await _start(tmp_path)
+    told: list[frames.Message] = []
+    with pytest.raises(ChildDied):
+        await child.request({"do": "tell"}, told.append)
+    assert told == [{"before": 1}]
+    await child.wait()
 
 
 async def test_requests_overlap_when_the_child_has_several_workers(tmp_path: Path) -> None:

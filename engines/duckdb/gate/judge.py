@@ -8,13 +8,14 @@ from typing import Any
 
 import duckdb
 
+from engines.duckdb.errors import Placed
 from engines.duckdb.gate import texts
 from engines.duckdb.gate.amounts import Amounts
 from engines.duckdb.gate.extent import check_extent
 from engines.duckdb.gate.form import check_form
 from engines.duckdb.gate.lineage import read_columns
 from engines.duckdb.gate.names import fold
-from engines.duckdb.gate.refusals import TOO_DEEP, rejected
+from engines.duckdb.gate.refusals import TOO_DEEP, UnknownRelation, rejected
 from engines.duckdb.gate.walk import Anything, Granted, Walk
 from engines.protocol import Inspected, QueryFailed, Read, Relation
 from queryd.events import ErrorCode, Parameter
@@ -76,7 +77,11 @@ class Gate:
         names = {key: relation.name for key, relation in granted.items()} | {fold(name): name for name in denied}
         pii = {relation.name: relation.pii_columns for relation in granted.values() if relation.pii_columns}
         text, statement = self._read(sql)
-        named, reads = _look_through(statement, Granted(names), parameters, pii)
+        try:
+            named, reads = _look_through(statement, Granted(names), parameters, pii)
+        except UnknownRelation as refusal:
+            place = Placed(sql, text, 0).locate(refusal.location) if refusal.location is not None else None
+            raise (refusal.at(*place) if place else refusal) from None
         if named & denied:
             raise QueryFailed(
                 ErrorCode.ACCESS_DENIED,

@@ -13,6 +13,21 @@ def rejected(reason: str) -> QueryFailed:
     return QueryFailed(ErrorCode.SQL_REJECTED, f"The SQL was rejected: {reason}.")
 
 
+class UnknownRelation(QueryFailed):
+    """SQL_REJECTED for a relation that is not granted. The detail, for the author alone, says which and where."""
+
+    def __init__(self, name: str, location: int | None, where: str = "") -> None:
+        failure = rejected(NO_SUCH_RELATION)
+        super().__init__(failure.code, failure.message, f"There is no relation {name} that you may read{where}.")
+        self._name = name
+        # In bytes of the text that was parsed.
+        self.location = location
+
+    def at(self, line: int, column: int) -> "UnknownRelation":
+        """The same with its place."""
+        return UnknownRelation(self._name, self.location, f" (line {line}, column {column})")
+
+
 def unknown(what: str) -> QueryFailed:
     """SQL_REJECTED for a part of the parser's tree that the gate has never been told of."""
     return rejected(f"it uses {what} that is not known to be harmless")

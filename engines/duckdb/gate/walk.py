@@ -12,7 +12,7 @@ from engines.duckdb.gate import functions, grammar, thresholds
 from engines.duckdb.gate.amounts import Amounts
 from engines.duckdb.gate.grammar import Field, Part
 from engines.duckdb.gate.names import fold
-from engines.duckdb.gate.refusals import NO_SUCH_RELATION, TOO_DEEP, rejected, unknown, uses
+from engines.duckdb.gate.refusals import TOO_DEEP, UnknownRelation, rejected, unknown, uses
 
 _Node = dict[str, Any]
 
@@ -172,7 +172,7 @@ class Walk:
             if "schema_name" not in node:
                 return
         elif relation is None:
-            raise rejected(NO_SUCH_RELATION)
+            raise UnknownRelation(written_name(node), node.get("query_location"))
         if relation is not None:
             self.relations[id(node)] = relation
 
@@ -219,6 +219,12 @@ def is_cte(table: _Node, ctes: frozenset[str], recurring: frozenset[str]) -> boo
 def see_cte(ctes: frozenset[str], name: str) -> frozenset[str]:
     """The CTEs in force once that one is."""
     return ctes | {name}
+
+
+def written_name(node: _Node) -> str:
+    """What the author calls a table."""
+    parts = (node.get("catalog_name"), node.get("schema_name"), node.get("table_name"))
+    return ".".join(str(part) for part in parts if part)
 
 
 def find_relation(granted: Granted, table: _Node) -> str | None:
