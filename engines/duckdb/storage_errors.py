@@ -131,6 +131,10 @@ def _read_status(text: str) -> Ours:
         return _denied()
     if status in (404, 410):
         return _missing()
+    return _read_status_of_file(status, text)
+
+
+def _read_status_of_file(status: int, text: str) -> QueryFailed:
     if status == 416 or any(sign in text for sign in _BEYOND):
         return QueryFailed(ErrorCode.QUERY_ERROR, FILE_UNREADABLE)
     if text.startswith(_CHANGED):
