@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 import duckdb
 
 from engines.duckdb.errors import Meaning, Told, cut, mask_addresses, translate
-from engines.duckdb.sql_text import literal
 from engines.duckdb.instance import fixed_part
+from engines.duckdb.sql_text import literal
 from engines.duckdb.storage_errors import FILE_UNREADABLE
 from engines.protocol import QueryFailed, Relation, RelationKind
 from queryd.events import ErrorCode

@@ -240,7 +240,7 @@ class _Runner:
         kinds = frozenset(relation.kind for relation in read)
         placed, cause = None, error
         if isinstance(error, StatementFailed):
-            texts = tuple(value for value in message["parameters"].values() if isinstance(value, str))
+            texts = _texts(message["parameters"])
             placed, cause = errors.Placed(message["sql"], judged.text, error.offset, texts), error.error
         meaning = errors.translate(cause, placed, self._confidential(), kinds)
         if RelationKind.PARQUET in kinds and errors.may_be_a_file(meaning):
