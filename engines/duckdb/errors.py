@@ -228,7 +228,7 @@ def may_be_a_file(meaning: Meaning) -> bool:
 
 
 def _read_storage_error(told: Told, kinds: Collection[RelationKind]) -> Ours | None:
-    found = read_disk_error(told.kind, told.message)
+    found = read_disk_error(told.kind, told.message, str(told.facts.get("errno", "")))
     if found is None and RelationKind.PARQUET in kinds:
         found = read_store_error(told.kind, told.message) or read_file_error(told.message)
     if found is None and RelationKind.POSTGRES in kinds:

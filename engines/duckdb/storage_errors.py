@@ -4,6 +4,7 @@ The lists of outages are closed: an error that is in none of them is no outage a
 proven by a situation in tests/integration/test_engine_outages.py; docs/reliability.md lists them.
 """
 
+import errno
 import re
 
 import duckdb
@@ -64,6 +65,7 @@ _POSTGRES_DENIED = re.compile(
 # DuckDB wants as many dimensions in every row as the column's type has.
 _DIMENSIONS = re.compile(r"Expected an array with \d+ dimensions?, but this array has \d+")
 
+_DISK_FULL_NUMBERS = frozenset({str(errno.ENOSPC), str(errno.EDQUOT)})
 _DISK_FULL = re.compile(r": (?:No space left on device|Disk quota exceeded)\s*$")
 _FILE_TOO_LARGE = re.compile(r": File too large\s*$")
 
@@ -91,13 +93,13 @@ _DIFFERING = re.compile(r"schema mismatch in glob|column count mismatch")
 FILE_UNREADABLE = "A file of the dataset can't be read."
 
 
-def read_disk_error(kind: type[Exception], text: str) -> Ours | None:
-    """The meaning of an error of the scratch disk; None where it is none."""
+def read_disk_error(kind: type[Exception], text: str, number: str = "") -> Ours | None:
+    """The meaning of an error of the scratch disk; None where it is none. `number` is the errno, if DuckDB tells it."""
     if not issubclass(kind, duckdb.IOException):
         return None
-    if _DISK_FULL.search(text):
+    if number in _DISK_FULL_NUMBERS or _DISK_FULL.search(text):
         return EngineUnavailable(Outage.SCRATCH)
-    if _FILE_TOO_LARGE.search(text):
+    if number == str(errno.EFBIG) or _FILE_TOO_LARGE.search(text):
         return QueryFailed(ErrorCode.RESULT_TOO_LARGE, "The result is larger than a result may be.")
     return None
 

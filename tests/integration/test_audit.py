@@ -1,8 +1,11 @@
 """What is kept of reads of personal data, and of errors: on real servers, by real attempts."""
 
+import asyncio
 import json
+import os
+import signal
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import AsyncExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -18,14 +21,16 @@ from psycopg.rows import dict_row
 from access.audit import PersonalRead, record_reads
 from consumers.executor.admission import Admitted
 from consumers.executor.attempt import AttemptRules, Attempts
-from consumers.executor.leases import Leases
+from consumers.executor.leases import Leases, Stop
 from db.connection import DataPool, transaction
 from db.data.audit import AuditRefused
 from db.data.datasets import NewDataset, upsert_dataset
 from db.data.retention import Scope
 from db.migrations.upgrade import upgrade_data
+from engines.duckdb import pool as engine_pool
 from engines.duckdb.pool import DuckDBEngine
 from engines.duckdb.settings import DuckDBSettings
+from engines.protocol import Outage, Read
 from queryd.events import Delivery, Mode
 from results.retention.deletion import DeletionRules, delete_for_good
 from results.retention.sweep import Retention, RetentionRules
@@ -42,8 +47,19 @@ _CANARY = "Ottilie Zwicky"
 class Place:
     """A data database of the test's own, a dataset with personal data, and a worker that runs attempts."""
 
-    def __init__(self, url: str, pool: DataPool, store: ObjectStore, attempts: Attempts, uploader: Uploader) -> None:
+    def __init__(
+        self,
+        url: str,
+        pool: DataPool,
+        store: ObjectStore,
+        attempts: Attempts,
+        uploader: Uploader,
+        engine: DuckDBEngine,
+        leases: Leases,
+    ) -> None:
         self.url = url
+        self.engine = engine
+        self.leases = leases
         self.pool = pool
         self.worker = Worker(pool)
         self.org_id = new_id()
@@ -71,9 +87,13 @@ class Place:
         async with transaction(self.pool) as connection:
             await upsert_dataset(connection, dataset)
 
+    async def admit(self, sql: str, **changes: Any) -> Admitted:
+        """Admit a query."""
+        return await self.worker.admit_new(sql=sql, org_id=self.org_id, **changes)
+
     async def run(self, sql: str, **changes: Any) -> str:
         """Admit a query and run one attempt; its id."""
-        admitted = await self.worker.admit_new(sql=sql, org_id=self.org_id, **changes)
+        admitted = await self.admit(sql, **changes)
         assert await self.attempt(admitted)
         return admitted.facts.query_id
 
@@ -126,6 +146,8 @@ async def place(data_url: str, object_store: ObjectStore, tmp_path: Path) -> Asy
             region=object_store.region,
             access_key=object_store.reader.access_key,
             secret_key=object_store.reader.secret_key,
+            # Nobody listens on port 9.
+            postgres_url="postgresql://nobody@127.0.0.1:9/nothing",
         )
         engine = DuckDBEngine(settings, 1, quiet=False)
         await engine.start()
@@ -138,11 +160,12 @@ async def place(data_url: str, object_store: ObjectStore, tmp_path: Path) -> Asy
         }
         uploader = Uploader(object_store.bucket, aws, quiet=False)
         stack.push_async_callback(uploader.close)
+        leases = Leases(pool, worker.clock, _LEASE_SECONDS, _LEASE_SECONDS)
         attempts = Attempts(
             pool=pool,
             clock=worker.clock,
             transitions=worker.transitions,
-            leases=Leases(pool, worker.clock, _LEASE_SECONDS, _LEASE_SECONDS),
+            leases=leases,
             engine=engine,
             uploader=uploader,
             rules=AttemptRules(
@@ -155,7 +178,7 @@ async def place(data_url: str, object_store: ObjectStore, tmp_path: Path) -> Asy
                 retention=timedelta(days=7),
             ),
         )
-        yield Place(data_url, pool, object_store, attempts, uploader)
+        yield Place(data_url, pool, object_store, attempts, uploader, engine, leases)
 
 
 # What is recorded.
@@ -225,6 +248,72 @@ async def test_a_read_by_nobody_is_denied_and_leaves_nothing(place: Place, tmp_p
     allowed = await read_row(place.pool, await place.run("SELECT count(*) FROM shops", user_id=None))
     assert allowed is not None
     assert allowed.status == "Succeeded"
+
+
+# However the query ends.
+
+_ENDLESS = """SELECT count(*) FROM people p, range(10000000) a, range(10000000) b
+              WHERE a.range < b.range * 2 + hash(p.name) % 3"""
+
+
+@pytest.fixture
+def reading(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """Set once a child has said what it reads."""
+    event = asyncio.Event()
+    to_reads = engine_pool._to_reads
+
+    def note(told: Iterable[tuple[str, list[str] | None]]) -> Iterator[Read]:
+        event.set()
+        return to_reads(told)
+
+    monkeypatch.setattr(engine_pool, "_to_reads", note)
+    return event
+
+
+async def test_a_read_that_runs_into_its_time_limit_is_recorded(place: Place, tmp_path: Path) -> None:
+    await place.add_dataset(tmp_path)
+    query_id = await place.run(_ENDLESS, timeout_seconds=2)
+    row = await read_row(place.pool, query_id)
+    assert row is not None
+    assert (row.status, row.error_code) == ("Failed", "QUERY_TIMEOUT")
+    assert place.columns(query_id) == [("people", "name")]
+
+
+async def test_a_read_of_a_child_that_dies_is_recorded(place: Place, tmp_path: Path, reading: asyncio.Event) -> None:
+    await place.add_dataset(tmp_path)
+    admitted = await place.admit(_ENDLESS)
+    running = asyncio.create_task(place.attempt(admitted))
+    await reading.wait()
+    [child] = place.engine._all
+    os.kill(child.process.pid, signal.SIGKILL)
+    assert await running is False
+    assert place.columns(admitted.facts.query_id) == [("people", "name")]
+
+
+async def test_a_read_that_is_cancelled_is_recorded(place: Place, tmp_path: Path, reading: asyncio.Event) -> None:
+    await place.add_dataset(tmp_path)
+    admitted = await place.admit(_ENDLESS)
+    running = asyncio.create_task(place.attempt(admitted))
+    await reading.wait()
+    assert place.leases.stop(admitted.facts.query_id, Stop.CANCELLED)
+    assert await running is True
+    row = await read_row(place.pool, admitted.facts.query_id)
+    assert row is not None
+    assert row.error_code == "QUERY_CANCELLED"
+    assert place.columns(admitted.facts.query_id) == [("people", "name")]
+
+
+async def test_a_read_that_its_store_cuts_off_is_recorded_and_the_event_names_the_outage(
+    place: Place, tmp_path: Path
+) -> None:
+    await place.add_dataset(tmp_path)
+    with psycopg.connect(place.url, autocommit=True) as connection:
+        connection.execute("UPDATE datasets SET kind = 'postgres', location = 'public.people'")
+    query_id = await place.run("SELECT name FROM people", timeout_seconds=2)
+    row = await read_row(place.pool, query_id)
+    assert row is not None
+    assert (row.error_code, row.error_message) == ("ENGINE_UNAVAILABLE", Outage.POSTGRES.sentence)
+    assert place.columns(query_id) == [("people", "name")]
 
 
 # No entry, no result.
@@ -330,8 +419,22 @@ async def test_an_error_goes_with_its_retention_and_not_before(place: Place, tmp
     assert place.objects(query_id) == []
 
 
-async def test_a_statement_that_is_refused_leaves_no_object(place: Place) -> None:
-    query_id = await place.run(f"SELECT '{uuid.uuid4()}' FROM nowhere")
+async def test_a_relation_that_is_not_there_is_named_to_the_author_alone(place: Place) -> None:
+    canary = f"r{uuid.uuid4().hex}"
+    query_id = await place.run(f"SELECT 1,\n  2 FROM {canary}")
+    row = await read_row(place.pool, query_id)
+    assert row is not None
+    assert (row.status, row.error_code) == ("Failed", "SQL_REJECTED")
+    told = json.dumps([str(stored.event) for stored in await read_events(place.pool, query_id)])
+    assert canary not in told + (row.error_message or "")
+    assert "line" not in (row.error_message or "")
+    [key] = place.objects(query_id)
+    known = json.loads(place.s3.get_object(Bucket=place.bucket, Key=key)["Body"].read())
+    assert known["detail"] == f"There is no relation {canary} that you may read (line 2, column 10)."
+
+
+async def test_a_statement_that_is_refused_for_what_it_is_leaves_no_object(place: Place) -> None:
+    query_id = await place.run(f"SELECT '{uuid.uuid4()}' FROM read_csv('x')")
     row = await read_row(place.pool, query_id)
     assert row is not None
     assert (row.status, row.error_code) == ("Failed", "SQL_REJECTED")

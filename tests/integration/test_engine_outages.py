@@ -1,8 +1,11 @@
 """What an outage is: each entry of the closed lists by the situation that proves it, and what only looks like one."""
 
+import contextlib
+import ctypes
 import itertools
 import json
 import socket
+import sys
 import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -29,6 +32,7 @@ from tests.servers.tcp_proxy import TcpProxy
 
 _MIB = 1024 * 1024
 _NUMBERS = itertools.count(1)
+_MNT_DETACH = 2
 
 _SKEWED = b'<?xml version="1.0"?><Error><Code>RequestTimeTooSkewed</Code><Message>The difference</Message></Error>'
 _SALES = Relation("sales", RelationKind.PARQUET, "s3://bucket/sales/part.parquet", "1")
@@ -495,6 +499,37 @@ async def test_a_dataset_in_postgres_is_blamed_for_its_own_errors(
     relation = Relation("shops", RelationKind.POSTGRES, "public.other", "1")
     failure = await _failure(engine, tmp_path, statement, relation)
     assert (failure.code, failure.message) == (ErrorCode.QUERY_ERROR, sentence)
+
+
+# The scratch disk.
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of a few MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not sys.platform.startswith("linux") or libc.mount(b"tmpfs", bytes(folder), b"tmpfs", 0, b"size=8m") != 0:
+        pytest.skip("only root of a Linux machine can mount a file system")
+    yield folder
+    libc.umount2(bytes(folder), _MNT_DETACH)
+
+
+async def test_a_full_scratch_disk_is_an_outage_of_its_own(small_disk: Path, tmp_path: Path) -> None:
+    settings = DuckDBSettings(256 * _MIB, 1, small_disk / "scratch")
+    engine = DuckDBEngine(settings, 1)
+    await engine.start()
+    try:
+        statement = "SELECT hash(range) AS h FROM range(100000)"
+        filler = small_disk / "filler"
+        with filler.open("wb") as file, contextlib.suppress(OSError):
+            file.write(bytes(8 * _MIB))
+        assert await _outage(engine, tmp_path, statement) is Outage.SCRATCH
+        filler.unlink()
+        assert (await _execute(engine, tmp_path, statement)).rows == 100_000
+    finally:
+        await engine.close()
 
 
 # Neither.
