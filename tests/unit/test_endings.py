@@ -87,7 +87,7 @@ def test_row_and_event_of_a_success_agree() -> None:
     assert (event.status, event.previous_status, event.attempt) == (Status.SUCCEEDED, Status.RUNNING, 2)
     assert (event.files, event.columns) == ((FILE,), (Column("n", "BIGINT"),))
     assert (event.bytes_scanned, event.queued_ms, event.engine) == (99, 12, "duckdb 1.5.5")
-    assert (event.user_id, event.task_id, event.output_format) == (ORG_ID, QUERY_ID, OutputFormat.CSV)
+    assert (event.user_id, event.task_id, event.output_format) == (ORG_ID, QUERY_ID, OutputFormat.PARQUET)
     assert (ending.token, ending.still_renewal) == (TOKEN, None)
     assert event.error_code is None
 
