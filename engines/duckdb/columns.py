@@ -29,9 +29,11 @@ _MAX_TOLD_BYTES = 256 * 1024
 
 @dataclass(frozen=True, slots=True)
 class ResultColumn:
-    """A column of a result: its name in the file, and its type, as DuckDB describes it and taken apart."""
+    """A column of a result: its name in the file, the statement's own for it, and its type, as DuckDB describes it and
+    taken apart."""
 
     name: str
+    own_name: str
     described: str
     type: ColumnType
 
@@ -74,8 +76,8 @@ def read_columns(described: Sequence[Sequence[object]]) -> list[ResultColumn]:
     """The columns of a result by the answer to DESCRIBE. Raises `QueryFailed` for a type that no result can have."""
     names = make_unique([str(name) for name, *_ in described])
     return [
-        ResultColumn(name, str(type_), _parse(str(type_), number))
-        for number, (name, (_, type_, *_)) in enumerate(zip(names, described, strict=True), 1)
+        ResultColumn(name, str(own_name), str(type_), _parse(str(type_), number))
+        for number, (name, (own_name, type_, *_)) in enumerate(zip(names, described, strict=True), 1)
     ]
 
 
@@ -94,7 +96,7 @@ def tell_columns(columns: Sequence[ResultColumn], naming: Naming, output_format:
     Raises `QueryFailed` with RESULT_TOO_LARGE where the types of a file of text are more than an event can tell.
     """
     told = tuple(
-        Column(column.name if naming.may_tell(column.name) else f"column_{number}", _tell_type(column, naming))
+        Column(column.name if naming.may_tell(column.own_name) else f"column_{number}", _tell_type(column, naming))
         for number, column in enumerate(columns, 1)
     )
     if output_format is not OutputFormat.PARQUET:

@@ -1,4 +1,5 @@
-"""Expressions that write a row as a line of JSON that a strict parser takes. docs/results.md lists every type."""
+"""Expressions that write a value, or a row as a line, in JSON that a strict parser takes. docs/results.md lists every
+type."""
 
 import json
 from collections.abc import Callable
@@ -56,7 +57,7 @@ def write_json_row(columns: list[tuple[str, str, ColumnType]]) -> str:
     parts = []
     for number, (place, name, type_) in enumerate(columns):
         begin = "{" if number == 0 else ","
-        parts += [literal(f"{begin}{write_string(name)}:"), f"coalesce({_write_json(place, type_, 0)}, 'null')"]
+        parts += [literal(f"{begin}{write_string(name)}:"), f"coalesce({write_json(place, type_)}, 'null')"]
     return f"concat({', '.join(parts)}, '}}')"
 
 
@@ -65,7 +66,7 @@ def write_string(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _write_json(place: str, type_: ColumnType, depth: int) -> str:
+def write_json(place: str, type_: ColumnType, depth: int = 0) -> str:
     """An expression that is the value's text in JSON, or NULL."""
     write = _NESTED.get(type_.name)
     return _write_scalar(place, type_) if write is None else write(place, type_, depth)
@@ -111,7 +112,7 @@ def _join(of_list: str, written: str, name: str, ends: str) -> str:
 
 def _write_each(of_list: str, element: ColumnType, depth: int) -> str:
     name = f"x{depth}"
-    return _join(of_list, f"coalesce({_write_json(name, element, depth + 1)}, 'null')", name, "[]")
+    return _join(of_list, f"coalesce({write_json(name, element, depth + 1)}, 'null')", name, "[]")
 
 
 def _write_struct(place: str, type_: ColumnType, depth: int) -> str:
@@ -121,7 +122,7 @@ def _write_struct(place: str, type_: ColumnType, depth: int) -> str:
         by = f"struct_extract({place}, {literal(own)})" if own else f"struct_extract_at({place}, {number})"
         parts += [
             literal(f"{begin}{write_string(name)}:"),
-            f"coalesce({_write_json(by, part, depth + 1)}, 'null')",
+            f"coalesce({write_json(by, part, depth + 1)}, 'null')",
         ]
     return f"CASE WHEN {place} IS NOT NULL THEN concat({', '.join(parts)}, '}}') END"
 
@@ -130,7 +131,7 @@ def _write_union(place: str, type_: ColumnType, depth: int) -> str:
     """`{"tag":value}`."""
     cases = " ".join(
         f"WHEN {literal(name)} THEN concat({literal(f'{{{write_string(name)}:')}, "
-        f"coalesce({_write_json(f'union_extract({place}, {literal(name)})', part, depth + 1)}, 'null'), '}}')"
+        f"coalesce({write_json(f'union_extract({place}, {literal(name)})', part, depth + 1)}, 'null'), '}}')"
         for name, part in type_.parts
     )
     return f"CASE CAST(union_tag({place}) AS VARCHAR) {cases} END"
@@ -144,7 +145,7 @@ def _write_map(place: str, type_: ColumnType, depth: int) -> str:
     if key.is_nested:
         return _write_each(entries, ColumnType("STRUCT", type_.parts), depth)
     named = f"CAST(to_json(CAST({name}.key AS VARCHAR)) AS VARCHAR)"
-    written = f"concat({named}, ':', coalesce({_write_json(f'{name}.value', value, depth + 1)}, 'null'))"
+    written = f"concat({named}, ':', coalesce({write_json(f'{name}.value', value, depth + 1)}, 'null'))"
     return _join(entries, written, name, "{}")
 
 

@@ -18,8 +18,11 @@ def write_parquet(place: str, type_: ColumnType, depth: int = 0) -> str:
     It raises DuckDB's error at a whole number of more than 38 digits, and `LAST_MOMENT` at the time 24:00:00.
     """
     match type_.name:
-        case "LIST" | "ARRAY":
+        case "LIST":
             written = _write_each(place, type_.element, depth) or place
+        case "ARRAY":
+            # Parquet has arrays as lists too, and the CASE around a struct can't have them.
+            written = _write_each(place, type_.element, depth) or f"list_transform({place}, lambda x{depth}: x{depth})"
         case "MAP":
             written = _write_map(place, type_, depth)
         case "STRUCT":
