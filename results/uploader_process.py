@@ -40,8 +40,9 @@ _CONFIG = Config(
 
 _SHA256_METADATA = "sha256"
 _PRECONDITION_FAILED = 412
-_TRANSIENT_STATUSES = frozenset({408, 409, 425, 429})
-_FIRST_SERVER_ERROR = 500
+_NOT_IMPLEMENTED = 501
+# What passes by waiting; from 520 on it is a proxy's word on the store behind it. Any other answer is a refusal.
+_TRANSIENT_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 507, 509, *range(520, 531)})
 _TRANSIENT_CODES = frozenset({"NoSuchUpload", "RequestTimeout", "SlowDown", "Throttling", "ThrottlingException"})
 # A signature carries the time, and a store refuses what is a quarter of an hour off.
 _CLOCK_WRONG = "RequestTimeTooSkewed"
@@ -168,7 +169,7 @@ def _classify(error: Exception) -> Message:
 def _classify_answer(error: ClientError) -> Message:
     """What an error answer of the store means. Its code is one of S3's words; its message might quote anything."""
     code, status = str(error.response.get("Error", {}).get("Code", "")), _status(error)
-    if status >= _FIRST_SERVER_ERROR or status in _TRANSIENT_STATUSES or code in _TRANSIENT_CODES:
+    if status in _TRANSIENT_STATUSES or code in _TRANSIENT_CODES:
         return {"unavailable": f"the store is busy or failing (HTTP {status})"}
     if code == _CLOCK_WRONG:
         return {"unavailable": "the store's clock and this machine's are too far apart"}
@@ -178,6 +179,8 @@ def _classify_answer(error: ClientError) -> Message:
         "InvalidAccessKeyId": "the store does not know the writer's access key",
         "SignatureDoesNotMatch": "the store does not accept the writer's secret key",
     }
+    if status == _NOT_IMPLEMENTED or code == "NotImplemented":
+        return {"refused": "the store can't create an object only where none is (If-None-Match); use one that can"}
     return {"refused": sentences.get(code, f"the store refused the object (HTTP {status})")}
 
 

@@ -126,6 +126,23 @@ def _explain_refusal(error: ClientError) -> str:
     return f"the S3 server answers {status}: check QUERYD_RESULTS_URL, AWS_REGION and AWS_ENDPOINT_URL"
 
 
+PRECONDITION_FAILED = 412
+OVERWRITES = (
+    "the S3 server ignores If-None-Match and overwrites an object that is there: a late attempt could replace a "
+    "result; use a server with conditional writes"
+)
+
+
+def explain_write(error: ClientError) -> str:
+    """What S3's refusal of a conditional PUT into the results bucket means."""
+    if status_of(error) == 501 or error.response.get("Error", {}).get("Code") == "NotImplemented":
+        return (
+            "the S3 server can't create an object only where none is (If-None-Match): no result can be stored; use a "
+            "server with conditional writes"
+        )
+    return explain_store(error)
+
+
 def status_of(error: ClientError) -> int:
     """The HTTP status of an answer of S3's; 0 where it has none."""
     status: int = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)

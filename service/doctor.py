@@ -3,10 +3,12 @@
 import asyncio
 import os
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import boto3
 import psycopg
@@ -23,7 +25,15 @@ from engines.protocol import EngineUnavailable, Outage
 from queryd.events import Topic
 from queryd.outages import QUIET
 from queryd.registry import EVENT_OF_TOPIC, RegistryAway, RegistryRefused, registry_in_use
-from service.diagnosis import explain_kafka, explain_postgres, explain_store, status_of
+from service.diagnosis import (
+    OVERWRITES,
+    PRECONDITION_FAILED,
+    explain_kafka,
+    explain_postgres,
+    explain_store,
+    explain_write,
+    status_of,
+)
 from service.settings import Settings, are_of_the_embedded_stack, describe_unknown, find_unknown_variables
 
 _SECONDS = 5
@@ -161,8 +171,9 @@ def _examine_datasets(settings: Settings) -> Iterator[Finding]:
 
 def _examine_store(settings: Settings) -> Iterator[Finding]:
     try:
-        _try_bucket(settings.bucket)
+        client = _try_bucket(settings.bucket)
         yield Finding("s3", "well", f"bucket {settings.bucket}")
+        yield from _try_conditional_put(client, settings.bucket)
     except (BotoCoreError, ClientError) as error:
         yield Finding("s3", "wrong", explain_store(error))
     if settings.datasets_access_key_id is None:
@@ -173,7 +184,29 @@ def _examine_store(settings: Settings) -> Iterator[Finding]:
         )
 
 
-def _try_bucket(bucket: str) -> None:
+def _try_conditional_put(client: Any, bucket: str) -> Iterator[Finding]:
+    """Put an object where there is none, which must succeed, and there again, which must not; then remove it."""
+    target = {"Bucket": bucket, "Key": f"doctor/{uuid.uuid4()}"}
+    try:
+        client.put_object(**target, Body=b"queryd doctor", IfNoneMatch="*")
+    except ClientError as error:
+        yield Finding("s3 writes", "wrong", explain_write(error))
+        return
+    try:
+        client.put_object(**target, Body=b"queryd doctor", IfNoneMatch="*")
+    except ClientError as error:
+        if status_of(error) == PRECONDITION_FAILED:
+            yield Finding("s3 writes", "well", "an object that is there is not overwritten")
+        else:
+            yield Finding("s3 writes", "wrong", explain_write(error))
+    else:
+        yield Finding("s3 writes", "wrong", OVERWRITES)
+    finally:
+        client.delete_object(**target)
+
+
+def _try_bucket(bucket: str) -> Any:
+    """A client of the bucket's store, which has answered."""
     client = boto3.client(
         "s3",
         region_name=os.environ.get("AWS_REGION"),
@@ -186,6 +219,7 @@ def _try_bucket(bucket: str) -> None:
             # The answer to a HEAD has no body; this one's says whether the keys or their rights are wrong.
             client.list_objects_v2(Bucket=bucket, MaxKeys=1)
         raise
+    return client
 
 
 def _examine_engine(_settings: Settings) -> Iterator[Finding]:

@@ -31,6 +31,16 @@ _UNAVAILABLE = (
 )
 
 
+_NOT_IMPLEMENTED = (
+    b"HTTP/1.1 501 Not Implemented\r\nContent-Type: application/xml\r\nConnection: close\r\n"
+    b"Content-Length: 124\r\n\r\n"
+    b'<?xml version="1.0" encoding="UTF-8"?><Error><Code>NotImplemented</Code>'
+    b"<Message>If-None-Match is unknown.</Message></Error>"
+)
+
+_WRITTEN = b'HTTP/1.1 200 OK\r\nETag: "x"\r\nConnection: close\r\nContent-Length: 0\r\n\r\n'
+
+
 class Mode(StrEnum):
     """What happens to every request."""
 
@@ -38,6 +48,9 @@ class Mode(StrEnum):
     UNAVAILABLE = "503"
     SLOW = "slow"
     HANG = "hang"
+    # Of two kinds of servers: one that refuses conditional writes, and one that does not know what they are.
+    UNCONDITIONAL = "501"
+    OVERWRITING = "overwriting"
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +214,12 @@ class S3Proxy:
                     # An RST could overtake the answer.
                     reset = False
                     client.send(_UNAVAILABLE)
+                    return
+                conditional = "if-none-match" in request.headers
+                if conditional and self._mode in (Mode.UNCONDITIONAL, Mode.OVERWRITING):
+                    reset = False
+                    client.body(request.length, lambda _: None)
+                    client.send(_NOT_IMPLEMENTED if self._mode is Mode.UNCONDITIONAL else _WRITTEN)
                     return
                 if server is None:
                     server = self._connect()

@@ -18,6 +18,7 @@ from service.doctor import Finding, examine
 from service.embedded.object_store import Credentials, ObjectStore
 from service.embedded.postgres import Postgres
 from service.settings import ENV_FILE, Settings
+from tests.faults.s3_proxy import Mode, S3Proxy
 
 CANARY = "canary4711"
 
@@ -152,6 +153,32 @@ def test_what_s3_refuses_is_told_apart(object_store: ObjectStore) -> None:
     assert "queryd bucket apply" in _find("s3").advice
     os.environ["AWS_ENDPOINT_URL"] = "http://127.0.0.1:1"
     assert _find("s3").advice.startswith("nobody listens there")
+
+
+@pytest.mark.usefixtures("without_kafka")
+@pytest.mark.parametrize(
+    ("mode", "state", "advice"),
+    [
+        (Mode.PASS, "well", "an object that is there is not overwritten"),
+        (Mode.UNCONDITIONAL, "wrong", "the S3 server can't create an object only where none is"),
+        (Mode.OVERWRITING, "wrong", "the S3 server ignores If-None-Match"),
+    ],
+)
+def test_a_store_without_conditional_writes_is_found(
+    object_store: ObjectStore, mode: Mode, state: str, advice: str
+) -> None:
+    proxy = S3Proxy(int(object_store.endpoint_url.rpartition(":")[2]))
+    proxy.start()
+    try:
+        proxy.enter(mode)
+        os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{proxy.port}"
+        finding = _find("s3 writes")
+        assert (finding.state, finding.advice[: len(advice)]) == (state, advice)
+    finally:
+        proxy.stop()
+    os.environ["AWS_ENDPOINT_URL"] = object_store.endpoint_url
+    listed = boto3.client("s3").list_objects_v2(Bucket=object_store.bucket, Prefix="doctor/")
+    assert listed.get("Contents", []) == []
 
 
 @pytest.mark.usefixtures("without_kafka")

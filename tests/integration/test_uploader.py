@@ -8,7 +8,7 @@ import uuid
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import boto3
 import botocore.auth
@@ -21,6 +21,8 @@ from results.location import file_name, prefix
 from results.uploader import StoredObject, StoreRefused, StoreUnavailable, Uploader
 from results.uploader_process import _classify
 from service.embedded.object_store import Credentials, ObjectStore
+from tests.faults.s3_proxy import Mode as S3Mode
+from tests.faults.s3_proxy import S3Proxy
 
 _MIB = 1024 * 1024
 
@@ -86,6 +88,30 @@ async def test_a_stored_object_is_whole(
     assert found["Body"].read() == body
     assert found["ETag"].strip('"') == stored.etag
     assert found["ContentType"] == "text/csv; charset=utf-8; header=present"
+
+
+async def test_a_store_without_conditional_writes_refuses_at_once(object_store: ObjectStore, tmp_path: Path) -> None:
+    proxy = S3Proxy(int(object_store.endpoint_url.rpartition(":")[2]))
+    proxy.start()
+    proxy.enter(S3Mode.UNCONDITIONAL)
+    variables = _variables(object_store, object_store.writer) | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}"}
+    uploader = Uploader(object_store.bucket, variables, quiet=False)
+    (tmp_path / "small").write_bytes(b"x")
+    try:
+        with pytest.raises(StoreRefused, match="If-None-Match"):
+            await uploader.store(tmp_path / "small", _key(), content_type(OutputFormat.PARQUET))
+        proxy.enter(S3Mode.UNAVAILABLE)
+        with pytest.raises(StoreUnavailable):
+            await uploader.store(tmp_path / "small", _key(), content_type(OutputFormat.PARQUET))
+    finally:
+        await uploader.close()
+        proxy.stop()
+
+
+@pytest.mark.parametrize(("status", "later"), [(500, True), (503, True), (507, True), (501, False), (505, False)])
+def test_only_answers_that_pass_by_waiting_are_waited_for(status: int, later: bool) -> None:
+    answer = {"ResponseMetadata": {"HTTPStatusCode": status}, "Error": {"Code": "X"}}
+    assert ("unavailable" in _classify(ClientError(cast(Any, answer), "PutObject"))) is later
 
 
 @pytest.mark.parametrize("size", [4_096, 17 * _MIB])
