@@ -16,7 +16,10 @@ _BROKER_SECONDS = 15.0
 SILENCE_SECONDS = 30.0
 # How many records are taken at once, and how long is waited for the first of them.
 _AT_ONCE = 500
+_ENDS_GROUP = "queryd-ends"
 _LOOK_SECONDS = 0.1
+# A fetch that only asks for the end has nothing to wait for; at 0 the embedded broker answers none.
+_FETCH_WAIT_MILLIS = 1
 
 
 class EndNotReached(Exception):
@@ -41,11 +44,38 @@ class Silence:
 def read_ends(config: dict[str, Any], topic: str) -> dict[int, int]:
     """The offsets behind the last records of a topic, by partition, open transactions included. Blocks.
 
-    Raises `KafkaException`.
+    The end that comes with a fetch is right on every broker. The embedded broker's answer to ListOffsets lags behind.
+    Raises `EndNotReached` and `KafkaException`.
     """
     # The binding gives it no types.
     latest: Callable[[], Any] = OffsetSpec.latest
-    return _read_offsets(config, topic, latest())
+    listed = _read_offsets(config, topic, latest())
+    reading = {
+        "group.id": _ENDS_GROUP,
+        "enable.auto.commit": False,
+        "enable.partition.eof": True,
+        "isolation.level": "read_uncommitted",
+        "fetch.wait.max.ms": _FETCH_WAIT_MILLIS,
+    }
+    consumer = Consumer(config | QUIET | reading | {"auto.offset.reset": "latest"})
+    ends: dict[int, int] = {}
+    try:
+        consumer.assign([TopicPartition(topic, partition, offset) for partition, offset in listed.items()])
+        silence = Silence()
+        while len(ends) < len(listed):
+            for message in consumer.consume(_AT_ONCE, _LOOK_SECONDS):
+                error = message.error()
+                if error is not None and error.code() != KafkaError._PARTITION_EOF:
+                    continue
+                partition = _partition(message)
+                if partition not in ends:
+                    _, ends[partition] = consumer.get_watermark_offsets(TopicPartition(topic, partition), cached=True)
+                    silence.end()
+            if silence.lasts():
+                raise EndNotReached(f"the broker did not say where {topic} ends within {SILENCE_SECONDS:.0f} s")
+    finally:
+        consumer.close()
+    return ends
 
 
 def read_starts(config: dict[str, Any], topic: str) -> dict[int, int]:

@@ -196,7 +196,8 @@ class AsyncFeed(Generic[_Item]):
         try:
             status = read_status(record)
         except Unreadable as error:
-            _log.warning("a record at %d:%d is passed over: %s", record.partition, record.offset, error)
+            where = {"topic": record.topic, "partition": record.partition, "offset": record.offset}
+            _log.warning("a record is passed over: %s", error, extra=where)
             subscription.finish(record)
             return None
         item = self._choose(status)

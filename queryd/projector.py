@@ -61,7 +61,8 @@ class BlockingStore(Protocol):
 
 def tell_unreadable(record: Record, reason: str) -> None:
     """What a projector does by default with a record that holds no event, besides passing it over."""
-    _log.error("a record at %d:%d is passed over: %s", record.partition, record.offset, reason)
+    where = {"topic": record.topic, "partition": record.partition, "offset": record.offset}
+    _log.error("a record is passed over: %s", reason, extra=where)
 
 
 def tell_lost(error: SubscriptionLost) -> None:

@@ -410,7 +410,7 @@ class Subscription:
             consumer.incremental_assign(start)
             if paused := [partition for partition in start if partition.topic in self._paused]:
                 consumer.pause(paused)
-            _log.info("assigned %s", sorted((p.topic, p.partition) for p in partitions))
+            _log.info("partitions assigned", extra=_fields({(p.topic, p.partition) for p in partitions}))
             self._call_soon(self._first_assignment.set)
 
     def _find_start(self, consumer: Consumer, partitions: list[TopicPartition]) -> list[TopicPartition]:
@@ -440,7 +440,7 @@ class Subscription:
                     _log.warning("draining revoked partitions took too long, going on without")
             finally:
                 self._commit_revoked(revoked)
-            _log.info("revoked %s", sorted(revoked))
+            _log.info("partitions revoked", extra=_fields(revoked))
 
     def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         with self._guarded("lost"):
@@ -449,7 +449,7 @@ class Subscription:
             self._forget(lost)
             if self._revoked is not None:
                 self._await_drain(self._revoked(lost))
-            _log.warning("lost %s", sorted(lost))
+            _log.warning("partitions lost", extra=_fields(lost))
 
     def _commit_revoked(self, revoked: set[Partition]) -> None:
         with self._lock:
@@ -536,13 +536,21 @@ def _or_beginning(committed: int | None) -> int:
     return committed
 
 
+def _fields(partitions: Iterable[Partition]) -> dict[str, Any]:
+    """What a log line about partitions says in fields: their numbers by topic."""
+    by_topic: dict[str, list[int]] = {}
+    for topic, partition in sorted(partitions):
+        by_topic.setdefault(topic, []).append(partition)
+    return {"partitions": by_topic}
+
+
 def _headers(message: Message) -> tuple[tuple[str, bytes | None], ...]:
     try:
         headers: Any = message.headers() or ()
     except (SystemError, UnicodeError):
         # A name that is not UTF-8 is beyond the binding. The record's key and value say all that matters.
-        where = (message.topic(), message.partition(), message.offset())
-        _log.warning("the headers of the record at %s can't be read, going on without them", where)
+        where = {"topic": message.topic(), "partition": message.partition(), "offset": message.offset()}
+        _log.warning("a record's headers can't be read, going on without them", extra=where)
         return ()
     return tuple((name, _bytes(value)) for name, value in headers)
 

@@ -58,19 +58,19 @@ def run_service(service: Service, settings: Settings) -> int:
     Raises `WrongSetting` for a port that can't be had.
     """
     listener = bind(settings)
-    set_up_logs(settings.log_level)
+    set_up_logs(settings.log_level, service.value)
     set_up_traces(service.value)
     hold_lifeline()
-    _log.info(LogEvent.SERVICE_STARTED, service=service.value)
+    _log.info(LogEvent.SERVICE_STARTED)
     try:
         asyncio.run(_run(service, settings, listener))
     # What no retry can mend ends the process, with one line that says why.
     except Exception as error:  # noqa: BLE001
-        _log.error(LogEvent.SERVICE_FAILED, service=service.value, error=type(error).__name__, reason=_reason(error))
+        _log.error(LogEvent.SERVICE_FAILED, error=type(error).__name__, reason=_reason(error))
         return 1
     finally:
         close_traces()
-    _log.info(LogEvent.SERVICE_STOPPED, service=service.value)
+    _log.info(LogEvent.SERVICE_STOPPED)
     return 0
 
 

@@ -20,6 +20,7 @@ from processes.lifeline import LIFELINE_VARIABLE
 from queryd.events import Mode
 from queryd.outages import QUIET
 from queryd.registry import OPTIONS_VARIABLE, use
+from service.cores import count_cores
 from service.readiness import READY_VARIABLE
 
 STATE_DIRECTORY = Path(".queryd")
@@ -60,7 +61,7 @@ PostgresUrl = Annotated[SecretStr, AfterValidator(_check_postgres_url)]
 
 
 def _default_slots() -> int:
-    return max(1, (os.cpu_count() or 1) // _CORES_A_SLOT)
+    return max(1, int(count_cores() // _CORES_A_SLOT))
 
 
 class Settings(BaseSettings):

@@ -5,13 +5,20 @@ import sys
 
 import structlog
 
+# What the package `queryd`, which logs by the standard library alone, says in fields: `extra=` of its calls.
+_FIELDS = ("topic", "partition", "offset", "partitions")
 
-def set_up_logs(level: str) -> None:
-    """Route structlog and the standard library's loggers to stderr; `level` is a standard level's name."""
+
+def set_up_logs(level: str, service: str | None = None) -> None:
+    """Route structlog and the standard library's loggers to stderr.
+
+    `level` is a standard level's name. `service` stands on every line, whichever thread or library writes it.
+    """
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
+        structlog.stdlib.ExtraAdder(allow=_FIELDS),
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     structlog.configure(
@@ -28,7 +35,12 @@ def set_up_logs(level: str) -> None:
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
             # Tracebacks stay out: a frame's exception text may quote what must not be logged.
-            processors=[_drop_traceback, structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+            processors=[
+                _name_service(service),
+                _drop_traceback,
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                renderer,
+            ],
         )
     )
     root = logging.getLogger()
@@ -36,6 +48,15 @@ def set_up_logs(level: str) -> None:
     root.setLevel(level)
     for chatty in ("botocore", "boto3", "urllib3", "alembic", "psycopg.pool", "stamina"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
+
+
+def _name_service(service: str | None) -> structlog.typing.Processor:
+    def add(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        if service is not None:
+            event.setdefault("service", service)
+        return event
+
+    return add
 
 
 def _drop_traceback(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:

@@ -1,7 +1,9 @@
 """The names of metrics, defined once, and the one place where each is told what happened.
 
-A label is a word from a short list: never an id, an org, SQL, or anything else of a query's own. A process has one
-`METRICS`; a test may make its own. A call costs some microseconds, and every query pays for some ten of them.
+A label is a word from a short list: never an id, an org, SQL, or anything else of a query's own. Every value of these
+lists has its series from the process's start: `increase()` does not see the first count of a series that appears with
+it, so that an alert on it would miss the first burst. A process has one `METRICS`; a test may make its own. A call
+costs some microseconds, and every query pays for some ten of them.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,10 +13,20 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from queryd.events import ErrorCode, Mode
+
 # Every label that a metric may have.
 LABELS = frozenset({"lane", "outcome", "topic", "partition", "code", "child"})
 
 SUCCEEDED = "Succeeded"
+
+# The values of each label, but for `topic` and `partition`, which are known once partitions are assigned.
+LANES = tuple(lane.value for lane in Mode)
+OUTCOMES = (SUCCEEDED, *(code.value for code in ErrorCode))
+CHILDREN = ("duckdb", "uploader")
+# `DeadCode` and `CancelOutcome`, which this package can't import; a test holds that they are the same.
+DEAD_CODES = ("UNDECODABLE", "INVALID_REQUEST", "CONFLICT")
+CANCEL_OUTCOMES = ("accepted", "early", "finished", "other_org")
 
 # A small query takes 10 ms, an export hours: steps of 2 to 4 across all of it.
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600, 14_400, 86_400)
@@ -77,6 +89,29 @@ class Metrics:
             "queryd_relay_lag_seconds", "Time of an event in the outbox", buckets=_LAG_SECONDS, registry=registry
         )
         self._projected = Counter("queryd_events_projected", "Events read into Postgres state", registry=registry)
+        self._make_series()
+
+    def _make_series(self) -> None:
+        for lane in LANES:
+            for outcome in OUTCOMES:
+                self._queries.labels(lane, outcome)
+            for histogram in (
+                self._queue_seconds,
+                self._run_seconds,
+                self._total_seconds,
+                self._result_bytes,
+                self._result_rows,
+            ):
+                histogram.labels(lane)
+            self._running.labels(lane)
+            self._attempts.labels(lane)
+        for family, values in (
+            (self._child_restarts, CHILDREN),
+            (self._dead_letters, DEAD_CODES),
+            (self._cancellations, CANCEL_OUTCOMES),
+        ):
+            for value in values:
+                family.labels(value)
 
     # One query's way.
 

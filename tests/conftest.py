@@ -28,7 +28,6 @@ _FOLDERS = {
     "acceptance": "the real command line, from outside",
 }
 _SERVERS = {"kafka", "postgres_server", "object_store_server"}
-_BROKER = pytest.StashKey[Kind]()
 _WITHOUT_KAFKA = f"needs Apache Kafka: install {brokers.WHAT_TO_INSTALL}"
 # The first leader of a partition is elected in milliseconds; the machine may be busy.
 _TOPIC_SECONDS = 30.0
@@ -38,13 +37,13 @@ def pytest_configure(config: pytest.Config) -> None:
     for folder, meaning in _FOLDERS.items():
         config.addinivalue_line("markers", f"{folder}: {meaning} (set by the folder)")
     try:
-        config.stash[_BROKER] = brokers.choose(os.environ.get(brokers.VARIABLE, "auto"))
+        config.stash[brokers.CHOSEN] = brokers.choose(os.environ.get(brokers.VARIABLE, "auto"))
     except (brokers.ToolMissing, ValueError) as error:
         raise pytest.UsageError(str(error)) from None
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return f"broker: {config.stash[_BROKER].label}"
+    return f"broker: {config.stash[brokers.CHOSEN].label}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -53,14 +52,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for folder in folders.keys() & set(item.path.parents):
             item.add_marker(folders[folder])
         _forbid_servers_to_unit_tests(item)
-    _skip_without_kafka(config.stash[_BROKER], items)
+    _skip_without_kafka(config.stash[brokers.CHOSEN], items)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     config = session.config
     if not config.option.collectonly and any("kafka" in _fixtures(item) for item in session.items):
         # Now, so that no test's time limit has to cover a download.
-        brokers.prepare(config.stash[_BROKER])
+        brokers.prepare(config.stash[brokers.CHOSEN])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -102,7 +101,7 @@ def lifeline() -> Iterator[Lifeline]:
 @pytest.fixture(scope="session")
 def kafka(pytestconfig: pytest.Config, lifeline: Lifeline, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kafka]:
     """The broker of the header: `bootstrap`, `kind`, `transactions`. All tests share it; see `unique_topic`."""
-    kind = pytestconfig.stash[_BROKER]
+    kind = pytestconfig.stash[brokers.CHOSEN]
     with _server_directory(tmp_path_factory, "kafka") as directory, brokers.run(kind, directory, lifeline) as broker:
         yield broker
 

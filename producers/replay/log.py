@@ -132,11 +132,14 @@ def _pin_topic(config: dict[str, Any], topic: str, window: Window) -> list[Offse
 
 
 def _find_kept_since(admin: AdminClient, topic: str) -> int:
-    """From when on the topic keeps every record, in ms since the epoch: now, where it goes by size as well."""
+    """From when on the topic keeps every record, in ms since the epoch.
+
+    Now, where retention also goes by size, or where the broker does not say: the embedded one lists no defaults.
+    """
     resource = ConfigResource(ResourceType.TOPIC, topic)
     described = admin.describe_configs([resource], request_timeout=_BROKER_SECONDS)[resource].result()
     now = int(time.time() * 1000)
-    if int(described["retention.bytes"].value) >= 0:
+    if not {"retention.bytes", "retention.ms"} <= described.keys() or int(described["retention.bytes"].value) >= 0:
         return now
     retention = int(described["retention.ms"].value)
     return now - retention if retention >= 0 else 0

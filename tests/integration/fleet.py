@@ -253,24 +253,21 @@ def await_that(look: Callable[[], _Found], what: str, seconds: float = PATIENCE_
 
 
 @contextmanager
-def running_fleet(
-    kafka: Kafka, postgres: Postgres, store: ObjectStore, lifeline: Lifeline, folder: Path
-) -> Iterator[Fleet]:
-    """A fleet without executors yet, on databases of its own."""
+def running_fleet(kafka: Kafka, postgres: Postgres, store: ObjectStore, folder: Path) -> Iterator[Fleet]:
+    """A fleet without executors yet, on databases of its own. An embedded `kafka` is `own_broker`'s."""
     with ExitStack() as stack:
-        own = kafka if kafka.transactions else stack.enter_context(_own_broker(folder, lifeline))
-        stack.enter_context(_groups_at_the_end(own))
+        stack.enter_context(_groups_at_the_end(kafka))
         urls = {name: _make_database(postgres, f"fleet_{name}", stack) for name in ("data", "state")}
         upgrade_data(urls["data"])
         upgrade_state(urls["state"])
         create_platform_tables(urls["state"])
-        fleet = Fleet(folder, _environment(own, urls, store), own, store)
+        fleet = Fleet(folder, _environment(kafka, urls, store), kafka, store)
         stack.callback(fleet.close)
         yield fleet
 
 
 @contextmanager
-def _own_broker(folder: Path, lifeline: Lifeline) -> Iterator[Kafka]:
+def own_broker(folder: Path, lifeline: Lifeline) -> Iterator[Kafka]:
     """The embedded broker is up at once, and whatever other tests wrote is not in it."""
     broker = Broker(folder / "kafka", folder / "kafka.log", lifeline)
     broker.start()

@@ -273,7 +273,7 @@ async def test_an_executor_that_was_stopped_and_wakes_loses_and_doubles_nothing(
 
         await _until(missed)
         stopped.process.send_signal(signal.SIGCONT)
-        await stopped.until(lambda: stopped.says("lost [("))
+        await stopped.until(lambda: any(_lost_some(line) for line in stopped.log))
         # It is given partitions again, and works.
         await stopped.until(lambda: _assigned_after_loss(stopped.log))
         place.submit(40)
@@ -295,9 +295,12 @@ async def _count_members(place: Place) -> int:
 
 
 def _assigned_after_loss(log: list[dict[str, Any]]) -> bool:
-    events = [str(line["event"]) for line in log]
-    last_loss = max(place for place, event in enumerate(events) if event.startswith("lost [("))
-    return any(event.startswith("assigned [(") for event in events[last_loss:])
+    last_loss = max(place for place, line in enumerate(log) if _lost_some(line))
+    return any(line["event"] == "partitions assigned" and line["partitions"] for line in log[last_loss:])
+
+
+def _lost_some(line: dict[str, Any]) -> bool:
+    return line["event"] == "partitions lost" and bool(line["partitions"])
 
 
 async def test_a_group_changes_its_protocol_once_the_last_of_the_old_has_left(place: Place) -> None:

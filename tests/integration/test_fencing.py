@@ -3,6 +3,7 @@
 import signal
 import uuid
 from collections.abc import Iterator
+from contextlib import ExitStack
 from datetime import datetime
 from typing import Any
 
@@ -14,7 +15,7 @@ from queryd.events import ErrorCode, QueryStatusChanged, Status
 from service.embedded.object_store import ObjectStore
 from service.embedded.postgres import Postgres
 from service.embedded.servers import Lifeline
-from tests.integration.fleet import PATIENCE_SECONDS, Fleet, Service, await_that, running_fleet
+from tests.integration.fleet import PATIENCE_SECONDS, Fleet, Service, await_that, own_broker, running_fleet
 from tests.servers.kafka import Kafka
 
 ORG = "6a1f7f4e-3f0e-4f5c-9d55-0d6f1f2f9a10"
@@ -34,8 +35,9 @@ def whole_fleet(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Fleet]:
     folder = tmp_path_factory.mktemp("fleet")
-    with running_fleet(kafka, postgres_server, object_store_server, lifeline, folder) as fleet:
-        yield fleet
+    with ExitStack() as stack:
+        own = kafka if kafka.transactions else stack.enter_context(own_broker(folder, lifeline))
+        yield stack.enter_context(running_fleet(own, postgres_server, object_store_server, folder))
 
 
 @pytest.fixture

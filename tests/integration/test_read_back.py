@@ -3,19 +3,19 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from confluent_kafka import Consumer
+from confluent_kafka import Consumer, Producer
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
 from producers import read_back
-from producers.read_back import EndNotReached, read_to_end
+from producers.read_back import EndNotReached, read_ends, read_to_end
 from service.embedded.broker import Broker
 from service.embedded.servers import Lifeline
 from tests.integration.records import config_of, write
@@ -23,6 +23,8 @@ from tests.servers.kafka import Kafka
 
 # Longer than a second, in which an idle reader might take silence for the end.
 _STALL_SECONDS = 2.5
+# A guard against hanging only.
+_PATIENCE_SECONDS = 60.0
 
 
 @pytest.fixture
@@ -115,3 +117,52 @@ def _read(config: dict[str, Any], topic: str, starts: dict[int, int]) -> set[str
     keys = [(message.key() or b"").decode() for message in read_to_end(config, "test-read-back", topic, starts)]
     assert len(keys) == len(set(keys))
     return set(keys)
+
+
+# Where a topic ends.
+
+
+@pytest.mark.parametrize("written", [1, 7, 1_000])
+def test_the_end_is_behind_the_last_record_however_it_was_written(own_broker: Broker, written: int) -> None:
+    """The embedded broker's answer to ListOffsets is where the last batch begins."""
+    _judge_ends({"bootstrap.servers": own_broker.bootstrap}, f"ends.{written}", written)
+
+
+def test_the_end_is_right_on_the_broker_of_the_test_run(kafka: Kafka, unique_topic: Callable[..., str]) -> None:
+    _judge_ends(config_of(kafka), unique_topic(3), 1_000, made=True)
+
+
+def _judge_ends(config: dict[str, Any], topic: str, written: int, *, made: bool = False) -> None:
+    if not made:
+        admin = AdminClient(config)
+        admin.create_topics([NewTopic(topic, 3, replication_factor=1)])[topic].result(_PATIENCE_SECONDS)
+    producer = Producer(config)
+    for _ in range(written):
+        producer.produce(topic, b"a record", partition=0)
+        producer.produce(topic, b"a record", partition=2)
+    assert producer.flush(_PATIENCE_SECONDS) == 0
+    # One more, in a batch of its own.
+    producer.produce(topic, b"a record", partition=2)
+    assert producer.flush(_PATIENCE_SECONDS) == 0
+    assert read_ends(config, topic) == {0: written, 1: 0, 2: written + 1}
+
+
+def test_the_end_is_found_while_somebody_writes(kafka: Kafka, unique_topic: Callable[..., str]) -> None:
+    config, topic = config_of(kafka), unique_topic()
+    producer, stopping = Producer(config | {"linger.ms": 1}), threading.Event()
+
+    def write_on() -> None:
+        while not stopping.is_set():
+            producer.produce(topic, b"a record")
+            producer.poll(0.001)
+
+    writing = threading.Thread(target=write_on)
+    writing.start()
+    try:
+        ends = [read_ends(config, topic)[0] for _ in range(5)]
+    finally:
+        stopping.set()
+        writing.join()
+    assert producer.flush(_PATIENCE_SECONDS) == 0
+    assert ends == sorted(ends)
+    assert ends[-1] <= read_ends(config, topic)[0]

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+import pytest
+
 from service.embedded.broker import Broker
 from service.embedded.servers import Lifeline
 from tests.servers.apache_kafka import ApacheKafka, resolve_classpath
@@ -41,6 +43,10 @@ class Kind(StrEnum):
             Kind.DOCKER: f"Apache Kafka {VERSION} (Docker)",
             Kind.EMBEDDED: "embedded (no transactions, no watermarks)",
         }[self]
+
+
+# Which one the tests of this run were given.
+CHOSEN = pytest.StashKey[Kind]()
 
 
 class ToolMissing(RuntimeError):

@@ -8,7 +8,10 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.metrics_core import Metric
 
-from telemetry.metrics import LABELS, METRICS, SUCCEEDED, Metrics
+from db.data.cancellations import CancelOutcome
+from producers.dead_letters import DeadCode
+from queryd.events import ErrorCode, Mode
+from telemetry.metrics import CANCEL_OUTCOMES, CHILDREN, DEAD_CODES, LABELS, METRICS, SUCCEEDED, Metrics
 
 # What a query may spend on being counted.
 _QUERY_SECONDS = 0.0001
@@ -59,6 +62,40 @@ def test_no_metric_has_a_label_outside_the_list(metrics: Metrics) -> None:
 
 def test_no_label_is_an_id_an_org_or_sql() -> None:
     assert not [label for label in LABELS if re.search(r"id|org|user|task|sql|key|name|host|worker", label)]
+
+
+def test_every_series_whose_labels_are_known_exists_from_the_start(metrics: Metrics) -> None:
+    """`increase()` does not see the first count of a series that appears with it."""
+    before = _series(metrics)
+    for mode in Mode:
+        metrics.start_attempt(mode, 0.5)
+        with metrics.running(mode):
+            for code in (None, *ErrorCode):
+                metrics.end_query(mode, code, total_seconds=1.0, run_ms=250, result_bytes=1_000, rows=10)
+    for code in DeadCode:
+        metrics.bury(code)
+    for outcome in CancelOutcome:
+        metrics.cancel(outcome)
+    for child in CHILDREN:
+        metrics.restart_child(child)
+    metrics.lose_lease()
+    metrics.publish([0.1])
+    metrics.project(1)
+    assert _series(metrics) == before
+
+
+def test_the_words_that_telemetry_repeats_are_those_of_their_packages() -> None:
+    assert set(DEAD_CODES) == {code.value for code in DeadCode}
+    assert set(CANCEL_OUTCOMES) == {outcome.value for outcome in CancelOutcome}
+
+
+def _series(metrics: Metrics) -> set[tuple[str, frozenset[tuple[str, str]]]]:
+    return {
+        (sample.name, frozenset(sample.labels.items()))
+        for family in metrics.registry.collect()
+        for sample in family.samples
+        if not sample.name.startswith("process_")
+    }
 
 
 def test_every_name_is_ours_and_is_explained(metrics: Metrics) -> None:

@@ -1,4 +1,8 @@
-"""One executor with its relay, which all tests of replays share: each has an org of its own."""
+"""One executor with its relay on each broker, which all tests of replays share: each has an org of its own.
+
+The command line runs on the broker of the test run and on the embedded one, which has other ends, other settings and
+no transactions; a test that is marked `needs_kafka` runs on the first only.
+"""
 
 from collections.abc import Iterator
 
@@ -7,9 +11,29 @@ import pytest
 from service.embedded.object_store import ObjectStore
 from service.embedded.postgres import Postgres
 from service.embedded.servers import Lifeline
-from tests.integration.fleet import Fleet, running_fleet
+from tests.integration.fleet import Fleet, own_broker, running_fleet
 from tests.integration.replay.commands import CommandLine
-from tests.servers.kafka import Kafka
+from tests.servers.kafka import CHOSEN, Kafka, Kind
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "kafka" in metafunc.fixturenames:
+        real = metafunc.definition.get_closest_marker("needs_kafka") is not None
+        chosen = metafunc.config.stash[CHOSEN]
+        kinds = [chosen] if real or chosen is Kind.EMBEDDED else [chosen, Kind.EMBEDDED]
+        metafunc.parametrize("kafka", kinds, indirect=True, scope="package", ids=str)
+
+
+@pytest.fixture(scope="package")
+def kafka(
+    request: pytest.FixtureRequest, kafka: Kafka, lifeline: Lifeline, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Kafka]:
+    """The broker of the test run, or an embedded one that is the fleet's own."""
+    if request.param is not Kind.EMBEDDED:
+        yield kafka
+    else:
+        with own_broker(tmp_path_factory.mktemp("embedded"), lifeline) as own:
+            yield own
 
 
 @pytest.fixture(scope="package")
@@ -17,11 +41,10 @@ def fleet(
     kafka: Kafka,
     postgres_server: Postgres,
     object_store_server: ObjectStore,
-    lifeline: Lifeline,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Fleet]:
     folder = tmp_path_factory.mktemp("replays")
-    with running_fleet(kafka, postgres_server, object_store_server, lifeline, folder) as fleet:
+    with running_fleet(kafka, postgres_server, object_store_server, folder) as fleet:
         fleet.man(1)
         yield fleet
 

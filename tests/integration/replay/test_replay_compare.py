@@ -4,7 +4,6 @@ import io
 
 import psycopg
 import pyarrow as pa
-import pytest
 from pyarrow import parquet
 
 from queryd.events import Mode
@@ -12,8 +11,6 @@ from tests.integration.fleet import Fleet
 from tests.integration.queries import make_request, new_id
 from tests.integration.replay.commands import CommandLine, await_terminal, publish, stretch
 from tests.servers.kafka import Kafka
-
-pytestmark = pytest.mark.needs_kafka
 
 _QUERIES, _CHANGED = 200, 3
 

@@ -25,8 +25,6 @@ from tests.integration.replay.commands import (
 )
 from tests.servers.kafka import Kafka
 
-pytestmark = pytest.mark.needs_kafka
-
 _REQUESTS = 40
 # Days of a core.
 _ENDLESS = "SELECT count(*) FROM range(0, 9000000) AS a(i), range(0, 9000000) AS b(j) WHERE (i * j) % 7 = 3"

@@ -17,8 +17,6 @@ from tests.integration.records import PATIENCE_SECONDS, config_of, headers_of, w
 from tests.integration.replay.commands import CommandLine, await_terminal, find_copies, publish, read_records, stretch
 from tests.servers.kafka import Kafka
 
-pytestmark = pytest.mark.needs_kafka
-
 _LETTERS, _MENDED = 500, 450
 # Only one lane is asked for: it has a slot that no other test uses.
 _LANE = Topic.REQUESTS_INTERACTIVE

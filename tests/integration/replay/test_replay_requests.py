@@ -25,8 +25,6 @@ from tests.integration.replay.commands import (
 )
 from tests.servers.kafka import Kafka
 
-pytestmark = pytest.mark.needs_kafka
-
 _MANY = 10_000
 # These run, and have results; the rest name a saved query that is not there, and end as they are admitted.
 _WITH_RESULTS = 30
@@ -48,6 +46,8 @@ def _publish_many(kafka: Kafka, org_id: str) -> Stretch:
     return span
 
 
+# Ten thousand requests are for a broker that keeps them on disk.
+@pytest.mark.needs_kafka
 def test_ten_thousand_finished_requests_change_nothing_and_a_killed_replay_goes_on(
     fleet: Fleet, queryd: CommandLine, kafka: Kafka
 ) -> None:

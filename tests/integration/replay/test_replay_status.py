@@ -24,8 +24,6 @@ from tests.integration.replay.commands import (
 )
 from tests.servers.kafka import Kafka
 
-pytestmark = pytest.mark.needs_kafka
-
 
 def _run_some(fleet: Fleet, kafka: Kafka, org_id: str, count: int = 6) -> Stretch:
     with stretch() as span:
@@ -176,6 +174,8 @@ def test_an_empty_match_is_refused(queryd: CommandLine, kafka: Kafka) -> None:
     assert "queryd: " in queryd.refuse("requests", *span.options, "--org", new_id())
 
 
+# The embedded broker removes no records.
+@pytest.mark.needs_kafka
 def test_a_window_beyond_retention_is_refused(fleet: Fleet, queryd: CommandLine, kafka: Kafka) -> None:
     org_id = new_id()
     with stretch() as span:
