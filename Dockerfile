@@ -30,8 +30,8 @@ ENV PATH=/opt/queryd/bin:$PATH \
 
 USER 10001:10001
 WORKDIR /var/lib/queryd
-# Results are made and queries spill here: a disk, not the container's own layer.
-VOLUME /var/lib/queryd/scratch
+# An executor makes results and spills in QUERYD_SCRATCH: mount a disk there. It is no VOLUME, for that would give an
+# anonymous volume to every container, of the other services and of each command too.
 EXPOSE 8080
 
 # The image has no curl. An executor on a busy machine takes some 10 s to start; whatever the proxy, this is loopback.

@@ -25,7 +25,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 IMAGE = f"queryd:{PROJECT['project']['version']}"
 FILE: dict[str, Any] = yaml.safe_load(COMPOSE.read_text(encoding="utf-8"))
 SERVICES: dict[str, dict[str, Any]] = FILE["services"]
-OURS = sorted(name for name, service in SERVICES.items() if "build" in service)
+OURS = sorted(name for name, service in SERVICES.items() if service["image"] == IMAGE)
 ONCE = sorted(name for name, service in SERVICES.items() if service["restart"] == "no")
 STAYING = sorted(SERVICES.keys() - set(ONCE))
 # `${NAME:-default}`, and `$$`, which is a `$`.
@@ -44,7 +44,7 @@ def _texts(value: Any) -> list[str]:
 
 
 def test_it_has_what_queryd_needs_and_what_it_is() -> None:
-    assert set(STAYING) == {"kafka", "data", "state", "s3", "executor", "relay", "projector"}
+    assert set(STAYING) == {"kafka", "data", "state", "store", "s3", "executor", "relay", "projector"}
     assert set(ONCE) == {"upgrade", "platform", "topics", "bucket", "cli"}
     assert SERVICES["executor"]["scale"] >= 2
     assert SERVICES["relay"]["scale"] == 2
@@ -73,10 +73,22 @@ def test_nothing_starts_before_what_it_needs(name: str) -> None:
     assert ("platform" in waits_for) == (name == "projector")
 
 
+def test_one_service_builds_the_image_and_everything_of_ours_waits_for_it_or_for_what_is_no_image_of_ours() -> None:
+    """Compose builds services in parallel: two that export one tag fail with "already exists"."""
+    built = [service["image"] for service in SERVICES.values() if "build" in service]
+    assert built == [IMAGE]
+    # Compose would look for it in Docker's registry before it builds it.
+    assert all(SERVICES[name]["pull_policy"] == "never" for name in OURS)
+    assert all("pull_policy" not in SERVICES[name] for name in SERVICES.keys() - set(OURS))
+    # What is started alone brings the service that builds along.
+    [builder] = [name for name, service in SERVICES.items() if "build" in service]
+    assert all(builder in SERVICES[name]["depends_on"] for name in [*(set(OURS) & set(STAYING)), "cli"])
+
+
 @pytest.mark.parametrize("name", sorted(SERVICES))
 def test_every_image_is_of_a_fixed_version(name: str) -> None:
     image = SERVICES[name]["image"]
-    assert re.fullmatch(r"[a-z]+(/[a-z]+)?:[0-9]+\.[0-9]+(\.[0-9]+)?", image)
+    assert re.fullmatch(r"[a-z]+(/[a-z]+)?:[0-9]+\.[0-9]+(\.[0-9]+)?(-alpine)?", image)
     assert (image == IMAGE) == (name in OURS)
 
 
@@ -99,7 +111,7 @@ def test_kafka_is_the_version_that_the_tests_run_on(place: str) -> None:
 
 def test_the_s3_server_is_the_version_that_the_tests_run_on() -> None:
     (pinned,) = (each for each in PROJECT["project"]["optional-dependencies"]["embedded"] if "seaweedfs" in each)
-    assert SERVICES["s3"]["image"] == f"chrislusf/seaweedfs:{pinned.partition('==')[2]}"
+    assert SERVICES["store"]["image"] == f"chrislusf/seaweedfs:{pinned.partition('==')[2]}"
 
 
 def test_our_services_are_told_settings_that_exist() -> None:
@@ -108,7 +120,7 @@ def test_our_services_are_told_settings_that_exist() -> None:
     told |= set(re.findall(r"\b(QUERYD_[A-Z_]+)=", DOCKERFILE))
     assert told >= {"QUERYD_DATA_URL", "QUERYD_SCRATCH", "QUERYD_HTTP_PORT"}
     assert {name for name in told if name.startswith("QUERYD_")} <= settings
-    assert {name for name in told if not name.startswith("QUERYD_")} == {
+    assert {name for name in told if not name.startswith(("QUERYD_", "OTEL_"))} == {
         "AWS_ACCESS_KEY_ID",
         "AWS_ENDPOINT_URL",
         "AWS_REGION",
@@ -127,10 +139,23 @@ def test_the_settings_are_valid_as_they_stand(monkeypatch: pytest.MonkeyPatch) -
     assert settings.datasets_access_key_id is not None
 
 
+# Settings that a container gets otherwise: from the image, or from another service's name and port.
+_FIXED = {"SCRATCH", "HTTP_HOST", "HTTP_PORT", "RELAY_TRANSACTIONS"}
+
+
 @pytest.mark.parametrize("name", OURS)
-def test_a_schema_registry_is_passed_on_and_is_none_by_default(name: str) -> None:
-    passed_on = {variable for variable, value in SERVICES[name]["environment"].items() if value is None}
-    assert passed_on == {"QUERYD_SCHEMA_REGISTRY_URL", "QUERYD_SCHEMA_REGISTRY_OPTIONS"}
+def test_every_setting_passes_through_and_is_unset_by_default(name: str) -> None:
+    told: dict[str, str | None] = SERVICES[name]["environment"]
+    assert told.keys() >= {f"QUERYD_{field.upper()}" for field in Settings.model_fields if field.upper() not in _FIXED}
+    given = {variable for variable, value in told.items() if value is not None}
+    passed_on = told.keys() - given
+    # An empty text would be a wrong value of nearly every one of them.
+    assert all(variable.startswith(("QUERYD_", "OTEL_")) for variable in passed_on)
+    assert not [variable for variable in passed_on if variable.startswith("QUERYD_") and _is_required(variable)]
+
+
+def _is_required(variable: str) -> bool:
+    return Settings.model_fields[variable.removeprefix("QUERYD_").lower()].is_required()
 
 
 def test_the_time_to_stop_is_longer_than_the_drain() -> None:
@@ -147,7 +172,7 @@ def test_every_secret_can_be_overridden_and_none_comes_from_the_users_own_aws() 
         for variable, value in service.get("environment", {}).items():
             if re.search(r"PASSWORD|SECRET|KEY_ID", variable):
                 assert VARIABLE.fullmatch(value), (name, variable)
-            if variable.endswith("_URL") and variable.startswith("QUERYD_D"):
+            if value is not None and variable.endswith("_URL") and variable.startswith("QUERYD_D"):
                 assert "PASSWORD:-" in value
     read = {found[1] for text in _texts(FILE) for found in VARIABLE.findall(text)}
     # Every `$` is one of `${NAME:-default}`.
@@ -158,13 +183,49 @@ def test_every_secret_can_be_overridden_and_none_comes_from_the_users_own_aws() 
 def test_every_port_is_on_loopback_and_can_be_moved() -> None:
     for name, service in SERVICES.items():
         for port in service.get("ports", ()):
-            assert re.fullmatch(r"127\.0\.0\.1:\$\{[A-Z0-9]+_PORT:-[0-9]+\}:[0-9]+", port), name
+            if name in OURS:
+                # A free one for each container: a fixed one fails for the second, as does a range.
+                assert port == "127.0.0.1::8080"
+            else:
+                assert "scale" not in service
+                assert re.fullmatch(r"127\.0\.0\.1:\$\{[A-Z0-9]+_PORT:-[0-9]+\}:[0-9]+", port), name
+
+
+def test_health_and_metrics_of_every_service_are_published() -> None:
+    port = re.search(r"QUERYD_HTTP_PORT=(\d+)", DOCKERFILE)
+    assert port is not None
+    for name in set(OURS) & set(STAYING):
+        assert SERVICES[name]["ports"] == [f"127.0.0.1::{port[1]}"], name
+
+
+def test_nothing_that_runs_sql_reaches_the_store_but_by_the_port_that_asks_for_a_key() -> None:
+    """The S3 server's master, volumes, filer and gRPC ports ask for none, and listen on the network `store`."""
+    assert set(FILE["networks"]) == {"default", "store"}
+    assert {name for name, service in SERVICES.items() if "store" in service.get("networks", ())} == {"store", "s3"}
+    assert SERVICES["store"]["networks"] == ["store"]
+    assert "ports" not in SERVICES["store"]
+    assert not [name for name in SERVICES if "network_mode" in SERVICES[name] or "extra_hosts" in SERVICES[name]]
+    assert SERVICES["s3"]["volumes"] == ["./deploy/s3-port.conf:/etc/nginx/nginx.conf:ro"]
+    passed_on = (ROOT / "deploy" / "s3-port.conf").read_text(encoding="utf-8")
+    assert re.findall(r"^\s*(?:listen|default|proxy_pass) (\S+);", passed_on, re.MULTILINE) == [
+        "store:8333",
+        "8333",
+        "$store",
+    ]
+    script = (ROOT / "deploy" / "s3.sh").read_text(encoding="utf-8")
+    assert "-s3.port=8333" in script
+    assert SERVICES["executor"]["environment"]["AWS_ENDPOINT_URL"] == "http://s3:8333"
 
 
 def test_what_is_durable_lies_in_named_volumes() -> None:
     mounted = {volume.partition(":")[0] for service in SERVICES.values() for volume in service.get("volumes", ())}
     assert {each for each in mounted if not each.startswith("./")} == FILE["volumes"].keys()
-    assert {each for each in mounted if each.startswith("./")} == {"./deploy"}
+    assert all((ROOT / each).exists() for each in mounted if each.startswith("./"))
+    scratch = re.search(r"QUERYD_SCRATCH=(\S+)", DOCKERFILE)
+    assert scratch is not None
+    assert SERVICES["executor"]["volumes"] == [f"scratch:{scratch[1]}"]
+    # A VOLUME of the image would be an anonymous one of every container that mounts nothing there.
+    assert "\nVOLUME" not in DOCKERFILE
     assert SERVICES["data"]["volumes"] == ["data:/var/lib/postgresql"]
     assert SERVICES["kafka"]["volumes"] == [f"kafka:{SERVICES['kafka']['environment']['KAFKA_LOG_DIRS']}"]
 
@@ -188,9 +249,8 @@ def test_the_image_runs_as_a_user_and_installs_what_is_pinned() -> None:
     assert DOCKERFILE.index("\nUSER ") < DOCKERFILE.index("\nENTRYPOINT ")
     assert "-c constraints.txt" in DOCKERFILE
     assert 'ENTRYPOINT ["queryd"]' in DOCKERFILE
-    scratch = re.search(r"QUERYD_SCRATCH=(\S+)", DOCKERFILE)
-    assert scratch is not None
-    assert f"\nVOLUME {scratch[1]}\n" in DOCKERFILE
+    # A volume that is mounted there for the first time gets the folder's owner.
+    assert "install -d -o queryd -g queryd -m 0700 /var/lib/queryd /var/lib/queryd/scratch" in DOCKERFILE
 
 
 def test_the_health_check_is_a_command_that_python_can_read() -> None:
@@ -210,6 +270,12 @@ def test_the_builder_gets_what_the_wheel_is_made_of_and_nothing_else() -> None:
     wheel = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert sent == {*wheel["packages"], *wheel["force-include"], "pyproject.toml", "constraints.txt", "README.md"}
     assert not any(fnmatch.fnmatch(secret, each) for secret in (".queryd", ".env", ".git", ".venv") for each in sent)
+
+
+@pytest.mark.parametrize("name", [".env", ".env.local", ".queryd/env"])
+def test_git_ignores_what_holds_passwords(name: str) -> None:
+    rules = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+    assert any(fnmatch.fnmatch(name.partition("/")[0], rule.rstrip("/")) for rule in rules if not rule.startswith("#"))
 
 
 def test_docker_compose_takes_it() -> None:
