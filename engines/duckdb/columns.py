@@ -18,6 +18,7 @@ _WORD = r"[^\W\d]\w*"
 _NAME = rf"{_WORD}(?: \w+)*"
 # A name, or a call of at most one name: what DuckDB makes of any other expression quotes the SQL.
 _TELLABLE = re.compile(rf"{_NAME}|{_WORD}\((?:{_NAME})?\)")
+_NUMBERED = re.compile(r"(.+)_\d+", re.DOTALL)
 _MAX_TOLD_NAME = 128
 # A shorter text stands in half of all names by chance.
 _LEAST_PART = 4
@@ -56,9 +57,13 @@ class Naming:
         """Whether the name is nobody's data, nor a piece of SQL."""
         if name in self.written:
             return True
-        if not self.has_pivot and _is_tellable(name) and not self.is_made_of_text(name):
+        if self.has_pivot:
+            return name in self._sources
+        if _is_tellable(name) and not self.is_made_of_text(name):
             return True
-        return name in self._sources
+        # DuckDB itself makes names unique in a subquery.
+        own = _NUMBERED.fullmatch(name)
+        return name in self._sources or (own is not None and (own[1] in self.written or own[1] in self._sources))
 
     def may_tell_field(self, name: str) -> bool:
         """The same of a field of a struct or a member of a union."""
