@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import PurePosixPath
 from typing import IO, Any
 
 import boto3
@@ -44,15 +45,32 @@ class ResultReader:
         body: bytes = self._s3.get_object(Bucket=_bucket(location), Key=key)["Body"].read()
         return body
 
-    def link(self, location: str, key: str) -> str:
-        """A presigned URL, good for one hour."""
-        url: str = self._s3.generate_presigned_url(
-            "get_object", Params={"Bucket": _bucket(location), "Key": key}, ExpiresIn=_LINK_SECONDS
-        )
+    def link(self, location: str, key: str, *, expires_at: datetime | None = None, file_name: str | None = None) -> str:
+        """A presigned URL, good for one hour or until `expires_at`, whichever is earlier.
+
+        Args:
+            location: Any URL of the object's bucket.
+            key: The object's key.
+            expires_at: When the object is removed, with its zone.
+            file_name: What a browser names the file that it saves: printable ASCII without `"`.
+
+        Raises:
+            ResultExpired: `expires_at` has passed.
+        """
+        seconds = _LINK_SECONDS
+        if expires_at is not None:
+            seconds = min(seconds, int((expires_at - datetime.now(UTC)).total_seconds()))
+            if seconds <= 0:
+                raise ResultExpired(f"the result expired at {expires_at.isoformat(timespec='seconds')}")
+        target = {"Bucket": _bucket(location), "Key": key}
+        if file_name is not None:
+            target["ResponseContentDisposition"] = f'attachment; filename="{file_name}"'
+        url: str = self._s3.generate_presigned_url("get_object", Params=target, ExpiresIn=seconds)
         return url
 
     def links(self, event: QueryStatusChanged) -> list[str]:
-        """A presigned URL of each of the result's files, good for one hour; nothing is looked at.
+        """A presigned URL of each of the result's files, good for one hour, or until the result expires if that is
+        earlier; nothing is looked at. A browser saves the files under the names of `download_names`.
 
         Raises `ResultInline` for a result that lies in its event, and `ResultExpired`.
         """
@@ -61,7 +79,10 @@ class ResultReader:
                 f"the result of {event.query_id} is in its event: read it with result(), or take the bytes of the "
                 "file from event.inline_result"
             )
-        return [self.link(location, file.key) for location, file in _files(event)]
+        return [
+            self.link(location, file.key, expires_at=event.expires_at, file_name=name)
+            for (location, file), name in zip(_files(event), download_names(event), strict=True)
+        ]
 
     def read_table(self, event: QueryStatusChanged) -> pa.Table:
         """The result that a `Succeeded` event announces; raises as `read_batches` does."""
@@ -105,6 +126,17 @@ class ResultReader:
             raise
         body.seek(0)
         return body
+
+
+def download_names(event: QueryStatusChanged) -> list[str]:
+    """A name for each of the result's files that tells it from others: `query-2026-11-30-0c7f3a52.csv`, by the day on
+    which the query ended (UTC) and the beginning of its id."""
+    stem = f"query-{event.occurred_at.astimezone(UTC):%Y-%m-%d}-{event.query_id[:8]}"
+    many = len(event.files) > 1
+    return [
+        f"{stem}{f'-{number}' if many else ''}{PurePosixPath(file.key).suffix}"
+        for number, file in enumerate(event.files, 1)
+    ]
 
 
 def _bucket(location: str) -> str:

@@ -245,6 +245,7 @@ def test_a_result_is_a_table_or_its_batches_or_links(
     [link] = handle.links(PATIENCE_SECONDS)
     assert "X-Amz-Expires=3600" in link
     with urllib.request.urlopen(link) as answer:  # noqa: S310 — the test's own store
+        assert answer.headers["Content-Disposition"].startswith('attachment; filename="query-')
         assert parquet.read_table(BytesIO(answer.read())).equals(TABLE)
 
 
