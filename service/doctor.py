@@ -22,9 +22,10 @@ from engines.duckdb.pool import DuckDBEngine
 from engines.duckdb.sandbox import Layers
 from engines.duckdb.settings import DuckDBSettings
 from engines.protocol import EngineUnavailable, Outage
-from queryd.events import Topic
+from queryd.events import OrgId, QueryId, Topic
 from queryd.outages import QUIET
 from queryd.registry import EVENT_OF_TOPIC, RegistryAway, RegistryRefused, registry_in_use
+from results.location import prefix
 from service.diagnosis import (
     OVERWRITES,
     PRECONDITION_FAILED,
@@ -185,8 +186,13 @@ def _examine_store(settings: Settings) -> Iterator[Finding]:
 
 
 def _try_conditional_put(client: Any, bucket: str) -> Iterator[Finding]:
-    """Put an object where there is none, which must succeed, and there again, which must not; then remove it."""
-    target = {"Bucket": bucket, "Key": f"doctor/{uuid.uuid4()}"}
+    """Put an object where there is none, which must succeed, and there again, which must not; then remove it.
+
+    Its key is that of a result of a query that nobody knows: credentials may be for these keys alone, and retention
+    removes what is left of an interrupted try.
+    """
+    org, query, token = (str(uuid.uuid4()) for _ in range(3))
+    target = {"Bucket": bucket, "Key": f"{prefix(OrgId(org), QueryId(query), 1, token)}doctor"}
     try:
         client.put_object(**target, Body=b"queryd doctor", IfNoneMatch="*")
     except ClientError as error:
