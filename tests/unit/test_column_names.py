@@ -16,7 +16,7 @@ from engines.duckdb.watch import Limits
 from engines.protocol import QueryFailed, Relation, RelationKind
 from queryd.column_types import parse_type
 from queryd.events import Column, ErrorCode, OutputFormat
-from tests.results.case import open_database
+from tests.result_values.case import open_database
 
 _CUSTOMERS = Relation("customers", RelationKind.PARQUET, "s3://bucket/customers/", "1")
 _SOURCES = {"id", "name", "amount", "Street Name", "order-id", "place", "key", "e-mail"}

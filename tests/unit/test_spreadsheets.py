@@ -13,7 +13,7 @@ from engines.duckdb.export import export
 from engines.duckdb.watch import Limits
 from queryd.events import OutputFormat
 from queryd.spreadsheets import write_for_spreadsheet
-from tests.results.case import open_database
+from tests.result_values.case import open_database
 from tests.unit.samples import QUICK
 
 

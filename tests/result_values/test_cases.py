@@ -14,7 +14,7 @@ from engines.duckdb.watch import Limits
 from engines.protocol import QueryFailed
 from queryd.events import ErrorCode, OutputFormat
 from queryd.tables import open_batches
-from tests.results.case import open_database
+from tests.result_values.case import open_database
 from tests.unit.samples import make_status
 
 _PARQUET, _CSV, _JSON = OutputFormat.PARQUET, OutputFormat.CSV, OutputFormat.JSON

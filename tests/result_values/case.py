@@ -23,8 +23,8 @@ from engines.protocol import QueryFailed
 from queryd import tables
 from queryd.errors import ResultUnreadable
 from queryd.events import ErrorCode, OutputFormat
-from tests.results import kinds
-from tests.results.kinds import INFINITY, INTEGERS, NEGATIVE_INFINITY, TIMESTAMPS, Kind
+from tests.result_values import kinds
+from tests.result_values.kinds import INFINITY, INTEGERS, NEGATIVE_INFINITY, TIMESTAMPS, Kind
 from tests.unit.samples import make_status
 
 _WIDE = 250

@@ -1,4 +1,4 @@
-"""`python -m tests.results --cases 20000 --seed 7`: a run, its counts, and exit code 1 if it found anything."""
+"""`python -m tests.result_values --cases 20000 --seed 7`: a run, its counts, and exit code 1 if it found anything."""
 
 import argparse
 import random
@@ -7,14 +7,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.results.case import Checker, make_case
+from tests.result_values.case import Checker, make_case
 
 _SHOWN = 20
 
 
 def main() -> int:
     """Run the cases, print what was done and every case that found something."""
-    parser = argparse.ArgumentParser(prog="python -m tests.results")
+    parser = argparse.ArgumentParser(prog="python -m tests.result_values")
     parser.add_argument("--cases", type=int, default=1_000)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
     parser.add_argument("--show", type=int, help="print the statement of the case of that number, and what it finds")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.results.case import Checker, make_case
-from tests.results.sabotage import SABOTAGES
+from tests.result_values.case import Checker, make_case
+from tests.result_values.sabotage import SABOTAGES
 
 # In CI the run may take a minute; a free core does 1,500 cases in that time, a busy one fewer.
 _CASES, _SECONDS = 1_500, 50.0
@@ -26,7 +26,7 @@ def test_a_case_is_made_again_by_its_seed_and_number() -> None:
 @pytest.mark.timeout(300)
 def test_every_value_of_every_type_is_exact_for_every_reader_or_refused(tmp_path: Path) -> None:
     seed = int(os.environ.get("QUERYD_TEST_SEED") or random.SystemRandom().randrange(2**32))
-    again = f"seed {seed}: python -m tests.results --seed {seed} --show "
+    again = f"seed {seed}: python -m tests.result_values --seed {seed} --show "
     print(again)
     checker, started = Checker(tmp_path), time.monotonic()
     for number in range(_CASES):
