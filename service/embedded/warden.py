@@ -30,12 +30,13 @@ from typing import NoReturn
 _CANNOT_START = 127
 _LINUX = sys.platform.startswith("linux")
 
-# From linux/prctl.h and linux/capability.h.
+# From linux/prctl.h, linux/securebits.h and linux/capability.h.
 _PR_SET_PDEATHSIG = 1
-_PR_SET_KEEPCAPS = 8
+_PR_SET_SECUREBITS = 28
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_CAP_AMBIENT = 47
 _PR_CAP_AMBIENT_RAISE = 2
+_SECBIT_NO_SETUID_FIXUP = 1 << 2
 _CAPABILITY_VERSION_3 = 0x20080522
 _CAP_DAC_OVERRIDE = 1
 
@@ -209,7 +210,9 @@ def _become(orders: Orders, warden: int) -> NoReturn:
 
 def _change_account(uid: int, gid: int, *, unhindered: bool) -> None:
     if unhindered:
-        _prctl(_PR_SET_KEEPCAPS, 1)
+        # Capabilities then survive the change of user. Without it access(2) would also ignore them for a user other
+        # than root, and Postgres asks access(2) about its own programs.
+        _prctl(_PR_SET_SECUREBITS, _SECBIT_NO_SETUID_FIXUP)
     os.setgroups([])
     os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)
