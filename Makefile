@@ -5,14 +5,26 @@ ARGS ?=
 SEED ?=
 VENV := .venv
 BIN := $(VENV)/bin
+# What `venv` writes goes here, and it is gone when the environment is whole.
+UNFINISHED := $(VENV)/unfinished
+# Python tells of Ctrl-C with a traceback; the shell then ends without another word.
+QUIETLY_INTERRUPTED := trap 'exit 130' INT;
 # The first Python that is new enough; name another with `make demo PYTHON=…`.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
+# Of the user's environment, what would give another Python, other packages or another place to install to.
+unexport PYTHONHOME PYTHONPATH PYTHONSTARTUP PYTHONWARNINGS PYTHONSAFEPATH PYTHONOPTIMIZE PYTHONPLATLIBDIR
+unexport PIP_USER PIP_TARGET PIP_PREFIX PIP_ROOT PIP_CONSTRAINT PIP_REQUIREMENT PIP_EDITABLE PIP_QUIET PIP_VERBOSE
+# A path may have letters outside of ASCII, whatever the locale says.
+export PYTHONUTF8 = 1
+
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
 .PHONY: demo up test check format lint types imports faults soak bench clean
 
 demo: $(VENV)/demo-installed
-	@$(BIN)/queryd demo $(ARGS)
+	@exec $(BIN)/queryd demo $(ARGS)
 
 up: $(VENV)/demo-installed
 	@exec $(BIN)/queryd up $(ARGS)
@@ -48,9 +60,11 @@ bench: $(VENV)/dev-installed
 clean:
 	rm -rf $(VENV) .queryd .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
-# An environment belongs to one Python and one place: neither survives an upgrade or a move. Its pip knows both.
+# An environment belongs to one Python and one place: neither survives an upgrade or a move. Its pip knows both. One that
+# was interrupted while it was made is made again.
 .PHONY: usable
 usable:
+	@test ! -e $(UNFINISHED) || rm -rf $(VENV)
 	@test ! -e $(VENV) || { $(BIN)/python -c 'import pip' && \
 		head -n 2 $(BIN)/pip | grep --quiet --fixed-strings "$$($(BIN)/python -c 'import sys; print(sys.prefix)')/bin/"; } 2>/dev/null || \
 		{ echo "$(VENV) was made by another Python, or in another place: make clean, and then this again" >&2; exit 1; }
@@ -58,14 +72,17 @@ usable:
 $(VENV)/bin/python: | usable
 	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo "queryd needs Python 3.11 or newer$(if $(PYTHON), and PYTHON=$(PYTHON) is not): install it or name it, make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "could not make $(VENV): on Debian and Ubuntu, apt install python3-venv" >&2; exit 1; }
+	@mkdir -p $(VENV) && touch $(UNFINISHED)
+	@$(QUIETLY_INTERRUPTED) $(PYTHON) -m venv $(VENV) 2>$(UNFINISHED) || \
+		{ cat $(UNFINISHED) >&2; rm -rf $(VENV); echo "could not make $(VENV): on Debian and Ubuntu, apt install python3-venv" >&2; exit 1; }
+	@rm $(UNFINISHED)
 
 $(VENV)/demo-installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	@echo "installing queryd and its demo into $(VENV) (about a minute, once)" >&2
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo]'
+	@$(QUIETLY_INTERRUPTED) $(INSTALL) -e '.[demo]'
 	@touch $@
 
 $(VENV)/dev-installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	@echo "installing queryd and its tests into $(VENV) (about a minute, once)" >&2
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(QUIETLY_INTERRUPTED) $(INSTALL) -e '.[dev]'
 	@touch $@

@@ -95,6 +95,15 @@ def bind(settings: Settings) -> socket.socket | None:
         raise WrongSetting(f"QUERYD_HTTP_PORT: can't listen on {host}, port {port}: {error.strerror}") from None
 
 
+def check_ports(settings: Settings, count: int) -> None:
+    """Raises `WrongSetting` unless the `count` ports from `QUERYD_HTTP_PORT` on can be had now."""
+    if settings.http_port:
+        for port in range(settings.http_port, settings.http_port + count):
+            listener = bind(settings.model_copy(update={"http_port": port}))
+            assert listener is not None
+            listener.close()
+
+
 @asynccontextmanager
 async def serving(app: Starlette, listener: socket.socket) -> AsyncIterator[None]:
     """Serve for as long as the context lasts; its end takes some 0.2 s, and 2 s at most. Closes the socket."""

@@ -21,6 +21,7 @@ from queryd.events import Mode
 from queryd.outages import QUIET
 from queryd.registry import OPTIONS_VARIABLE, use
 from service.cores import count_cores
+from service.environment import ADDRESSES, isolate, read_env_file
 from service.readiness import READY_VARIABLE
 
 STATE_DIRECTORY = Path(".queryd")
@@ -220,24 +221,25 @@ def describe_unknown(name: str, meant: str | None) -> str:
 
 
 def load_env_file() -> None:
-    """Take from `.queryd/env` what the environment does not say."""
-    for name, value in _read_env_file().items():
+    """Take from `.queryd/env` what the environment does not say.
+
+    Where that names no other server, the process works with the stack of the file: then what the shell has for other
+    programs (`AWS_PROFILE`, a proxy, `PGSERVICE`) is not for it.
+    """
+    told = read_env_file(ENV_FILE)
+    ours = [name for name in ADDRESSES if name in told and name.startswith(_PREFIX)]
+    # The file of a stack has them all.
+    if "AWS_ENDPOINT_URL" in told and all(os.environ.get(name, told[name]) == told[name] for name in ours):
+        isolate(settings=True)
+        os.environ.update({name: value for name, value in told.items() if name.startswith("AWS_")})
+    for name, value in told.items():
         os.environ.setdefault(name, value)
 
 
 def are_of_the_embedded_stack(*names: str) -> bool:
     """True when each of the variables stands in `.queryd/env`, and in the environment as it stands there."""
-    told = _read_env_file()
+    told = read_env_file(ENV_FILE)
     return all(name in told and os.environ.get(name) == told[name] for name in names)
-
-
-def _read_env_file() -> dict[str, str]:
-    """What `queryd up` has written; nothing where none is up."""
-    try:
-        lines = ENV_FILE.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return {}
-    return {name: value for name, separator, value in (line.partition("=") for line in lines) if separator}
 
 
 def load_settings() -> Settings:

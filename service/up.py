@@ -3,7 +3,6 @@
 import asyncio
 import fcntl
 import os
-import secrets
 import signal
 import sys
 import time
@@ -20,8 +19,11 @@ from db.migrations.upgrade import upgrade_data, upgrade_state
 from db.state.platform import create_platform_tables
 from processes.lifeline import LIFELINE_VARIABLE
 from queryd.__main__ import room_command
+from service.embedded.postgres import read_or_make_password
 from service.embedded.servers import Lifeline
 from service.embedded.stack import EmbeddedStack
+from service.environment import write_env_lines
+from service.http import check_ports
 from service.readiness import READY_VARIABLE
 from service.run import Service, http_variables
 from service.settings import load_settings
@@ -35,6 +37,8 @@ _DRAIN_SECONDS = 5.0
 _SERVICES_SECONDS = 9.0
 # A group member joins the embedded broker after half its session timeout.
 _SESSION_SECONDS = 6.0
+# What a service ends with for a setting that is wrong.
+_WRONG_SETTING = 2
 # A service that dies at once would otherwise be started as fast as the machine can.
 _RESTART_SECONDS = 0.5
 # A cold start on two busy cores takes some 10 s; without an answer for this long something is wrong.
@@ -49,7 +53,8 @@ class Stack:
     """The embedded servers with queryd's databases, bucket and topics in them, and `.queryd/env` to find them by."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
+        # Services and shells that have been elsewhere meanwhile find it too.
+        self.directory = directory.resolve()
         self._lock: int | None = None
         self._outside_kafka = os.environ.get("QUERYD_KAFKA_BOOTSTRAP")
         self.servers: EmbeddedStack | None = None
@@ -57,7 +62,11 @@ class Stack:
     def start(self) -> None:
         """Start the servers and set this process's environment to them; raises `UpFailed`."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.directory)
+        self._lock = lock_folder(self.directory / "lock")
+        if self._lock is None:
+            raise UpFailed(
+                f"another queryd runs in {_shorten(self.directory)}: stop it first, or work in another directory"
+            )
         (self.directory / "env").unlink(missing_ok=True)
         self.servers = EmbeddedStack(self.directory, broker=self._outside_kafka is None)
         self.servers.start()
@@ -65,8 +74,20 @@ class Stack:
         os.environ.update(variables)
         settings = load_settings()
         apply_topics(settings.kafka, settings.partitions, settings.replication)
-        lines = [f"{name}={value}\n" for name, value in variables.items()]
-        _write_atomically(self.directory / "env", "".join(lines))
+        _write_atomically(self.directory / "env", write_env_lines(variables))
+
+    async def run_start(self) -> None:
+        """The same, on a thread. Where the task is cancelled meanwhile, what has started is killed first."""
+        starting = asyncio.create_task(asyncio.to_thread(self.start))
+        try:
+            await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            if self.servers is not None:
+                self.servers.kill()
+            await asyncio.wait({starting})
+            # It has failed, and why is known.
+            starting.exception()
+            raise
 
     def stop(self) -> None:
         """Stop the servers; their data stays. Without the lock nothing here is ours."""
@@ -85,7 +106,8 @@ class Stack:
         upgrade_data(postgres.url("data"))
         upgrade_state(postgres.url("state"))
         create_platform_tables(postgres.url("state"))
-        password = secrets.token_urlsafe(24)
+        # Kept over restarts, as addresses are: what a shell was told stays true.
+        password = read_or_make_password(self.directory / "postgres" / "reader-password")
         prepare_datasets_database(postgres.url("datasets"), password)
         variables = {
             "QUERYD_KAFKA_BOOTSTRAP": self._outside_kafka or _bootstrap(servers),
@@ -103,7 +125,7 @@ class Stack:
         profile = {
             "QUERYD_DRAIN_SECONDS": str(_DRAIN_SECONDS),
             "QUERYD_KAFKA_SESSION_TIMEOUT": str(_SESSION_SECONDS),
-            "QUERYD_SCRATCH": str((self.directory / "scratch").resolve()),
+            "QUERYD_SCRATCH": str(self.directory / "scratch"),
         }
         if self._outside_kafka is None:
             # The embedded broker accepts transactions and shows aborted records all the same.
@@ -143,6 +165,9 @@ class Supervisor:
             code = await process.wait()
             if self._stopping.is_set():
                 return
+            if code == _WRONG_SETTING:
+                # It has said which, and another start would say it again.
+                raise UpFailed(f"{service.value} can't start with these settings, see above")
             _log.warning(LogEvent.SERVICE_RESTARTED, service=service.value, exit_code=code)
             await asyncio.sleep(_RESTART_SECONDS)
 
@@ -160,6 +185,8 @@ class Supervisor:
             stdout=self._log or sys.stderr,
             stderr=self._log,
             pass_fds=(self._lifeline.read_end,),
+            # Ctrl-C in a terminal is for us alone: it would end a service while it still imports.
+            start_new_session=True,
         )
         self._processes[service] = process
         _write_atomically(self._run_directory / f"{service.value}.pid", f"{process.pid}\n")
@@ -170,6 +197,9 @@ class Supervisor:
         waiting = set(self._services)
         while waiting:
             waiting = {service for service in waiting if not self._ready_file(service).exists()}
+            for keeper in self._keepers:
+                if keeper.done():
+                    keeper.result()
             if time.monotonic() > deadline:
                 raise UpFailed(
                     f"not ready after {_READY_SECONDS:.0f} s: {', '.join(sorted(waiting))}; see the log above"
@@ -181,9 +211,10 @@ class Supervisor:
         for process in self._processes.values():
             if process.returncode is None:
                 process.terminate()
-        await asyncio.wait(
-            [asyncio.create_task(process.wait()) for process in self._processes.values()], timeout=_SERVICES_SECONDS
-        )
+        if self._processes:
+            await asyncio.wait(
+                [asyncio.create_task(process.wait()) for process in self._processes.values()], timeout=_SERVICES_SECONDS
+            )
         # Whatever still runs is killed by the end of its lifeline.
         self._lifeline.close()
         for task in self._keepers:
@@ -199,30 +230,47 @@ class Supervisor:
 
 
 async def run_up(directory: Path) -> None:
-    """Start everything, print `ready`, and stay until SIGTERM or SIGINT; raises `UpFailed`."""
-    stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
+    """Start everything, print `ready`, and stay until SIGTERM or SIGINT; raises `UpFailed` and `WrongSetting`."""
+    cancel_on_signals()
     stack = Stack(directory)
     try:
-        await asyncio.to_thread(stack.start)
-        async with Supervisor(directory).running():
+        await stack.run_start()
+        # After the servers, which may have taken one of these ports themselves.
+        check_ports(load_settings(), len(Service))
+        async with Supervisor(stack.directory).running():
             print("ready", flush=True)
-            await _until_stopped(stopping, stack)
+            await _until_a_server_ends(stack)
+    except asyncio.CancelledError:
+        # Stopped, as it was asked.
+        return
     finally:
         await asyncio.to_thread(stack.stop)
 
 
-async def _until_stopped(stopping: asyncio.Event, stack: Stack) -> None:
+async def _until_a_server_ends(stack: Stack) -> None:
     assert stack.servers is not None
-    while not stopping.is_set():
-        if stack.servers.ended:
-            raise UpFailed(f"a server has ended: {', '.join(stack.servers.ended)}; its log is in .queryd/logs")
-        try:
-            await asyncio.wait_for(stopping.wait(), 1.0)
-        except TimeoutError:
-            continue
+    # Nothing tells of a server's end; once a second costs nothing.
+    while not stack.servers.ended:  # noqa: ASYNC110
+        await asyncio.sleep(1.0)
+    logs = _shorten(stack.directory / "logs")
+    raise UpFailed(f"a server has ended: {', '.join(stack.servers.ended)}; its log is in {logs}")
+
+
+def cancel_on_signals() -> None:
+    """Let the first SIGINT or SIGTERM cancel the current task; later ones change nothing, so that it can clean up."""
+    task = asyncio.current_task()
+    assert task is not None
+    signalled = False
+
+    def cancel() -> None:
+        nonlocal signalled
+        if not signalled:
+            signalled = True
+            task.cancel()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, cancel)
 
 
 def _bootstrap(servers: EmbeddedStack) -> str:
@@ -235,14 +283,21 @@ def _as_reader(url: str, password: str) -> str:
     return parts._replace(netloc=f"{READER}:{quote(password)}@{parts.hostname}:{parts.port}").geturl()
 
 
-def _lock(directory: Path) -> int:
-    lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+def lock_folder(path: Path) -> int | None:
+    """A lock on the file, made where it is missing: a descriptor to close, None where another process has it."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)
-        raise UpFailed(f"another queryd runs in {directory}: stop it first, or work in another directory") from None
+        return None
     return lock
+
+
+def _shorten(path: Path) -> str:
+    """As a person in the working directory would write it."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from service.cli import datasets, limits, operate, query, replay, retention, run, saved, watch
-from service.settings import WrongSetting, describe_unknown, find_unknown_variables
+from service.environment import describe_stale_stack
+from service.settings import WrongSetting, describe_unknown, find_unknown_variables, load_env_file
 
 app = typer.Typer(
     name="queryd",
@@ -25,8 +26,13 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+# What starts a stack or a service; each waits for its servers by itself.
+_STARTING = frozenset({"up", "demo", "run"})
+
+
 @app.callback()
 def start(
+    context: typer.Context,
     _version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -35,6 +41,11 @@ def start(
     unknown = find_unknown_variables()
     if unknown:
         print(f"queryd: ignored: {'; '.join(describe_unknown(*each) for each in unknown.items())}", file=sys.stderr)
+    if context.invoked_subcommand not in _STARTING and "--help" not in sys.argv:
+        load_env_file()
+        stale = describe_stale_stack()
+        if stale is not None:
+            raise WrongSetting(stale)
 
 
 run.add_commands(app)

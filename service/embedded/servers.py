@@ -14,7 +14,7 @@ from typing import IO
 
 from queryd.__main__ import room_command
 from service.embedded.ports import is_free
-from service.embedded.warden import LIBRARY_PATHS, Ending
+from service.embedded.warden import Ending
 
 # A loopback round trip is far below a millisecond; asking every 20 ms costs nothing and delays nobody.
 _ASK_SECONDS = 0.02
@@ -26,9 +26,9 @@ _LOCK_SECONDS = 10.0
 _WARDEN_SECONDS = 3.0
 # A log longer than this is set aside at the next start; one older log is kept.
 _LOG_BYTES = 8 << 20
-# What a warden's Python may need to start. The server itself gets nothing of the user's environment but PATH: HOME
-# would lead it to the user's own settings, and variables such as PGDATA or CLUSTER_ID would change what it does.
-_PASSED_ON = ("PATH", *LIBRARY_PATHS)
+# What a warden's Python may need to start. Nothing else of the user's environment reaches a server: HOME would lead it
+# to the user's own settings, and variables such as PGDATA or CLUSTER_ID would change what it does.
+_PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 # Files and sockets of a server are for the OS user that it runs as.
 _UMASK = 0o077
 

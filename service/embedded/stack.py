@@ -44,6 +44,10 @@ class EmbeddedStack:
         finally:
             self._lifeline.close()
 
+    def kill(self) -> None:
+        """End all servers the hard way, also while `start` waits for them on another thread."""
+        self._lifeline.close()
+
     @property
     def ended(self) -> list[str]:
         """The servers that don't run: `postgres`, `s3`, `kafka`."""

@@ -28,9 +28,6 @@ from pathlib import Path
 from typing import NoReturn
 
 _CANNOT_START = 127
-# Where the dynamic linker looks first. Python may need the user's; a server brings its own libraries.
-LIBRARY_PATHS = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
-_OF_PYTHON = (*LIBRARY_PATHS, "PYTHONUTF8")
 _LINUX = sys.platform.startswith("linux")
 
 # From linux/prctl.h, linux/securebits.h and linux/capability.h.
@@ -204,8 +201,7 @@ def _become(orders: Orders, warden: int) -> NoReturn:
             if os.getppid() != warden:
                 # The warden died before the kernel knew that we wanted to be told.
                 os._exit(_CANNOT_START)
-        environment = {name: value for name, value in os.environ.items() if name not in _OF_PYTHON}
-        os.execve(orders.command[0], orders.command, environment)  # noqa: S606 - no shell wanted
+        os.execv(orders.command[0], orders.command)  # noqa: S606 - no shell wanted
     except OSError as error:
         os.write(2, f"warden: cannot start {orders.command[0]}: {os.strerror(error.errno or 0)}\n".encode())
     finally:

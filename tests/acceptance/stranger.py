@@ -5,6 +5,7 @@ times on the wire are milliseconds since the epoch, ids are UUID strings.
 """
 
 import json
+import shlex
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -155,9 +156,9 @@ class Servers:
 
     @classmethod
     def from_env_file(cls, path: Path) -> Self:
-        """Read lines of `KEY=value`, without quotes."""
+        """Read lines of `KEY=value` as a shell does."""
         lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
-        return cls(dict(line.split("=", 1) for line in lines))
+        return cls({name: "".join(shlex.split(value)) for name, _, value in (line.partition("=") for line in lines)})
 
     @property
     def bootstrap(self) -> str:
