@@ -16,8 +16,9 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 # Of the user's environment, what would give another Python, other packages or another place to install to.
 unexport PYTHONHOME PYTHONPATH PYTHONSTARTUP PYTHONWARNINGS PYTHONSAFEPATH PYTHONOPTIMIZE PYTHONPLATLIBDIR
 unexport PIP_USER PIP_TARGET PIP_PREFIX PIP_ROOT PIP_CONSTRAINT PIP_REQUIREMENT PIP_EDITABLE PIP_QUIET PIP_VERBOSE
-# A path may have letters outside of ASCII, whatever the locale says.
-export PYTHONUTF8 = 1
+# Python reads an editable install's path in the encoding of the locale; for the locale C it takes one with UTF-8 instead.
+unexport LC_ALL
+export LC_CTYPE = C
 
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 

@@ -1,7 +1,8 @@
 """The environment of the embedded stack, of `queryd up` and `queryd demo` and of commands beside them.
 
 The user's own one is full of what other programs need: a proxy, an AWS profile, a Postgres service, another stack's
-addresses. Each would send our clients elsewhere, so that only what is named here is kept.
+addresses. Each would send our clients elsewhere, so that only what is named here is kept. No locale is: without one
+Python takes one with UTF-8, which it needs to read the path of an editable install.
 """
 
 import os
@@ -14,10 +15,9 @@ from service.embedded.ports import LOOPBACK, accepts
 
 _KEPT = (
     *("PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "TZ"),
-    *("TERM", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "LANG"),
+    *("TERM", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"),
     *("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED"),
 )
-_KEPT_PREFIXES = ("LC_",)
 _SETTING_PREFIXES = ("QUERYD_", "OTEL_")
 
 # Instead of the user's files and of what the operating system knows about proxies.
@@ -29,7 +29,6 @@ _OWN = {
     "PGSERVICEFILE": os.devnull,
     "PGPASSFILE": os.devnull,
     "NO_PROXY": f"{LOOPBACK},localhost",
-    "PYTHONUTF8": "1",
 }
 
 # What says which stack a process works with.
@@ -41,7 +40,7 @@ ADDRESSES = (
 
 def isolate(*, settings: bool) -> None:
     """Give this process an environment of ours; with `settings`, the user's `QUERYD_*` and `OTEL_*` are kept."""
-    prefixes = _KEPT_PREFIXES + (_SETTING_PREFIXES if settings else ())
+    prefixes = _SETTING_PREFIXES if settings else ()
     kept = {name: value for name, value in os.environ.items() if name in _KEPT or name.startswith(prefixes)}
     os.environ.clear()
     os.environ.update(kept | _OWN)

@@ -36,7 +36,7 @@ _WITH_PLACES = 156
 _WITH_LANES = 76
 _NEXT = """\
 The demo's servers have stopped, so that its results can't be read any more.
-Try next: `make up` (or `queryd up`) starts a stack that stays; README.md says what to do with it."""
+Try next: `make up`, a stack that stays; see README.md."""
 
 _ORG = "00000000-0000-4000-8000-00000000f113"
 _USER = "00000000-0000-4000-8000-00000000da7a"

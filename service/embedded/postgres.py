@@ -74,7 +74,6 @@ class Postgres:
             stop=_STOP,
             orphaned=_ORPHANED,
             account=_choose_account(self._data) if os.geteuid() == 0 else None,
-            environment={"LC_ALL": "C"},
         )
         self.server = Server(self._recipe, lifeline)
 

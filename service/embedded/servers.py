@@ -229,8 +229,8 @@ def _spawn(
 
 def _environment(recipe: Recipe) -> dict[str, str]:
     passed_on = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-    # A path of ours may have letters outside of ASCII, whatever the locale says.
-    return passed_on | {"HOME": str(recipe.directory), "PYTHONUTF8": "1", **recipe.environment}
+    # No locale: Python then takes one with UTF-8, which it needs to read an editable install's path.
+    return passed_on | {"HOME": str(recipe.directory), **recipe.environment}
 
 
 def _warden_command(
