@@ -1,6 +1,5 @@
 """A clean clone of this checkout in a folder of a test's choice, for `make` and nothing else to work in."""
 
-import fcntl
 import os
 import pwd
 import shutil
@@ -93,22 +92,15 @@ def copy_clean(folder: Path, user: str | None = None) -> None:
 
 
 def collect_wheels(folder: Path) -> None:
-    """Fetch or build every wheel that `make demo` installs, once for all clones and all test processes."""
-    folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        done = folder / "done"
-        if done.exists():
-            return
-        subprocess.run(
-            [
-                *(sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check"),
-                *("-w", str(folder), "-c", str(ROOT / "constraints.txt")),
-                *(*_requirements(), *_BUILD),
-            ],
-            check=True,
-        )
-        done.touch()
+    """Fetch or build every wheel that `make demo` installs."""
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check"),
+            *("-w", str(folder), "-c", str(ROOT / "constraints.txt")),
+            *(*_requirements(), *_BUILD),
+        ],
+        check=True,
+    )
 
 
 def _requirements() -> Sequence[str]:

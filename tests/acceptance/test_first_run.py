@@ -105,12 +105,15 @@ def clone(wheels: Path) -> Iterator[Clone]:
 
 
 @pytest.fixture(scope="module")
-def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # One folder for all test processes of this run, who are whose parents' children.
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "wheels"
-    collect_wheels(folder)
-    return folder
+def wheels() -> Iterator[Path]:
+    """All that `make demo` installs, fetched once. Not below pytest's folder, which is closed to other users."""
+    folder = Path(tempfile.mkdtemp(prefix="queryd-wheels-"))
+    try:
+        folder.chmod(0o755)
+        collect_wheels(folder)
+        yield folder
+    finally:
+        shutil.rmtree(folder)
 
 
 @contextmanager
@@ -181,21 +184,19 @@ def test_ports_stay_over_a_restart_and_a_stale_or_stopped_stack_is_named(clone: 
     assert "is not running: start it with `queryd up`" in stopped.stderr
     with _up(clone):
         assert read_env_file(path) == first
-    with ExitStack() as taken:
-        port = int(first["QUERYD_KAFKA_BOOTSTRAP"].rpartition(":")[2])
-        # The broker's own connections may need a moment to be gone.
-        other = taken.enter_context(socket.socket())
-        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        other.bind(("127.0.0.1", port))
-        with _up(clone, first):
-            assert read_env_file(path)["QUERYD_KAFKA_BOOTSTRAP"] != first["QUERYD_KAFKA_BOOTSTRAP"]
-            stale = clone.run(command, "status", _ANY_ID, environment=first)
-            assert (stale.returncode, stale.stderr.count("\n")) == (2, 1)
-            assert "of an earlier start of the stack" in stale.stderr
-            # A command that takes the environment from the folder, in a shell full of others'.
-            alone = {name: value for name, value in HOSTILE.items() if not name.startswith("QUERYD_")}
-            submitted = clone.run(command, "submit", "SELECT 1 AS x", "--org", _ANY_ID, "--wait", environment=alone)
-            assert "Succeeded" in submitted.stdout, submitted.stderr
+    port = int(first["QUERYD_KAFKA_BOOTSTRAP"].rpartition(":")[2])
+    with ExitStack() as ended:
+        other = ended.enter_context(socket.create_server(("127.0.0.1", port)))
+        ended.enter_context(_up(clone, first))
+        assert read_env_file(path)["QUERYD_KAFKA_BOOTSTRAP"] != first["QUERYD_KAFKA_BOOTSTRAP"]
+        other.close()
+        stale = clone.run(command, "status", _ANY_ID, environment=first)
+        assert (stale.returncode, stale.stderr.count("\n")) == (2, 1)
+        assert "of an earlier start of the stack" in stale.stderr
+        # A command that takes the environment from the folder, in a shell full of others'.
+        alone = {name: value for name, value in HOSTILE.items() if not name.startswith("QUERYD_")}
+        submitted = clone.run(command, "submit", "SELECT 1 AS x", "--org", _ANY_ID, "--wait", environment=alone)
+        assert "Succeeded" in submitted.stdout, submitted.stderr
 
 
 @pytest.mark.parametrize("offset", [0, 1, 2])
@@ -217,7 +218,7 @@ def test_ctrl_c_leaves_no_traceback_and_no_process(clone: Clone, target: str, se
     output, errors = process.communicate(timeout=60)
     assert "Traceback" not in output + errors
     assert len([line for line in errors.splitlines() if line.startswith("queryd")]) <= 1, errors
-    assert not _running_in(clone.folder)
+    assert not running_in(clone.folder)
 
 
 def test_an_environment_that_was_interrupted_while_it_was_made_is_made_again(wheels: Path) -> None:
@@ -253,10 +254,10 @@ def _up(clone: Clone, environment: dict[str, str] | None = None) -> Iterator["su
         finally:
             os.killpg(up.pid, signal.SIGTERM)
             up.communicate(timeout=60)
-    assert not _running_in(clone.folder)
+    assert not running_in(clone.folder)
 
 
-def _running_in(folder: Path) -> list[str]:
+def running_in(folder: Path) -> list[str]:
     """The command lines of processes that work in this folder."""
     found = []
     for link in Path("/proc").glob("[0-9]*/cwd"):
