@@ -20,15 +20,19 @@ unexport PIP_USER PIP_TARGET PIP_PREFIX PIP_ROOT PIP_CONSTRAINT PIP_REQUIREMENT 
 unexport LC_ALL
 export LC_CTYPE = C
 
+# While Python starts, it tells of Ctrl-C with a traceback, but not of SIGTERM. A shell has what it starts in the background
+# ignore Ctrl-C, and sends SIGTERM instead.
+stoppable = trap 'kill -TERM $$p 2>/dev/null' INT TERM; $(1) & p=$$!; wait $$p; code=$$?; \
+	while kill -0 $$p 2>/dev/null; do wait $$p; code=$$?; done; exit $$code
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo up test check format lint types imports faults soak bench clean
 
 demo: $(VENV)/demo-installed
-	@exec $(BIN)/queryd demo $(ARGS)
+	@$(call stoppable,$(BIN)/queryd demo $(ARGS))
 
 up: $(VENV)/demo-installed
-	@exec $(BIN)/queryd up $(ARGS)
+	@$(call stoppable,$(BIN)/queryd up $(ARGS))
 
 # Two workers, for most tests wait for servers that they have started. A file's tests stay together, as they share such
 # servers, and files keep their order: the long ones come first. ARGS='-n 0' is one process, for a debugger.

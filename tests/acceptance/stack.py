@@ -123,7 +123,9 @@ class Stack:
             os.killpg(self.process.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(END_SECONDS)
-        psutil.wait_procs(started, timeout=max(0.0, latest - time.monotonic()))
+        # Not psutil's own wait: it fails where a process ends between two of its steps.
+        while any(process.is_running() for process in started) and time.monotonic() < latest:
+            time.sleep(_LOOK_SECONDS)
         left = [process for process in psutil.process_iter() if self._is_ours(process)]
         found = [_describe(process) for process in left]
         for process in left:
