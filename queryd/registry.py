@@ -52,7 +52,7 @@ _MOST_UNKNOWN = 100_000
 _NOT_FOUND = range(40_400, 40_500)
 _SERVER_ERROR = 500
 _TOO_MANY_REQUESTS = 429
-_NEEDS_EXTRA = f"{URL_VARIABLE} needs more packages: pip install 'queryd[registry]'"
+_NEEDS_EXTRA = f"{URL_VARIABLE} needs more packages: in a clone, pip install '.[registry]'"
 
 
 class RegistryAway(Exception):

@@ -107,7 +107,9 @@ def set_up_traces(service: str) -> None:
     try:
         from telemetry.recording import OtlpRecorder  # noqa: PLC0415 — an extra that most installations lack
     except ImportError:
-        _log.warning(LogEvent.TRACES_UNAVAILABLE, reason="install the extra `traces`: pip install 'queryd[traces]'")
+        _log.warning(
+            LogEvent.TRACES_UNAVAILABLE, reason="install the extra `traces`: in a clone, pip install '.[traces]'"
+        )
         return
     record_by(OtlpRecorder.to_endpoint(service))
 
