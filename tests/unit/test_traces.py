@@ -236,7 +236,7 @@ def test_without_the_extra_a_service_says_so_and_works(monkeypatch: pytest.Monke
     with structlog.testing.capture_logs() as logs:
         traces.set_up_traces("executor")
     assert [line["event"] for line in logs] == [LogEvent.TRACES_UNAVAILABLE]
-    assert "queryd[traces]" in logs[0]["reason"]
+    assert "'.[traces]'" in logs[0]["reason"]
     assert traces.begin_trace() is None
 
 
