@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
+from engines.duckdb.gate import functions
 from engines.duckdb.gate.names import words
+from queryd.events import Parameter
 from tests.fuzz import pools
 from tests.sql_statements import read_statements
 
@@ -51,10 +53,10 @@ _Tokens = list[str]
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """A text and the parameters that it is run with."""
+    """A text and the parameters that it is run with. `pools.LISTENER` stands in both for a host that listens."""
 
     sql: str
-    parameters: dict[str, int]
+    parameters: dict[str, Parameter]
 
 
 def seeds() -> tuple[str, ...]:
@@ -78,7 +80,10 @@ class Mutator:
         sql = random.choice(self._statements)
         for _ in range(random.choice((1, 1, 1, 2, 2, 3))):
             sql = random.choice(MUTATIONS)(random, sql, self._statements)
-        return Mutant(sql, {name: 1 for name in ("p", "q") if re.search(rf"\${name}\b", sql)})
+        values = {
+            name: random.choice((1, random.choice((*pools.TEXTS, *pools.PARAMETER_TEXTS)))) for name in ("p", "q")
+        }
+        return Mutant(sql, {name: values[name] for name in values if re.search(rf"\${name}\b", sql)})
 
 
 def _tokens(sql: str) -> _Tokens:
@@ -316,10 +321,91 @@ def multiply(random: Random, sql: str, _: Sequence[str]) -> str:
     ))  # fmt: skip
 
 
+def replace_string(random: Random, sql: str, _: Sequence[str]) -> str:
+    """A string by a text that might be a name, as a literal, a parameter or a computed value."""
+    return _replace(random, sql, lambda token: token[0] == "'" or token[:2] in ("e'", "E'"), _text(random, pools.TEXTS))
+
+
+def replace_by_text(random: Random, sql: str, _: Sequence[str]) -> str:
+    """A constant or a name by such a text, or by a type or a collation of that name."""
+    text = random.choice(pools.TEXTS)
+    name = '"' + text.replace('"', '""') + '"'
+    by = random.choice((*(_text(random, pools.TEXTS) for _ in "ab"), f"NULL::{name}", f"'a' COLLATE {name}", name))
+    return _replace(random, sql, lambda token: _is_name(token) or _CONSTANT.fullmatch(token), by)
+
+
+def call_with_text(random: Random, sql: str, _: Sequence[str]) -> str:
+    """One more column, or the only one: a call with such a text, of a function that takes one or of any that may be
+    called."""
+    kind = random.random()
+    if kind < 0.4:
+        call = _fill(random, random.choice(pools.NAME_CALLS), pools.NAME_TEXTS)
+    elif kind < 0.8:
+        call = _fill(random, random.choice(pools.TEXT_CALLS), pools.TEXTS)
+    else:
+        others = ["1", "'a'", "[1]", "['a']", "{'a': 1}", "'a'::BLOB", "DATE '2024-01-01'", "true", "0.5", "'{}'::JSON"]
+        given = [random.choice(others) for _ in range(random.randint(0, 2))]
+        given.insert(random.randint(0, len(given)), _text(random, pools.TEXTS))
+        call = f"{random.choice(_CALLABLE)}({', '.join(given)})"
+    told = random.choice(pools.TOLD).replace("{}", call)
+    if random.random() < 0.5:
+        return f"SELECT {told} FROM orders LIMIT 1"
+    return re.sub(r"\bselect\b", lambda found: f"{found[0]} {told},", sql, count=1, flags=re.IGNORECASE)
+
+
+def read_from_text(random: Random, sql: str, _: Sequence[str]) -> str:
+    """A relation, or the whole statement, by such a text or by a call in FROM that takes one."""
+    texts = random.choice((pools.FILE_TEXTS, pools.FILE_TEXTS, pools.TEXTS))
+    text = random.choice(texts)
+    called = _fill(random, random.choice(pools.TEXT_CALLS_IN_FROM), texts)
+    by = random.choice((_literal(text), '"' + text.replace('"', '""') + '"', called, called, called))
+    if random.random() < 0.5:
+        return f"SELECT * FROM {by}"
+    return _replace(random, sql, lambda token: token.lower() in _RELATIONS, by)
+
+
+def crash(random: Random, sql: str, _: Sequence[str]) -> str:
+    """One more column that DuckDB does not survive, or a constant or a name replaced by it."""
+    if random.random() < 0.5:
+        return _replace(random, sql, lambda token: _is_name(token) or _CONSTANT.fullmatch(token), _crash(random))
+    return re.sub(r"\bselect\b", lambda found: f"{found[0]} {_crash(random)},", sql, count=1, flags=re.IGNORECASE)
+
+
+def _crash(random: Random) -> str:
+    return random.choice(pools.CRASHES)
+
+
+# Functions of expressions that are called by a name, not by a sign.
+_CALLABLE = sorted(name for name in functions.listed("functions.txt") if name.isidentifier())
+
+
+def _text(random: Random, texts: Sequence[str]) -> str:
+    """An expression that is one of the texts: a literal, a parameter, or computed."""
+    text = random.choice(texts)
+    if random.random() < 0.2:
+        return random.choice(("$p", "$q"))
+    if random.random() < 0.7:
+        return _literal(text)
+    half = len(text) // 2
+    shape = random.choice(pools.COMPUTED)
+    if "{0}" in shape:
+        return shape.format(_literal(text[:half]), _literal(text[half:]))
+    return shape.replace("{}", _literal(text))
+
+
+def _literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _fill(random: Random, call: str, texts: Sequence[str]) -> str:
+    """A call with a text in each of its places."""
+    return call.format(*(_text(random, texts) for _ in range(call.count("{}"))))
+
+
 _Mutation = Callable[[Random, str, Sequence[str]], str]
 
 MUTATIONS: tuple[_Mutation, ...] = (
     replace_relation, replace_name, replace_function, replace_constant, splice, wrap_in_cte, shadow, wrap, combine,
     insert_blanks, requote, append_statement, change_statement, parameterize, nest, delete, duplicate, swap, qualify,
-    cast, add_clause, add_column, multiply,
+    cast, add_clause, add_column, multiply, replace_string, replace_by_text, call_with_text, read_from_text, crash,
 )  # fmt: skip

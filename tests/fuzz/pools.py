@@ -92,3 +92,86 @@ CLAUSES = (
 CTE_NAMES = (
     "secret", "orders", "t", "customers", "other_org_payroll", "x",
 )  # fmt: skip
+
+# A host that listens: the world puts the address of its listener in this place.
+LISTENER = "listener.invalid"
+
+# Texts that a function would look up, if it looked up names: types, settings, variables, sequences, locales.
+NAME_TEXTS = (
+    "canary_type", '"canary_type"', '"internal.hidden_type"', '"__queryd_datasets.other.hidden"', '["canary_type"]',
+    '{"a": "canary_type"}', "internal.hidden_type", "__queryd_datasets.other.hidden", '"VARIANT"', "VARIANT", "canary",
+    "http_proxy_username", "canary_sequence", "de@collation=/canary", "secret", "canary_macro",
+)  # fmt: skip
+
+# Files and addresses, with settings behind them.
+FILE_TEXTS = (
+    "canary.csv", "canary.parquet", "canary.json", "canary.txt", "*", "**/*.csv", "file:canary.csv", "./canary.txt",
+    f"http://{LISTENER}/canary.parquet", f"http://{LISTENER}/canary.txt", f"https://{LISTENER}/canary.json",
+    f"s3://b/z.parquet?s3_endpoint={LISTENER}&s3_use_ssl=false&s3_url_style=path",
+    f"canary.parquet?s3_endpoint={LISTENER}", f"?s3_endpoint={LISTENER}&s3_region=x", "a?key=value",
+)  # fmt: skip
+
+# These, and whatever else a function may take a text for.
+TEXTS = (
+    *NAME_TEXTS, *FILE_TEXTS,
+    "main.canary_type", '{"a": "internal.hidden_type"}', '["VARIANT"]', "TYPE", "AGGREGATE_STATE<sum(INTEGER)>",
+    "internal.other_org_payroll", "__queryd_datasets.other.hidden_table", "FROM secret", "SELECT s FROM secret",
+    "canary_macro()", "de", "../canary", "EPSG:4326", "UTC", "DESC", "max", "year", "%Y", "$.a", "a", "(a)", "",
+)  # fmt: skip
+
+# Texts that only a parameter can be: no statement holds half of a surrogate pair.
+PARAMETER_TEXTS = ("\ud800", "a\udcff", "a\0b")
+
+# An expression that is a text, with the text itself at {}, or its halves at {0} and {1}.
+COMPUTED = (
+    "concat({0}, {1})", "{0} || {1}", "(SELECT {})", "array_to_string([{0}, {1}], '')", "CASE WHEN true THEN {} END",
+    "replace({}, '~', '')", "coalesce(NULL, {})", "{}::VARCHAR", "format('{{}}{{}}', {0}, {1})",
+    "max({})", "{}::JSON", "{}::ENUM('a', 'EPSG:4326')", "[{}]", "{}::BLOB",
+)  # fmt: skip
+
+# Calls that take a text at {}.
+TEXT_CALLS = (
+    "timezone({}, TIMESTAMP '2024-01-01')", "st_setcrs('POINT(1 1)'::GEOMETRY, {})", "strptime('2024', {})",
+    "strftime(now(), {})",
+    "date_part({}, DATE '2024-01-01')", "date_part([{}], DATE '2024-01-01')", "list_sort([2, 1], {})",
+    "list_grade_up([2, 1], 'DESC', {})", "regexp_extract('a', '(a)', [{}])", "regexp_replace('a', {}, 'b', {})",
+    "regexp_matches('a', 'a', {})", "struct_extract({{'a': 1}}, {})", "union_extract(union_value(a := 1), {})",
+    "json_extract('{{\"a\": 1}}', {})", "json_value({}, {})", "json_structure({})", "array_to_string(['a'], {})",
+    "decode('a'::BLOB, {})", "format({}, 1)", "printf({}, 1)", "parse_path({})",
+    "time_bucket(INTERVAL 1 day, TIMESTAMPTZ '2024-01-01', {})", "date_trunc({}, now())", "quantile_disc({}, 0.5)",
+    "string_agg('a', {})", "json_execute_serialized_sql({})", "json_serialize_sql({})", "read_text({})",
+    "struct_pack(a := {})", "map([{}], [1])", "url_decode({})", "json({})", "to_json({})", "alias({})", "typeof({})",
+    "({}).st_setcrs({})", "COLUMNS({})", "write_log({})", "error({})", "histogram({})", "hash({})",
+    "can_cast_implicitly({}, {}, {})",
+)  # fmt: skip
+
+# Calls that would look it up.
+NAME_CALLS = (
+    "from_json('0', {})", "from_json_strict('[0]', {})", "json_transform('0', {})",
+    "json_transform_strict('{{\"a\": 0}}', {})", "icu_sort_key('a', {})", "getvariable({})", "current_setting({})",
+    "nextval({})", "make_type({})", "cast_to_type({}, 'a')", "which_secret({}, 's3')", "list_aggregate([1], {})",
+)  # fmt: skip
+
+# Calls in FROM that take a text.
+TEXT_CALLS_IN_FROM = (
+    "read_text({})", "read_text({})", "read_blob({})", "read_csv({})", "read_parquet({})", "read_parquet({})",
+    "read_json({})", "glob({})", "query({})", "query_table({})", "sniff_csv({})", "parquet_schema({})",
+    "parquet_metadata({})", "pragma_table_info({})", "json_each({})", "json_tree('{{}}', {})", "unnest([{}])",
+    "duckdb_settings({})", "read_duckdb({})", "json_execute_serialized_sql({})", "parquet_kv_metadata({})",
+)  # fmt: skip
+
+# What tells the type of a value: the values of an enum, the names of its fields.
+TOLD = (
+    "{}", "{}", "typeof({})", "enum_range({})", "enum_range({})", "enum_first({})", "to_json({})", "({})::VARCHAR",
+    "list_sort({})", "struct_keys({})",
+)  # fmt: skip
+
+# Calls that DuckDB 1.5.5 does not survive, or that it answers with an internal error.
+CRASHES = (
+    "lead(1, -9223372036854775808) OVER ()", "lag(1, -9223372036854775807 - 1) OVER ()",
+    "st_setcrs('POINT(1 1)'::GEOMETRY, 'a'::ENUM('a'))", "reservoir_quantile(1, 0.5, 2147483647)",
+    "(SELECT reservoir_quantile(1, 0.5, 2147483647))", "(SELECT x.repeat(2000000000) FROM (SELECT 'a' AS x))",
+    "(SELECT x.lpad(2000000000, 'y') FROM (SELECT 'a' AS x))", "reservoir_quantile(1, NULL::DOUBLE[])",
+    "array_select([]::VARCHAR[], [NULL])", "switch(2, MAP {1: NULL}, 'a')", "unhex('ä')",
+    "(SELECT lead(i, -9223372036854775808) OVER () FROM range(3) t(i) LIMIT 1)",
+)  # fmt: skip

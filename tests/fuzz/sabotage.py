@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from engines.duckdb.gate import functions, judge, texts, thresholds, walk
+from engines.duckdb.gate import amounts, functions, judge, texts, thresholds, walk
 from engines.duckdb.gate.amounts import Amounts
 from engines.duckdb.gate.names import fold
 
@@ -22,10 +22,10 @@ class Sabotage:
     finds: tuple[str, ...]
 
 
-_LEAK = ("the canary in a result",)
+_LEAK = ("the canary in a result", "the canary in an error's detail")
 _EXCEPTION = ("in the gate",)
 _CHANGE = ("something changed", "the canary in a result", "another statement between brackets")
-_COST = ("memory", "stuck", "died", "Error in the gate", "another statement between brackets")
+_COST = ("memory", "an internal error", "stuck", "died", "Error in the gate", "another statement between brackets")
 
 
 def _put(module: Any, name: str, value: Any) -> Callable[[], None]:
@@ -99,6 +99,32 @@ def _without_threshold(*names: str) -> Callable[[], None]:
     return lift
 
 
+def _with_functions(*names: str) -> Callable[[], None]:
+    """As if these functions stood in the list of those that may be called."""
+    listed = functions.listed
+
+    def lists(file: str) -> frozenset[str]:
+        return listed(file) | frozenset(names) if file == "functions.txt" else listed(file)
+
+    return _put(functions, "listed", lists)
+
+
+def _with_tables(*names: str) -> Callable[[], None]:
+    """As if these functions stood in the list of those that may be called in FROM."""
+    listed = functions.listed
+
+    def lists(file: str) -> frozenset[str]:
+        return listed(file) | frozenset(names) if file == "tables.txt" else listed(file)
+
+    return _put(functions, "listed", lists)
+
+
+def _without_columns_as_arguments() -> None:
+    """A call behind a column is looked at as if it had none."""
+    for module in (amounts, functions):
+        _put(module, "arguments_of", lambda node: node.get("children", []))()
+
+
 SABOTAGES: dict[str, Sabotage] = {
     "granted relations": Sabotage(_put(walk, "find_relation", _any_relation), _LEAK),
     "qualified relations": Sabotage(_put(walk, "find_relation", _by_last_part), _LEAK),
@@ -113,6 +139,16 @@ SABOTAGES: dict[str, Sabotage] = {
     "text as it runs": Sabotage(_put(judge, "as_it_runs", str), ("another statement between brackets",)),
     "form of the tree": Sabotage(_put(judge, "check_form", _nothing), _EXCEPTION),
     "size of the text": Sabotage(_put(texts, "check_size", _nothing), _COST),
+    "types named by from_json": Sabotage(_with_functions("from_json", "from_json_strict"), _LEAK),
+    "types named by json_transform": Sabotage(_with_functions("json_transform", "json_transform_strict"), _LEAK),
+    "locales": Sabotage(_with_functions("icu_sort_key"), ("stuck",)),
+    "variables": Sabotage(_with_functions("getvariable"), _LEAK),
+    "settings": Sabotage(_with_functions("current_setting"), _LEAK),
+    "coordinate systems": Sabotage(_put(functions, "judge_coordinate_system", _nothing), ("internal error",)),
+    "offsets of LEAD and LAG": Sabotage(_put(Amounts, "judge_offset", _nothing), ("died",)),
+    "columns as arguments": Sabotage(_without_columns_as_arguments, _COST),
+    "parameters' Unicode": Sabotage(_put(judge, "_is_unicode", lambda _: True), ("died",)),
+    "addresses": Sabotage(_with_tables("read_parquet", "read_text"), ("a connection to another host", *_LEAK)),
     "amounts": Sabotage(_put(Amounts, "judge", _nothing), _COST),
     "extent": Sabotage(_put(judge, "check_extent", _nothing), _COST),
     "depth": Sabotage(_put(walk, "check_depth", _nothing), _COST),

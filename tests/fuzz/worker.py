@@ -14,8 +14,10 @@ from typing import Protocol
 
 import duckdb
 
+from engines.duckdb import child, errors
 from engines.duckdb.gate import Gate
 from engines.protocol import QueryFailed
+from queryd.events import Parameter
 from tests.fuzz.mutations import Mutant, Mutator
 from tests.fuzz.sabotage import SABOTAGES
 from tests.fuzz.world import RELATIONS, World
@@ -29,6 +31,9 @@ _TELL_EVERY = 100
 
 # Which phase a mutant is in, as the parent sees it.
 JUDGING, RUNNING = 1.0, 2.0
+
+# Internal errors of DuckDB 1.5.5 that the gate keeps statements from. After any other the engine replaces the child.
+_PREVENTED_FAULTS = ("Attempted to dereference shared_ptr that is NULL", "Memory allocation failure")
 
 _LOCATION = re.compile(r'"query_location":\d+,?')
 
@@ -106,6 +111,7 @@ class _Worker:
 
     def _try(self, number: int, mutant: Mutant) -> None:
         self._told.mutants += 1
+        mutant = self._place(mutant)
         self._enter(number, JUDGING)
         text = self._judge(number, mutant)
         self._count(self._gate.said)
@@ -114,7 +120,15 @@ class _Worker:
             self._check_text(number, text)
             self._enter(number, RUNNING)
             self._run(number, text, mutant.parameters)
+            if self._world.was_called():
+                self._find(number, "a connection to another host")
         self._enter(number, 0.0)
+
+    def _place(self, mutant: Mutant) -> Mutant:
+        """The mutant with the address of the world's listener."""
+        given = mutant.parameters.items()
+        parameters = {name: self._world.place(value) if isinstance(value, str) else value for name, value in given}
+        return Mutant(self._world.place(mutant.sql), parameters)
 
     def _judge(self, number: int, mutant: Mutant) -> str | None:
         self._gate.said = None
@@ -137,25 +151,43 @@ class _Worker:
             pass
         self._find(number, "another statement between brackets")
 
-    def _run(self, number: int, text: str, parameters: dict[str, int]) -> None:
+    def _run(self, number: int, text: str, parameters: dict[str, Parameter]) -> None:
         self._since_state.append(number)
         try:
             shown = self._world.run(text, parameters)
         except (duckdb.OutOfMemoryException, MemoryError):
             self._find(number, "more memory than the statement may have")
-        except (duckdb.FatalException, duckdb.InternalException):
+        except (duckdb.FatalException, duckdb.InternalException) as error:
             # A fault of DuckDB's own, which ends its instance: the engine makes a new one too.
             self._told.faults += 1
-            self._world.close()
-            self._world = self._make_world()
-            self._state = self._world.state()
-        except (duckdb.Error, UnicodeError, ValueError, ImportError):
+            if any(prevented in str(error) for prevented in _PREVENTED_FAULTS):
+                self._find(number, "an internal error that the gate prevents")
+            self._check_error(number, error)
+            self._renew_world()
+        except (duckdb.Error, UnicodeError) as error:
             # A statement may fail; that it may not run is another thing.
+            self._check_error(number, error)
+        except (ValueError, ImportError):
+            # Python has no value for what DuckDB gives; the engine fetches no values.
             return
         else:
             self._told.executed += 1
             if self._world.canary in shown:
                 self._find(number, "the canary in a result")
+
+    def _check_error(self, number: int, error: Exception) -> None:
+        """What the author is told holds no canary, and a child that goes on is sound."""
+        detail = told_detail(error)
+        if detail and self._world.canary in detail:
+            self._find(number, "the canary in an error's detail")
+        if keeps_child(error) and not self._world.is_sound():
+            self._find(number, "a corrupt child was not retired")
+            self._renew_world()
+
+    def _renew_world(self) -> None:
+        self._world.close()
+        self._world = self._make_world()
+        self._state = self._world.state()
 
     def _check_state(self) -> None:
         ran, self._since_state = self._since_state, []
@@ -176,3 +208,15 @@ class _Worker:
 
     def _find(self, number: int, what: str) -> None:
         self._told.findings.append((number, what))
+
+
+def keeps_child(error: Exception) -> bool:
+    """Whether the engine goes on with a child after that error."""
+    ours = errors.translate(error)
+    return isinstance(ours, QueryFailed) and ours.code not in child._TAINTING
+
+
+def told_detail(error: Exception) -> str | None:
+    """What the statement's author learns of that error."""
+    ours = errors.translate(error)
+    return ours.detail if isinstance(ours, QueryFailed) else None

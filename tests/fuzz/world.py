@@ -4,6 +4,7 @@ Nothing but the gate stands between a statement and the canary here: external ac
 """
 
 import os
+import socket
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,10 @@ from random import Random
 import duckdb
 
 from engines.duckdb.gate.judge import as_it_runs
+from engines.duckdb.instance import extension_file
 from engines.protocol import Relation, RelationKind
+from queryd.events import Parameter
+from tests.fuzz.pools import LISTENER
 from tests.sql_fixture import GRANTED, make_fixture
 
 # A relation's personal data is no secret of the run: it only makes the gate tell what is read.
@@ -40,6 +44,12 @@ _STATE = (
     "SELECT current_schema(), current_database()",
 )
 
+# What a DuckDB whose memory is sound answers, over most of the kinds of values that the fixture has.
+_PROBE = (
+    "SELECT sum(o.amount), list(o.status ORDER BY o.id), max(o.ts)::VARCHAR, histogram(c.name), count(DISTINCT p.price)"
+    " FROM orders o JOIN customers c ON o.customer_id = c.id JOIN prices p USING (product_id)"
+)
+
 
 @dataclass(slots=True)
 class World:
@@ -52,18 +62,27 @@ class World:
     random: Random = field(default_factory=Random)
     canary: str = field(init=False)
     connection: duckdb.DuckDBPyConnection = field(init=False)
+    listener: socket.socket = field(init=False)
+    _sound: object = field(init=False)
 
     def __post_init__(self) -> None:
         self.canary = f"topsecret{self.random.getrandbits(48):012x}"
         os.chdir(self.folder)
         self.connection = duckdb.connect("world.duckdb", config={"python_enable_replacements": "false"})
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener.setblocking(False)
         self._make()
+        self._sound = self.connection.execute(_PROBE).fetchall()
 
     def _make(self) -> None:
         run, canary = self.connection.execute, self.canary
         run("SET threads = 1")
         run(f"SET memory_limit = '{_MEMORY}'")
         run("SET enable_progress_bar = false")
+        run(f"LOAD '{extension_file('httpfs')}'")
+        # The listener never answers.
+        run("SET http_timeout = 1")
+        run("SET http_retries = 0")
         run(f"SET http_proxy_username = '{canary}'")
         make_fixture(self.connection)
         run("CREATE SCHEMA internal")
@@ -75,6 +94,13 @@ class World:
         run(f"CREATE TYPE canary_type AS ENUM ('{canary}')")
         run(f"CREATE MACRO canary_macro() AS '{canary}'")
         run("CREATE SEQUENCE canary_sequence")
+        run(f"CREATE TYPE internal.hidden_type AS ENUM ('{canary}')")
+        # As the engine attaches Postgres: a catalog of another name, with types and tables of schemas that nobody was
+        # granted.
+        run("ATTACH ':memory:' AS __queryd_datasets")
+        run("CREATE SCHEMA __queryd_datasets.other")
+        run(f"CREATE TYPE __queryd_datasets.other.hidden AS ENUM ('{canary}')")
+        run(f"CREATE TABLE __queryd_datasets.other.hidden_table AS SELECT '{canary}' AS s, 1 AS {canary}_column")
         run(f"SET VARIABLE canary = '{canary}'")
         run(f"CREATE SCHEMA {canary}_schema")
         run(f"SET search_path = '{canary}_schema,main'")
@@ -85,6 +111,29 @@ class World:
     def close(self) -> None:
         """Close the database; its files stay where they are."""
         self.connection.close()
+        self.listener.close()
+
+    def place(self, text: str) -> str:
+        """The text with the address of this world's listener where `LISTENER` stands."""
+        return text.replace(LISTENER, f"127.0.0.1:{self.listener.getsockname()[1]}")
+
+    def was_called(self) -> bool:
+        """Whether anything has connected to the listener since this was last asked."""
+        called = False
+        while True:
+            try:
+                accepted, _ = self.listener.accept()
+            except BlockingIOError:
+                return called
+            accepted.close()
+            called = True
+
+    def is_sound(self) -> bool:
+        """Whether DuckDB still answers as it did before any mutant."""
+        try:
+            return bool(self.connection.execute(_PROBE).fetchall() == self._sound)
+        except duckdb.Error:
+            return False
 
     def state(self) -> tuple[object, ...]:
         """What a statement that only reads leaves as it was: the catalog, the settings, the folder."""
@@ -92,7 +141,7 @@ class World:
         files = sorted(entry.name for entry in self.folder.iterdir() if not entry.name.startswith("world.duckdb"))
         return (*found, files)
 
-    def run(self, sql: str, parameters: dict[str, int]) -> str:
+    def run(self, sql: str, parameters: dict[str, Parameter]) -> str:
         """Run all statements of a text, as the gate reads it, and give what the last one shows; raises DuckDB's
         exceptions."""
         timer = threading.Timer(_SECONDS, self.connection.interrupt)
