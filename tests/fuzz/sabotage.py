@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from engines.duckdb import errors
 from engines.duckdb.gate import amounts, functions, judge, texts, thresholds, walk
 from engines.duckdb.gate.amounts import Amounts
 from engines.duckdb.gate.names import fold
@@ -91,6 +92,16 @@ _the_statement = judge.the_statement
 def _nothing(*_: object) -> None: ...
 
 
+def _every_error_is_known() -> None:
+    """The engine goes on with a child after any error."""
+    translate = errors.translate
+
+    def known(error: Exception, placed: errors.Placed) -> errors.Meaning:
+        return replace(translate(error, placed), known=True)
+
+    _put(errors, "translate", known)()
+
+
 def _without_threshold(*names: str) -> Callable[[], None]:
     def lift() -> None:
         for name in names:
@@ -149,6 +160,7 @@ SABOTAGES: dict[str, Sabotage] = {
     "columns as arguments": Sabotage(_without_columns_as_arguments, _COST),
     "parameters' Unicode": Sabotage(_put(judge, "_is_unicode", lambda _: True), ("died",)),
     "addresses": Sabotage(_with_tables("read_parquet", "read_text"), ("a connection to another host", *_LEAK)),
+    "retired children": Sabotage(_every_error_is_known, ("a corrupt child was not retired",)),
     "amounts": Sabotage(_put(Amounts, "judge", _nothing), _COST),
     "extent": Sabotage(_put(judge, "check_extent", _nothing), _COST),
     "depth": Sabotage(_put(walk, "check_depth", _nothing), _COST),

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import duckdb
 
-from engines.duckdb import child, errors
+from engines.duckdb import errors
 from engines.duckdb.gate import Gate
 from engines.protocol import QueryFailed
 from queryd.events import Parameter
@@ -162,11 +162,11 @@ class _Worker:
             self._told.faults += 1
             if any(prevented in str(error) for prevented in _PREVENTED_FAULTS):
                 self._find(number, "an internal error that the gate prevents")
-            self._check_error(number, error)
+            self._check_error(number, text, parameters, error)
             self._renew_world()
         except (duckdb.Error, UnicodeError) as error:
             # A statement may fail; that it may not run is another thing.
-            self._check_error(number, error)
+            self._check_error(number, text, parameters, error)
         except (ValueError, ImportError):
             # Python has no value for what DuckDB gives; the engine fetches no values.
             return
@@ -175,12 +175,13 @@ class _Worker:
             if self._world.canary in shown:
                 self._find(number, "the canary in a result")
 
-    def _check_error(self, number: int, error: Exception) -> None:
+    def _check_error(self, number: int, text: str, parameters: dict[str, Parameter], error: Exception) -> None:
         """What the author is told holds no canary, and a child that goes on is sound."""
-        detail = told_detail(error)
-        if detail and self._world.canary in detail:
+        texts = tuple(value for value in parameters.values() if isinstance(value, str))
+        meaning = errors.translate(error, errors.Placed(text, text, 0, texts))
+        if isinstance(meaning.ours, QueryFailed) and self._world.canary in (meaning.ours.detail or ""):
             self._find(number, "the canary in an error's detail")
-        if keeps_child(error) and not self._world.is_sound():
+        if meaning.known and not self._world.is_sound():
             self._find(number, "a corrupt child was not retired")
             self._renew_world()
 
@@ -208,15 +209,3 @@ class _Worker:
 
     def _find(self, number: int, what: str) -> None:
         self._told.findings.append((number, what))
-
-
-def keeps_child(error: Exception) -> bool:
-    """Whether the engine goes on with a child after that error."""
-    ours = errors.translate(error)
-    return isinstance(ours, QueryFailed) and ours.code not in child._TAINTING
-
-
-def told_detail(error: Exception) -> str | None:
-    """What the statement's author learns of that error."""
-    ours = errors.translate(error)
-    return ours.detail if isinstance(ours, QueryFailed) else None

@@ -79,6 +79,7 @@ class World:
         run("SET threads = 1")
         run(f"SET memory_limit = '{_MEMORY}'")
         run("SET enable_progress_bar = false")
+        run("SET errors_as_json = true")
         run(f"LOAD '{extension_file('httpfs')}'")
         # The listener never answers.
         run("SET http_timeout = 1")
