@@ -338,16 +338,18 @@ def call_with_text(random: Random, sql: str, _: Sequence[str]) -> str:
     """One more column, or the only one: a call with such a text, of a function that takes one or of any that may be
     called."""
     kind = random.random()
-    if kind < 0.4:
+    if kind < 0.35:
+        call = _fill(random, random.choice(pools.TYPE_CALLS), pools.TYPE_TEXTS)
+    elif kind < 0.6:
         call = _fill(random, random.choice(pools.NAME_CALLS), pools.NAME_TEXTS)
-    elif kind < 0.8:
+    elif kind < 0.85:
         call = _fill(random, random.choice(pools.TEXT_CALLS), pools.TEXTS)
     else:
         others = ["1", "'a'", "[1]", "['a']", "{'a': 1}", "'a'::BLOB", "DATE '2024-01-01'", "true", "0.5", "'{}'::JSON"]
         given = [random.choice(others) for _ in range(random.randint(0, 2))]
         given.insert(random.randint(0, len(given)), _text(random, pools.TEXTS))
         call = f"{random.choice(_CALLABLE)}({', '.join(given)})"
-    told = random.choice(pools.TOLD).replace("{}", call)
+    told = random.choice(pools.TOLD).replace("{}", call) if random.random() < 0.6 else call
     if random.random() < 0.5:
         return f"SELECT {told} FROM orders LIMIT 1"
     return re.sub(r"\bselect\b", lambda found: f"{found[0]} {told},", sql, count=1, flags=re.IGNORECASE)

@@ -96,11 +96,15 @@ CTE_NAMES = (
 # A host that listens: the world puts the address of its listener in this place.
 LISTENER = "listener.invalid"
 
-# Texts that a function would look up, if it looked up names: types, settings, variables, sequences, locales.
-NAME_TEXTS = (
+# Types, in the forms that a function would look them up in, if it looked up names.
+TYPE_TEXTS = (
     "canary_type", '"canary_type"', '"internal.hidden_type"', '"__queryd_datasets.other.hidden"', '["canary_type"]',
-    '{"a": "canary_type"}', "internal.hidden_type", "__queryd_datasets.other.hidden", '"VARIANT"', "VARIANT", "canary",
-    "http_proxy_username", "canary_sequence", "de@collation=/canary", "secret", "canary_macro",
+    '{"a": "canary_type"}', "internal.hidden_type", "__queryd_datasets.other.hidden", '"VARIANT"', "VARIANT",
+)  # fmt: skip
+
+# Other names: variables, settings, sequences, relations, macros, locales.
+NAME_TEXTS = (
+    "canary", "http_proxy_username", "canary_sequence", "secret", "canary_macro", "de@collation=/canary",
 )  # fmt: skip
 
 # Files and addresses, with settings behind them.
@@ -113,7 +117,7 @@ FILE_TEXTS = (
 
 # These, and whatever else a function may take a text for.
 TEXTS = (
-    *NAME_TEXTS, *FILE_TEXTS,
+    *TYPE_TEXTS, *NAME_TEXTS, *FILE_TEXTS,
     "main.canary_type", '{"a": "internal.hidden_type"}', '["VARIANT"]', "TYPE", "AGGREGATE_STATE<sum(INTEGER)>",
     "internal.other_org_payroll", "__queryd_datasets.other.hidden_table", "FROM secret", "SELECT s FROM secret",
     "canary_macro()", "de", "../canary", "EPSG:4326", "UTC", "DESC", "max", "year", "%Y", "$.a", "a", "(a)", "",
@@ -145,11 +149,14 @@ TEXT_CALLS = (
     "can_cast_implicitly({}, {}, {})",
 )  # fmt: skip
 
-# Calls that would look it up.
+# Calls that would look it up as a type, and as another name.
+TYPE_CALLS = (
+    "from_json('0', {})", "from_json_strict('0', {})", "json_transform('0', {})", "json_transform_strict('0', {})",
+    "from_json('{{\"a\": 0}}', {})", "make_type({})", "cast_to_type({}, 'a')",
+)  # fmt: skip
 NAME_CALLS = (
-    "from_json('0', {})", "from_json_strict('[0]', {})", "json_transform('0', {})",
-    "json_transform_strict('{{\"a\": 0}}', {})", "icu_sort_key('a', {})", "getvariable({})", "current_setting({})",
-    "nextval({})", "make_type({})", "cast_to_type({}, 'a')", "which_secret({}, 's3')", "list_aggregate([1], {})",
+    "icu_sort_key('a', {})", "icu_sort_key({}, {})", "getvariable({})", "current_setting({})", "nextval({})",
+    "which_secret({}, 's3')", "list_aggregate([1], {})",
 )  # fmt: skip
 
 # Calls in FROM that take a text.
@@ -162,8 +169,8 @@ TEXT_CALLS_IN_FROM = (
 
 # What tells the type of a value: the values of an enum, the names of its fields.
 TOLD = (
-    "{}", "{}", "typeof({})", "enum_range({})", "enum_range({})", "enum_first({})", "to_json({})", "({})::VARCHAR",
-    "list_sort({})", "struct_keys({})",
+    "{}", "typeof({})", "enum_range({})", "enum_range({})", "enum_range({})", "enum_first({})", "to_json({})",
+    "({})::VARCHAR", "list_sort({})", "struct_keys({})",
 )  # fmt: skip
 
 # Calls that DuckDB 1.5.5 does not survive, or that it answers with an internal error.
