@@ -141,8 +141,10 @@ SABOTAGES: dict[str, Sabotage] = {
     "qualified relations": Sabotage(_put(walk, "find_relation", _by_last_part), _LEAK),
     "qualified names are no CTEs": Sabotage(_put(walk, "is_cte", _cte_by_last_part), _LEAK),
     "scopes of CTEs": Sabotage(_no_scopes, _LEAK),
-    "list of functions": Sabotage(_put(functions, "judge_call", _nothing), _LEAK),
-    "list of functions in FROM": Sabotage(_put(functions, "judge_table_call", _nothing), _LEAK + _EXCEPTION),
+    "list of functions": Sabotage(_put(functions, "judge_call", _nothing), _LEAK + _COST),
+    "list of functions in FROM": Sabotage(
+        _put(functions, "judge_table_call", _nothing), (*_LEAK, *_EXCEPTION, "a connection to another host")
+    ),
     "names that mean functions": Sabotage(_put(walk, "judge_column", _nothing), _LEAK),
     "names of types": Sabotage(_put(walk, "judge_type", _nothing), _LEAK),
     "kind of statement": Sabotage(_put(judge, "the_statement", _any_statement), _CHANGE + _COST),
@@ -153,8 +155,6 @@ SABOTAGES: dict[str, Sabotage] = {
     "types named by from_json": Sabotage(_with_functions("from_json", "from_json_strict"), _LEAK),
     "types named by json_transform": Sabotage(_with_functions("json_transform", "json_transform_strict"), _LEAK),
     "locales": Sabotage(_with_functions("icu_sort_key"), ("stuck",)),
-    "variables": Sabotage(_with_functions("getvariable"), _LEAK),
-    "settings": Sabotage(_with_functions("current_setting"), _LEAK),
     "coordinate systems": Sabotage(_put(functions, "judge_coordinate_system", _nothing), ("internal error",)),
     "offsets of LEAD and LAG": Sabotage(_put(Amounts, "judge_offset", _nothing), ("died",)),
     "columns as arguments": Sabotage(_without_columns_as_arguments, _COST),

@@ -62,15 +62,16 @@ class World:
     random: Random = field(default_factory=Random)
     canary: str = field(init=False)
     connection: duckdb.DuckDBPyConnection = field(init=False)
-    listener: socket.socket = field(init=False)
+    _listener: socket.socket = field(init=False)
+    _called: threading.Event = field(init=False, default_factory=threading.Event)
     _sound: object = field(init=False)
 
     def __post_init__(self) -> None:
         self.canary = f"topsecret{self.random.getrandbits(48):012x}"
         os.chdir(self.folder)
         self.connection = duckdb.connect("world.duckdb", config={"python_enable_replacements": "false"})
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.listener.setblocking(False)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        threading.Thread(target=self._listen, daemon=True).start()
         self._make()
         self._sound = self.connection.execute(_PROBE).fetchall()
 
@@ -81,7 +82,7 @@ class World:
         run("SET enable_progress_bar = false")
         run("SET errors_as_json = true")
         run(f"LOAD '{extension_file('httpfs')}'")
-        # The listener never answers.
+        # The listener hangs up.
         run("SET http_timeout = 1")
         run("SET http_retries = 0")
         run(f"SET http_proxy_username = '{canary}'")
@@ -112,22 +113,29 @@ class World:
     def close(self) -> None:
         """Close the database; its files stay where they are."""
         self.connection.close()
-        self.listener.close()
+        # This wakes the thread that listens.
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
 
     def place(self, text: str) -> str:
         """The text with the address of this world's listener where `LISTENER` stands."""
-        return text.replace(LISTENER, f"127.0.0.1:{self.listener.getsockname()[1]}")
+        return text.replace(LISTENER, f"127.0.0.1:{self._listener.getsockname()[1]}")
+
+    def _listen(self) -> None:
+        """Take every connection, note it, and hang up: whoever has called goes on only then."""
+        while True:
+            try:
+                accepted, _ = self._listener.accept()
+            except OSError:
+                return
+            self._called.set()
+            accepted.close()
 
     def was_called(self) -> bool:
         """Whether anything has connected to the listener since this was last asked."""
-        called = False
-        while True:
-            try:
-                accepted, _ = self.listener.accept()
-            except BlockingIOError:
-                return called
-            accepted.close()
-            called = True
+        called = self._called.is_set()
+        self._called.clear()
+        return called
 
     def is_sound(self) -> bool:
         """Whether DuckDB still answers as it did before any mutant."""
