@@ -1,9 +1,10 @@
 """What an engine is: it turns SQL and the relations granted to its caller into one file of results."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, Self
 
 from queryd.events import Column, ErrorCode, OrgId, OutputFormat, Parameter, QueryId
 
@@ -16,13 +17,32 @@ class RelationKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Registered:
+    """What `datasets add` has seen of a Parquet dataset: its columns, and the partition columns among its folders.
+
+    All files that the store modified before `alike_until`, in POSIX seconds, had exactly these columns; None: they
+    differed.
+    """
+
+    columns: tuple[Column, ...]
+    partitions: tuple[Column, ...]
+    alike_until: float | None
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Self:
+        """What `dataclasses.asdict` made of one, as JSON carries it."""
+        columns, partitions = (tuple(Column(**each) for each in fields[part]) for part in ("columns", "partitions"))
+        return cls(columns, partitions, fields["alike_until"])
+
+
+@dataclass(frozen=True, slots=True)
 class Relation:
     """A dataset as an engine sees it.
 
     `name` is what SQL calls it, with a schema at most (`finance.invoices`). `location` is `s3://bucket/path`, a glob of
     those or a folder ending in `/`; of a Postgres relation it is `schema.table` in the datasets' server. `version`
     changes with every change of the grant or the location, so that nothing stays warm beyond it. `pii_columns` are the
-    columns that hold personal data.
+    columns that hold personal data. `registered` is a `Registered` as JSON; None where nobody has looked.
     """
 
     name: str
@@ -30,6 +50,7 @@ class Relation:
     location: str
     version: str
     pii_columns: frozenset[str] = frozenset()
+    registered: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +104,49 @@ class Inspected:
 
     relations: frozenset[str]
     parameters: frozenset[str]
+
+
+# How most columns are read.
+AS_IT_IS = "as it is"
+
+
+@dataclass(frozen=True, slots=True)
+class LookedColumn:
+    """A column as SQL will have it, and in words how it is read. `trouble` says why it can't be."""
+
+    name: str
+    type: str
+    how: str
+    trouble: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """What a relation holds now: its columns and, of Parquet, its files.
+
+    `hidden` and `outside` are keys that fit its location and are not read: names that begin with `_` or `.`, and files
+    outside the partition folders. `unreadable` are keys of files without a footer that can be read.
+    """
+
+    columns: tuple[LookedColumn, ...]
+    registered: Registered | None = None
+    files: int = 0
+    bytes: int = 0
+    hidden: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Self:
+        """What `dataclasses.asdict` made of one, as JSON carries it."""
+        registered = fields["registered"]
+        return cls(
+            tuple(LookedColumn(**each) for each in fields["columns"]),
+            None if registered is None else Registered.from_fields(registered),
+            fields["files"],
+            fields["bytes"],
+            *(tuple(fields[part]) for part in ("hidden", "outside", "unreadable")),
+        )
 
 
 class QueryFailed(Exception):

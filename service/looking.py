@@ -1,7 +1,6 @@
 """Looking before something is registered: at a dataset's rows and a saved query's text, by the engine itself."""
 
 import asyncio
-import itertools
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -10,15 +9,18 @@ from typing import TypeVar
 
 from access.visibility import InvalidRegistration
 from db.data.datasets import NewDataset
-from engines.duckdb.describing import describe
 from engines.duckdb.pool import DuckDBEngine
-from engines.protocol import Engine, EngineCrashed, EngineUnavailable, Inspected, QueryFailed, Relation, RelationKind
-from queryd.events import Column, ErrorCode
+from engines.duckdb.postgres_columns import NO_TABLE
+from engines.protocol import EngineCrashed, EngineUnavailable, Inspected, Looked, QueryFailed, Relation, RelationKind
+from queryd.events import ErrorCode
 from service.settings import Settings
 from service.wiring import duckdb_settings
 
 # Listing a hundred thousand objects takes this long; a person waits.
 _LOOK_SECONDS = 60.0
+
+# A complaint is one line.
+_MAX_NAMED = 5
 
 _Answer = TypeVar("_Answer")
 
@@ -44,7 +46,7 @@ async def opened_looker(settings: Settings) -> AsyncIterator["Looker"]:
         engine = DuckDBEngine(duckdb_settings(settings, Path(folder)), 1)
         try:
             await engine.start()
-            yield Looker(engine, Path(folder))
+            yield Looker(engine)
         except EngineUnavailable as error:
             raise CantLook(str(error)) from error
         finally:
@@ -52,23 +54,25 @@ async def opened_looker(settings: Settings) -> AsyncIterator["Looker"]:
 
 
 class Looker:
-    """An engine and a folder for what it writes."""
+    """An engine that looks."""
 
-    def __init__(self, engine: Engine, folder: Path) -> None:
+    def __init__(self, engine: DuckDBEngine) -> None:
         self._engine = engine
-        self._folder = folder
-        self._numbers = itertools.count(1)
 
-    async def read_columns(self, dataset: NewDataset) -> tuple[Column, ...]:
-        """The dataset's columns as the engine names them. All of them can be read if it answers.
+    async def look(self, dataset: NewDataset) -> Looked:
+        """What the dataset holds and how its columns are read; see `check_looked`.
 
-        Raises `InvalidRegistration` where they can't, and `CantLook`.
+        Raises `InvalidRegistration` where it can't be read as one table, and `CantLook`.
         """
-        scratch = self._folder / f"look-{next(self._numbers)}"
-        scratch.mkdir()
-        relation = Relation(dataset.name, RelationKind(dataset.kind), dataset.location, version="candidate")
+        relation = Relation(
+            dataset.name,
+            RelationKind(dataset.kind),
+            dataset.location,
+            version="candidate",
+            registered=dataset.registered,
+        )
         try:
-            return await describe(self._engine, relation, scratch, _LOOK_SECONDS)
+            return await self._engine.look(relation, _LOOK_SECONDS)
         except QueryFailed as failed:
             raise _explain(failed, dataset) from None
         except EngineCrashed:
@@ -86,6 +90,19 @@ class Looker:
             raise InvalidRegistration("the engine's process dies when it parses the SQL") from None
 
 
+def check_looked(looked: Looked, location: str) -> None:
+    """Raises `InvalidRegistration` where a column or a file can't be read, with its name and the reason."""
+    if looked.unreadable:
+        bucket = "/".join(location.split("/")[:3])
+        keys = [f"{bucket}/{key}" for key in looked.unreadable[:_MAX_NAMED]]
+        more = len(looked.unreadable) - len(keys)
+        raise InvalidRegistration(
+            f"a file of the dataset can't be read: {', '.join(keys)}" + (f" and {more} more" if more else "")
+        )
+    if troubles := [f"column {column.name} {column.trouble}" for column in looked.columns if column.trouble]:
+        raise InvalidRegistration("; ".join(troubles))
+
+
 def _explain(failed: QueryFailed, dataset: NewDataset) -> Exception:
     """What to tell the person who registers, who knows neither the engine's sentences nor its view of the store."""
     match failed.code:
@@ -95,7 +112,8 @@ def _explain(failed: QueryFailed, dataset: NewDataset) -> Exception:
             return InvalidRegistration(
                 "the credentials for datasets may not read it (QUERYD_DATASETS_ACCESS_KEY_ID, QUERYD_DATASETS_PG_URL)"
             )
-        case ErrorCode.QUERY_ERROR if dataset.kind == RelationKind.POSTGRES:
+        case ErrorCode.QUERY_ERROR if failed.message == NO_TABLE:
             return InvalidRegistration(f"the datasets' Postgres has no table or view {dataset.location}")
         case _:
-            return InvalidRegistration(f"the dataset can't be read: {failed.message}")
+            told = failed.message if failed.detail is None else f"{failed.message} {failed.detail}"
+            return InvalidRegistration(f"the dataset can't be read: {told}")

@@ -550,6 +550,7 @@ def _to_relation(dataset: Dataset) -> Relation:
         location=dataset.location,
         version=f"{dataset.id}:{dataset.version}",
         pii_columns=frozenset(dataset.pii_columns),
+        registered=dataset.registered,
     )
 
 

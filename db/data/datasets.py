@@ -4,7 +4,7 @@ Whatever changes a dataset or its grants raises its version, so that nothing sta
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from psycopg.rows import class_row
@@ -15,7 +15,10 @@ from db.data.visibility import visible
 
 @dataclass(frozen=True, slots=True)
 class NewDataset:
-    """A dataset to be registered, or to replace the org's dataset of that name."""
+    """A dataset to be registered, or to replace the org's dataset of that name.
+
+    `registered` is what was seen of its files, as JSON; see the column of that name.
+    """
 
     org_id: str
     user_id: str | None
@@ -24,6 +27,7 @@ class NewDataset:
     location: str
     visibility: str
     pii_columns: list[str]
+    registered: str | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +39,19 @@ class Dataset(NewDataset):
 
 
 _COLUMNS = """d.id::text, d.org_id::text, d.user_id::text, d.name, d.kind, d.location, d.visibility, d.pii_columns,
-       d.version"""
+       d.version, d.registered::text"""
 
 # The unique index on the folded name is the only one on names: two commands at once end as one dataset.
 # Who was granted what is replaced was not granted what takes its place.
 UPSERT = f"""
 WITH stored AS (
-    INSERT INTO datasets AS d (org_id, user_id, name, kind, location, visibility, pii_columns)
-    VALUES (%(org_id)s, %(user_id)s, %(name)s, %(kind)s, %(location)s, %(visibility)s, %(pii_columns)s)
+    INSERT INTO datasets AS d (org_id, user_id, name, kind, location, visibility, pii_columns, registered)
+    VALUES (%(org_id)s, %(user_id)s, %(name)s, %(kind)s, %(location)s, %(visibility)s, %(pii_columns)s,
+            %(registered)s::jsonb)
     ON CONFLICT (org_id, lower(name COLLATE "C")) DO UPDATE
     SET user_id = excluded.user_id, name = excluded.name, kind = excluded.kind, location = excluded.location,
-        visibility = excluded.visibility, pii_columns = excluded.pii_columns, version = d.version + 1,
-        updated_at = now()
+        visibility = excluded.visibility, pii_columns = excluded.pii_columns,
+        registered = excluded.registered, version = d.version + 1, updated_at = now()
     RETURNING d.*
 ), dropped AS (
     DELETE FROM dataset_grants g USING stored WHERE g.dataset_id = stored.id
@@ -101,7 +106,7 @@ RETURNING {_COLUMNS}
 
 
 async def upsert_dataset(connection: Connection, dataset: NewDataset) -> Dataset:
-    """Register or replace. What is replaced keeps its grants."""
+    """Register or replace. What is replaced loses its grants."""
     stored = await _fetch(connection, UPSERT, asdict(dataset))
     assert stored is not None
     return stored

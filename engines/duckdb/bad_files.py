@@ -1,37 +1,31 @@
 """Which file of a dataset can't be read."""
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import duckdb
 
 from engines.duckdb.errors import Meaning, Told, cut, mask_addresses, translate
-from engines.duckdb.instance import fixed_part
+from engines.duckdb.instance import Instance
 from engines.duckdb.sql_text import literal
 from engines.duckdb.storage_errors import FILE_UNREADABLE
-from engines.protocol import QueryFailed, Relation, RelationKind
+from engines.protocol import QueryFailed, Relation
 from queryd.events import ErrorCode
 
-_QUOTED = re.compile(r"""['"](s3://.*?\.[\w]+)['"]""")
 
-
-def find_file(
-    connection: duckdb.DuckDBPyConnection, relations: Sequence[Relation], error: Exception, meaning: Meaning
-) -> Meaning:
+def find_file(instance: Instance, relations: Sequence[Relation], error: Exception, meaning: Meaning) -> Meaning:
     """The same error with the file's key as detail, if one of the relations' files is to blame.
 
     Where DuckDB's text names no file, each one is read alone, which costs at most one more scan of the dataset. The
     query's deadline and limits interrupt that too.
     """
-    parquet = [relation for relation in relations if relation.kind is RelationKind.PARQUET]
+    files = {url: key for relation in relations for url, key in instance.urls_of(relation.name).items()}
     text = Told.by(error).message
-    named = _QUOTED.search(text)
-    key = None
+    named = next((url for url in files if f"'{url}'" in text or f'"{url}"' in text), None)
+    key = None if named is None else files[named]
     if named is None:
-        key, text = next(_read_each(connection, parquet), (None, text))
+        key, text = next(_read_each(instance.connection, files), (None, text))
     else:
-        key = next((_relative(named[1], each) for each in parquet if _is_below(named[1], each)), None)
-        text = text.replace(named[1], key or "…")
+        text = text.replace(named, key or "…")
     if key is None:
         return meaning
     failure = QueryFailed(ErrorCode.QUERY_ERROR, FILE_UNREADABLE, cut(f"{key}: {mask_addresses(text)}"))
@@ -39,33 +33,13 @@ def find_file(
     return Meaning(failure, known=meaning.known)
 
 
-def _read_each(
-    connection: duckdb.DuckDBPyConnection, relations: Sequence[Relation]
-) -> Iterator[tuple[str | None, str]]:
+def _read_each(connection: duckdb.DuckDBPyConnection, files: Mapping[str, str]) -> Iterator[tuple[str | None, str]]:
     """The key of each file that can't be read, and what DuckDB says of it."""
-    for relation in relations:
+    for url, key in files.items():
         try:
-            listed = connection.execute(f"SELECT file FROM glob({literal(_pattern(relation))})").fetchall()  # noqa: S608
-        except duckdb.Error:
+            connection.execute(f"SELECT max(hash(t)) FROM read_parquet([{literal(url)}]) AS t").fetchall()  # noqa: S608
+        except duckdb.InterruptException:
             return
-        for (file,) in listed:
-            try:
-                connection.execute(f"SELECT max(hash(t)) FROM read_parquet({literal(str(file))}) AS t").fetchall()  # noqa: S608
-            except duckdb.InterruptException:
-                return
-            except (duckdb.Error, UnicodeError) as error:
-                if isinstance(translate(error).ours, QueryFailed):
-                    key = _relative(str(file), relation)
-                    yield key, Told.by(error).message.replace(str(file), key)
-
-
-def _pattern(relation: Relation) -> str:
-    return f"{relation.location}**/*.parquet" if relation.location.endswith("/") else relation.location
-
-
-def _is_below(url: str, relation: Relation) -> bool:
-    return url.startswith(fixed_part(relation.location))
-
-
-def _relative(url: str, relation: Relation) -> str:
-    return url.removeprefix(fixed_part(relation.location))
+        except (duckdb.Error, UnicodeError) as error:
+            if isinstance(translate(error).ours, QueryFailed):
+                yield key, Told.by(error).message.replace(url, key)

@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 from collections.abc import Collection, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from engines.duckdb.sandbox import LOCAL_SOCKETS, Layers, address_space_used, al
 from engines.duckdb.settings import DuckDBSettings
 from engines.duckdb.statement import StatementFailed, Wrapped
 from engines.duckdb.watch import Limits, Watch
-from engines.protocol import EngineUnavailable, QueryFailed, Read, Relation, RelationKind
+from engines.protocol import EngineUnavailable, Looked, QueryFailed, Read, Relation, RelationKind
 from processes.failpoints import Failpoint, failpoint
 from processes.frames import Message
 from processes.serving import Tell, serve
@@ -112,6 +113,34 @@ class _Runner:
             return {"failed": failure.code, "message": failure.message, "detail": failure.detail}
         return {"relations": sorted(inspected.relations), "parameters": sorted(inspected.parameters)}
 
+    def look(self, message: Message) -> Message:
+        """Say what a relation holds, and how each of its columns is read."""
+        relation = _relation(message["look"])
+        allow_cpu(message["seconds"] * (self._settings.threads + 1) + _CPU_SLACK_SECONDS)
+        try:
+            return {"looked": asdict(self._look(relation))}
+        except QueryFailed as failure:
+            return _tell_failure(failure, known=failure.code is not ErrorCode.INTERNAL)
+        except _Failed as failure:
+            return _tell_failure(failure.ours, known=failure.known)
+        except EngineUnavailable as failure:
+            return {"unavailable": failure.outage.name}
+        except errors.Interrupted:
+            return {"interrupted": True}
+
+    def _look(self, relation: Relation) -> Looked:
+        kinds = frozenset({relation.kind})
+        try:
+            # Nobody's: what becomes warm for it is of use to nobody else.
+            instance = Instance(self._settings, self._home, frozenset({relation}), kinds)
+            try:
+                instance.pin([relation.name])
+                return instance.look(relation.name)
+            finally:
+                instance.close()
+        except (duckdb.Error, MemoryError, UnicodeError) as error:
+            raise _to_exception(errors.translate(error, kinds=kinds)) from None
+
     def run(self, message: Message, tell: Tell) -> Message:
         """Run one query and say how it ended. The file of one that succeeded stays in `out` for the parent to take.
 
@@ -168,9 +197,14 @@ class _Runner:
         self._progress.enter(None)
         kinds = frozenset(relation.kind for relation in relations if relation.name in judged.references)
         try:
-            return self._instances.take(org, relations, kinds)
+            instance, was_warm = self._instances.take(org, relations, kinds)
+            while not instance.pin(judged.references):
+                # A file was replaced, and the instance would read what it remembers of the old one.
+                self._instances.drop(instance)
+                instance, was_warm = self._instances.take(org, relations, kinds)
         except (duckdb.Error, MemoryError, UnicodeError) as error:
             raise _to_exception(errors.translate(error, kinds=kinds)) from None
+        return instance, was_warm
 
     def _export(self, instance: Instance, judged: Judged, message: Message, relations: frozenset[Relation]) -> Exported:
         """Let the instance write the result into `out`, for as long as it stays within its limits."""
@@ -244,7 +278,7 @@ class _Runner:
             placed, cause = errors.Placed(message["sql"], judged.text, error.offset, texts), error.error
         meaning = errors.translate(cause, placed, self._confidential(), kinds)
         if RelationKind.PARQUET in kinds and errors.may_be_a_file(meaning):
-            return find_file(instance.connection, read, cause, meaning)
+            return find_file(instance, read, cause, meaning)
         return meaning
 
     def _confidential(self) -> list[str]:
@@ -255,8 +289,8 @@ class _Runner:
 
 
 class _Child:
-    """Answers `{"settings": …, "home": …}`, which comes first, `{"inspect": sql}` and `{"run": number, …}`; obeys
-    `{"interrupt": …}`."""
+    """Answers `{"settings": …, "home": …}`, which comes first, `{"inspect": sql}`, `{"look": relation, …}` and
+    `{"run": number, …}`; obeys `{"interrupt": …}`."""
 
     def __init__(self, layers: Layers) -> None:
         self._layers = layers
@@ -271,6 +305,8 @@ class _Child:
             return {"landlock": self._layers.landlock, "seccomp": self._layers.seccomp}
         if "inspect" in message:
             return self._runner.inspect(message)
+        if "look" in message:
+            return self._runner.look(message)
         self._progress.begin(message["run"])
         failpoint(Failpoint.CHILD_BEFORE)
         try:
@@ -306,8 +342,8 @@ def _to_message(read: Read) -> list[Any]:
 
 
 def _relation(fields: list[Any]) -> Relation:
-    name, kind, location, version, pii_columns = fields
-    return Relation(name, RelationKind(kind), location, version, frozenset(pii_columns))
+    name, kind, location, version, pii_columns, registered = fields
+    return Relation(name, RelationKind(kind), location, version, frozenset(pii_columns), registered)
 
 
 if __name__ == "__main__":

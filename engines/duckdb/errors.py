@@ -15,6 +15,7 @@ import duckdb
 
 from engines.duckdb.storage_errors import (
     FILE_UNREADABLE,
+    REFUSED,
     Ours,
     read_disk_error,
     read_file_error,
@@ -217,6 +218,8 @@ def translate(
             return Meaning(Interrupted("the query was interrupted"), known=True)
         case MemoryError() | duckdb.OutOfMemoryException():
             return Meaning(_out_of_memory(told.text), known=False)
+    if told.message.startswith(REFUSED):
+        return Meaning(QueryFailed(ErrorCode.QUERY_ERROR, told.message.removeprefix(REFUSED)), known=True)
     return _translate(told, placed, confidential, kinds)
 
 

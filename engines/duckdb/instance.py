@@ -6,9 +6,8 @@ may be touched at all, then no external access, then a locked configuration. Aft
 
 import importlib.util
 import shutil
-import time
 from collections import OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -18,9 +17,15 @@ from urllib.parse import urlsplit
 import duckdb
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+from engines.duckdb import postgres_columns
+from engines.duckdb.listing import ObjectLister, StoredFile
+from engines.duckdb.parquet_source import ParquetSource
+from engines.duckdb.postgres_columns import CatalogColumn, ReadColumn
 from engines.duckdb.settings import DuckDBSettings
+from engines.duckdb.shapes import file_list
+from engines.duckdb.snapshot import Place
 from engines.duckdb.sql_text import literal, quote
-from engines.protocol import QueryFailed, Relation, RelationKind
+from engines.protocol import Looked, LookedColumn, QueryFailed, Relation, RelationKind
 from queryd.column_types import NoCounterpart, parse_type
 from queryd.events import ErrorCode
 
@@ -38,21 +43,13 @@ _CONNECT_CONFIG: dict[str, str | bool | int | float | list[str]] = {
     "python_enable_replacements": "false",
 }
 
-# Files are added to a dataset now and then. An old figure costs at most a look at its footers, or leaves one out.
-_SIZE_SECONDS = 300.0
-
 # The one figure of a profile that we need: the tree of operators alone costs nothing that could be measured.
 _PROFILE = """{"TOTAL_BYTES_READ": "true"}"""
 
 _EXTENSIONS = {RelationKind.PARQUET: "httpfs", RelationKind.POSTGRES: "postgres_scanner"}
 
 
-@dataclass(frozen=True, slots=True)
-class _Size:
-    """Bytes, and when they were counted, on the monotonic clock."""
-
-    bytes: int
-    seen: float
+_Mark = str | tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +62,22 @@ class Instance:
     """One warm DuckDB. `kinds` says which storages it has been connected to."""
 
     def __init__(
-        self, settings: DuckDBSettings, home: Path, relations: frozenset[Relation], kinds: frozenset[RelationKind]
+        self,
+        settings: DuckDBSettings,
+        home: Path,
+        relations: frozenset[Relation],
+        kinds: frozenset[RelationKind],
+        lister: ObjectLister | None = None,
     ):
         self.kinds = kinds
         self._relations = {relation.name: relation for relation in relations}
+        self._lister = lister or ObjectLister(settings)
+        self._owns_lister = lister is None
         self._views: set[str] = set()
-        self._sizes: dict[str, _Size] = {}
+        self._sources: dict[str, ParquetSource] = {}
+        # What tells that a file was replaced, by its URL: what DuckDB remembers of files it never asks for again.
+        self._marks: dict[str, _Mark] = {}
+        self._catalogs: dict[str, tuple[CatalogColumn, ...]] = {}
         self.connection = duckdb.connect(":memory:", config=_CONNECT_CONFIG)
         try:
             self._prepare(settings, home)
@@ -78,35 +85,97 @@ class Instance:
             self.connection.close()
             raise
 
-    def expose(self, names: Collection[str]) -> None:
-        """Make sure of a view for each granted relation named. Raises DuckDB's exceptions for one out of reach."""
-        if any(self._relations[name].kind is RelationKind.POSTGRES for name in names):
-            self._forget_tables()
+    def pin(self, names: Collection[str]) -> bool:
+        """List the files of the Parquet relations named: until the next call these are read, and no others.
+
+        False if a file was replaced that this instance has known: then it must not be used any more. Raises
+        `QueryFailed` and `EngineUnavailable`.
+        """
         for name in names:
+            if self._relations[name].kind is not RelationKind.PARQUET:
+                continue
+            source = self._sources.setdefault(name, ParquetSource(self._relations[name]))
+            if not source.pin(self._lister):
+                continue
+            self._views.discard(name)
+            for file in source.snapshot.files:
+                mark = _mark(file)
+                if self._marks.setdefault(source.place.url(file.key), mark) != mark:
+                    return False
+        return True
+
+    def expose(self, names: Collection[str]) -> None:
+        """Make sure of a view for each granted relation named, over what was pinned last, or is pinned now.
+
+        Raises DuckDB's exceptions for one out of reach, and `QueryFailed` for one that can't be read as one table.
+        """
+        self.pin([name for name in names if name not in self._sources])
+        for name in names:
+            relation = self._relations[name]
+            if relation.kind is RelationKind.POSTGRES:
+                self._look_at_table(relation)
             if name not in self._views:
-                self._create_view(self._relations[name])
+                self._create_view(relation)
                 self._views.add(name)
 
-    def _forget_tables(self) -> None:
-        """What the scanner remembers of tables' columns it never looks up again; a table that was made anew since would
-        be read by the old one's types."""
-        self.connection.execute("CALL pg_clear_cache()")
-        self._views -= {name for name in self._views if self._relations[name].kind is RelationKind.POSTGRES}
+    def look(self, name: str) -> Looked:
+        """What a granted relation holds now, and how each of its columns is read. Raises as `expose` does."""
+        relation = self._relations[name]
+        if relation.kind is RelationKind.PARQUET:
+            return self._sources[name].look(self.connection)
+        self.expose([name])
+        described = self.connection.execute(f"DESCRIBE FROM {_view(relation)}").fetchall()
+        types = {str(row[0]): str(row[1]) for row in described}
+        columns = postgres_columns.read_columns(self._catalogs[name])
+        troubles = {column.name: column.trouble for column in columns if column.trouble}
+        troubles |= self._touch(_table(relation), [column for column in columns if not column.trouble])
+        return Looked(
+            tuple(
+                LookedColumn(column.name, types[column.name], column.how, troubles.get(column.name))
+                for column in columns
+            )
+        )
+
+    def _touch(self, table: str, columns: Sequence[ReadColumn]) -> dict[str, str]:
+        """Read a row, for only that shows what the server says; returns the columns that it can't read, and why."""
+        try:
+            self._read_row(table, columns)
+        except duckdb.Error as error:
+            if postgres_columns.explain_column(error) is None:
+                raise
+        else:
+            return {}
+        troubles = {}
+        for column in columns:
+            try:
+                self._read_row(table, [column])
+            except duckdb.Error as error:
+                troubles[column.name] = f"({column.declared}) {postgres_columns.explain_column(error)}"
+        return troubles
+
+    def _read_row(self, table: str, columns: Sequence[ReadColumn]) -> None:
+        if columns:
+            # The hash keeps the columns from being left out.
+            row = f"{postgres_columns.write_select(columns, table)} LIMIT 1"
+            self.connection.execute(f"SELECT count(*) FROM ({row}) AS t WHERE hash(t) IS NULL")  # noqa: S608 - ours
+
+    def _look_at_table(self, relation: Relation) -> None:
+        """Forget the view of a table whose columns have changed.
+
+        What the scanner remembers of tables' columns it never looks up again: a table that was made anew since would be
+        read by the old one's types.
+        """
+        schema, _, table = relation.location.rpartition(".")
+        catalog = postgres_columns.read_catalog(self.connection, _ATTACHED, schema or "public", table)
+        if catalog != self._catalogs.get(relation.name):
+            self._views.discard(relation.name)
+            self.connection.execute("CALL pg_clear_cache()")
+            self._catalogs[relation.name] = catalog
 
     def bytes_of(self, name: str) -> int | None:
-        """How many bytes the files of a granted Parquet relation have together; None for one in Postgres.
-
-        It asks the store once, and again after some minutes. Raises DuckDB's exceptions for one out of reach.
-        """
-        relation = self._relations[name]
-        if relation.kind is not RelationKind.PARQUET:
-            return None
-        known = self._sizes.get(name)
-        if known is None or time.monotonic() - known.seen > _SIZE_SECONDS:
-            # Of these functions' columns only the size is asked for: nothing is read, it comes with the listing.
-            [[total]] = self.connection.execute(f"SELECT sum(size) FROM read_blob({_files(relation)})").fetchall()  # noqa: S608
-            known = self._sizes[name] = _Size(int(total or 0), time.monotonic())
-        return known.bytes
+        """How many bytes the pinned files of a granted Parquet relation have together; None for one in Postgres."""
+        source = self._sources.get(name)
+        return None if source is None else source.bytes()
 
     def bytes_cached(self) -> int:
         """How much of files DuckDB holds in memory, and would not fetch again."""
@@ -115,8 +184,14 @@ class Instance:
         return int(count)
 
     def files_of(self, name: str) -> str:
-        """The files of a granted Parquet relation, as DuckDB's table functions take them, in SQL."""
-        return _files(self._relations[name])
+        """The pinned files of a granted Parquet relation, as DuckDB's table functions take them, in SQL."""
+        return file_list(self.urls_of(name))
+
+    def urls_of(self, name: str) -> dict[str, str]:
+        """The URLs of a relation's pinned files, and the keys by which authors may know them; none of one in Postgres
+        or that was not pinned."""
+        source = self._sources.get(name)
+        return {} if source is None else source.urls()
 
     def names_in(self, names: Collection[str]) -> frozenset[str]:
         """The names of the columns of exposed relations, and of the fields of their structs."""
@@ -132,6 +207,8 @@ class Instance:
     def close(self) -> None:
         """Free everything that it holds."""
         self.connection.close()
+        if self._owns_lister:
+            self._lister.close()
 
     def _prepare(self, settings: DuckDBSettings, home: Path) -> None:
         run = self.connection.execute
@@ -152,6 +229,11 @@ class Instance:
         run(f"SET custom_profiling_settings = {literal(_PROFILE)}")
         for kind in sorted(self.kinds):
             run(f"LOAD {literal(str(extension_file(_EXTENSIONS[kind])))}")
+        if RelationKind.PARQUET in self.kinds:
+            # No part of a file's name is a setting or a wildcard.
+            run("SET s3_url_compatibility_mode = true")
+            # An explicit list of files costs a HEAD for each at every query. `pin` tells when one was replaced.
+            run("SET enable_http_metadata_cache = true")
         reach = _Reach.of(self._relations.values()) if RelationKind.PARQUET in self.kinds else _Reach((), ())
         if reach:
             self._create_secret(settings, reach)
@@ -196,11 +278,18 @@ class Instance:
         self.connection.execute(f"ATTACH {url} AS {_ATTACHED} ({options})")
 
     def _create_view(self, relation: Relation) -> None:
-        schema, _, name = relation.name.rpartition(".")
+        schema = relation.name.rpartition(".")[0]
         if schema:
             self.connection.execute(f"CREATE SCHEMA IF NOT EXISTS {quote(schema)}")
-        view = f"{quote(schema or 'main')}.{quote(name)}"
-        self.connection.execute(f"CREATE OR REPLACE VIEW {view} AS FROM {_source(relation)}")
+        self.connection.execute(f"CREATE OR REPLACE VIEW {_view(relation)} AS {self._write_select(relation)}")
+
+    def _write_select(self, relation: Relation) -> str:
+        match relation.kind:
+            case RelationKind.PARQUET:
+                return self._sources[relation.name].write_view(self.connection)
+            case RelationKind.POSTGRES:
+                columns = postgres_columns.read_columns(self._catalogs[relation.name])
+                return postgres_columns.write_view(columns, _table(relation))
 
 
 class WarmInstances:
@@ -209,6 +298,7 @@ class WarmInstances:
     def __init__(self, settings: DuckDBSettings, home: Path) -> None:
         self._settings = settings
         self._home = home
+        self._lister = ObjectLister(settings)
         self._warm: OrderedDict[_Key, Instance] = OrderedDict()
 
     def take(
@@ -225,7 +315,7 @@ class WarmInstances:
             return instance, True
         if instance is not None:
             kinds |= instance.kinds
-        fresh = Instance(self._settings, self._home, relations, kinds)
+        fresh = Instance(self._settings, self._home, relations, kinds, self._lister)
         if instance is not None:
             instance.close()
         self._warm[key] = fresh
@@ -276,42 +366,25 @@ class _Reach:
 
     @classmethod
     def of(cls, relations: Iterable[Relation]) -> "_Reach":
-        patterns = {_pattern(relation.location) for relation in relations if relation.kind is RelationKind.PARQUET}
-        folders = {fixed_part(pattern) for pattern in patterns if _is_glob(pattern)}
-        files = {pattern for pattern in patterns if not _is_glob(pattern)}
+        places = [Place.of(relation.location) for relation in relations if relation.kind is RelationKind.PARQUET]
+        folders = {place.folder for place in places if not place.is_exact}
+        files = {place.url(place.prefix) for place in places if place.is_exact}
         return cls(tuple(sorted(folders)), tuple(sorted(files)))
 
     def __bool__(self) -> bool:
         return bool(self.folders or self.files)
 
 
-def _source(relation: Relation) -> str:
-    """What a relation's view reads from, in SQL."""
-    match relation.kind:
-        case RelationKind.PARQUET:
-            return f"read_parquet({_files(relation)})"
-        case RelationKind.POSTGRES:
-            schema, _, table = relation.location.rpartition(".")
-            return f"{_ATTACHED}.{quote(schema or 'public')}.{quote(table)}"
+def _view(relation: Relation) -> str:
+    schema, _, name = relation.name.rpartition(".")
+    return f"{quote(schema or 'main')}.{quote(name)}"
 
 
-def _files(relation: Relation) -> str:
-    """Where a Parquet relation's files lie, as a literal in SQL."""
-    return literal(_pattern(relation.location))
+def _table(relation: Relation) -> str:
+    schema, _, table = relation.location.rpartition(".")
+    return f"{_ATTACHED}.{quote(schema or 'public')}.{quote(table)}"
 
 
-def _pattern(location: str) -> str:
-    """A location as `read_parquet` takes it; a folder means every Parquet file below it."""
-    return f"{location}**/*.parquet" if location.endswith("/") else location
-
-
-def _is_glob(pattern: str) -> bool:
-    return any(character in pattern for character in "*?[{")
-
-
-def fixed_part(location: str) -> str:
-    """The folder of a location, as far as it has no wildcard; ends in `/`."""
-    fixed = location
-    for character in "*?[{":
-        fixed = fixed.partition(character)[0]
-    return fixed[: fixed.rfind("/") + 1]
+def _mark(file: StoredFile) -> _Mark:
+    """An ETag, or for a store without them what else tells."""
+    return file.etag or (file.size, int(file.modified))

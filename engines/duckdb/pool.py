@@ -25,6 +25,7 @@ from engines.protocol import (
     EngineUnavailable,
     Execution,
     Inspected,
+    Looked,
     Outage,
     Output,
     QueryFailed,
@@ -172,6 +173,14 @@ class DuckDBEngine:
         async with self._asking(worker, {"inspect": sql}, 0, deadline) as answering:
             answer = await _read_answer(answering, worker)
             return Inspected(frozenset(answer["relations"]), frozenset(answer["parameters"]))
+
+    async def look(self, relation: Relation, timeout_seconds: float) -> Looked:
+        """What a relation holds and how its columns are read. Raises what `execute` raises."""
+        deadline = asyncio.get_running_loop().time() + timeout_seconds
+        worker = await self._take_until(deadline, None)
+        message = {"look": _relation_fields(relation), "seconds": timeout_seconds}
+        async with self._asking(worker, message, 0, deadline) as answering:
+            return Looked.from_fields((await _read_answer(answering, worker))["looked"])
 
     async def close(self) -> None:
         """Kill all children and remove their directories. What still runs raises `EngineCrashed`."""
@@ -383,10 +392,7 @@ def _to_message(execution: Execution, run: int) -> Message:
         "org": execution.org_id,
         "sql": execution.sql,
         "parameters": execution.parameters,
-        "relations": [
-            [each.name, each.kind, each.location, each.version, sorted(each.pii_columns)]
-            for each in execution.relations
-        ],
+        "relations": [_relation_fields(relation) for relation in execution.relations],
         "denied": sorted(execution.denied),
         "format": execution.output_format,
         "seconds": execution.timeout_seconds,
@@ -394,6 +400,11 @@ def _to_message(execution: Execution, run: int) -> Message:
         "max_bytes": execution.max_bytes,
         "max_bytes_scanned": execution.max_bytes_scanned,
     }
+
+
+def _relation_fields(relation: Relation) -> list[Any]:
+    pii_columns = sorted(relation.pii_columns)
+    return [relation.name, relation.kind, relation.location, relation.version, pii_columns, relation.registered]
 
 
 def _ports(settings: DuckDBSettings) -> Iterator[int]:

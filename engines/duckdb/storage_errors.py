@@ -91,6 +91,8 @@ _UNREADABLE = re.compile(
 _DIFFERING = re.compile(r"schema mismatch in glob|column count mismatch")
 
 FILE_UNREADABLE = "A file of the dataset can't be read."
+# In front of the sentences of columns that can't be read, which our views raise where such a column is used.
+REFUSED = "__queryd_refused: "
 
 
 def read_disk_error(kind: type[Exception], text: str, number: str = "") -> Ours | None:

@@ -1,13 +1,16 @@
 """`queryd datasets`."""
 
-from collections.abc import Awaitable, Callable
-from dataclasses import asdict
+import json
+import sys
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 
 from access.datasets import (
+    NoSuchDataset,
     add_dataset,
     check_dataset,
     find_dataset,
@@ -20,12 +23,13 @@ from access.grants import authorize
 from access.visibility import InvalidRegistration
 from db.connection import DataPool, transaction
 from db.data.datasets import Dataset, NewDataset, list_datasets
+from engines.protocol import AS_IT_IS, Looked, LookedColumn
 from queryd.events import Column
 from results.location import ROOT
 from service.cli.database import optional_uuid, uuid_argument, with_data
 from service.cli.output import complain, print_fields, print_json, print_rows
 from service.cli.query import Json
-from service.looking import CantLook, look
+from service.looking import CantLook, check_looked, look
 from service.settings import load_settings
 
 app = typer.Typer(help="What SQL may name, and who may read it.", no_args_is_help=True)
@@ -41,9 +45,13 @@ class Kind(StrEnum):
 # What a person looks for; `--json` has everything.
 _SHOWN = ("name", "org_id", "kind", "location", "visibility", "pii_columns")
 
+# A folder may hold any number of files that are not read; a few tell which kind they are.
+_MAX_KEYS = 5
+
 Name = Annotated[str, typer.Argument(help="What SQL calls it: name or schema.name, without quotes.")]
 Owner = Annotated[str, typer.Option(help="The org that owns it.")]
 Check = Annotated[bool, typer.Option("--check/--no-check", help="Read its columns with the datasets' credentials.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Don't ask.")]
 Grantees = list[str]
 
 
@@ -57,9 +65,14 @@ def add(
     user: Annotated[str | None, typer.Option(help="Its creator; wanted for private.")] = None,
     pii_columns: Annotated[str, typer.Option(help="Columns that hold personal data: a,b")] = "",
     check: Check = True,
+    yes: Yes = False,
     as_json: Json = False,
 ) -> None:
-    """Register a dataset, or replace the org's dataset of that name, which keeps its grants."""
+    """Register a dataset, or replace the org's dataset of that name and delete its grants.
+
+    Prints how each column is read. Columns and partition columns are kept as they are now: files that are added later
+    must fit them. Asks before it deletes grants.
+    """
     settings = load_settings()
     dataset = NewDataset(
         org_id=uuid_argument(org, "--org"),
@@ -71,22 +84,28 @@ def add(
         pii_columns=[column.strip() for column in pii_columns.split(",") if column.strip()],
     )
     reserved = f"{settings.results_url}/{ROOT}"
-    columns = None
+    looked = None
     try:
         check_dataset(dataset, reserved)
         if check:
-            columns = look(settings, lambda looker: looker.read_columns(dataset))
-            dataset = spell_pii_columns(dataset, columns)
+            looked = look(settings, lambda looker: looker.look(dataset))
+            check_looked(looked, location)
+            dataset = spell_pii_columns(dataset, tuple(Column(column.name, column.type) for column in looked.columns))
+            if looked.registered is not None:
+                dataset = replace(dataset, registered=json.dumps(asdict(looked.registered)))
     except InvalidRegistration as error:
         complain(str(error), 2)
     except CantLook as error:
         complain(f"{error}; --no-check registers the dataset without reading it")
 
+    if not yes:
+        _ask_for_grants(dataset)
+
     async def store(pool: DataPool) -> tuple[Dataset, list[str]]:
         await add_dataset(pool, dataset, reserved)
         return await find_dataset(pool, dataset.org_id, dataset.name)
 
-    _print(*with_data(store), columns, as_json)
+    _print(*with_data(store), looked, as_json)
 
 
 @app.command("list")
@@ -116,16 +135,16 @@ def list_(
 
 @app.command()
 def show(name: Name, org: Owner, check: Check = True, as_json: Json = False) -> None:
-    """Show one dataset: its columns, who may read it, and which columns hold personal data."""
+    """Show one dataset: its columns and how they are read, which files are not, and who may read it."""
     org_id = uuid_argument(org, "--org")
     dataset, grants = with_data(lambda pool: find_dataset(pool, org_id, name))
-    columns = None
+    looked = None
     try:
         if check:
-            columns = look(load_settings(), lambda looker: looker.read_columns(dataset))
+            looked = look(load_settings(), lambda looker: looker.look(dataset))
     except (InvalidRegistration, CantLook) as error:
         complain(f"{error}; --no-check shows what is registered")
-    _print(dataset, grants, columns, as_json)
+    _print(dataset, grants, looked, as_json)
 
 
 @app.command("grant")
@@ -172,13 +191,76 @@ def _change(
     _print(*with_data(lambda pool: change(pool, org_id, name, grantees)), None, as_json)
 
 
-def _print(dataset: Dataset, grants: list[str], columns: tuple[Column, ...] | None, as_json: bool) -> None:
+def _ask_for_grants(dataset: NewDataset) -> None:
+    """Ask before grants of a dataset that is replaced are deleted. Exits where nobody agrees."""
+
+    async def read_grants(pool: DataPool) -> list[str]:
+        try:
+            return (await find_dataset(pool, dataset.org_id, dataset.name))[1]
+        except NoSuchDataset:
+            return []
+
+    grants = with_data(read_grants)
+    if not grants:
+        return
+    sentence = f"{dataset.name} is replaced and its grants are deleted ({', '.join(grants)})"
+    if not sys.stdin.isatty():
+        complain(f"{sentence}: give --yes", 2)
+    if not typer.confirm(f"{sentence}. Go on?", err=True):
+        complain("nothing was changed")
+
+
+def _print(dataset: Dataset, grants: list[str], looked: Looked | None, as_json: bool) -> None:
     fields: dict[str, Any] = asdict(dataset) | {"grants": grants}
+    registered = fields.pop("registered")
     if as_json:
-        print_json(fields | {"columns": None if columns is None else [asdict(column) for column in columns]})
+        print_json(
+            fields
+            | {"registered": None if registered is None else json.loads(registered)}
+            | {"columns": None if looked is None else [asdict(column) for column in looked.columns]}
+            | {"files": None if looked is None or not looked.files else _tell_files(looked)}
+        )
         return
     print_fields(fields)
-    if columns is not None:
-        print("columns:")
-        for column in columns:
-            print(f"  {column.name} {column.type}" + ("  PII" if column.name in dataset.pii_columns else ""))
+    if looked is not None:
+        for line in _list_lines(dataset, looked):
+            print(line)
+
+
+def _tell_files(looked: Looked) -> dict[str, Any]:
+    return {
+        "count": looked.files,
+        "bytes": looked.bytes,
+        "hidden": list(looked.hidden),
+        "outside_partitions": list(looked.outside),
+        "unreadable": list(looked.unreadable),
+    }
+
+
+def _list_lines(dataset: Dataset, looked: Looked) -> Iterator[str]:
+    yield "columns:"
+    for column in looked.columns:
+        yield f"  {column.name} {column.type}" + "".join(f"  {note}" for note in _list_notes(dataset, column))
+    if not looked.files:
+        return
+    yield f"files: {looked.files}, {looked.bytes} bytes"
+    if looked.hidden:
+        yield f"not read, for names that begin with _ or . are not data: {_say_keys(looked.hidden)}"
+    if looked.outside:
+        yield f"not read, for they lie outside the partition folders: {_say_keys(looked.outside)}"
+    if looked.unreadable:
+        yield f"can't be read: {_say_keys(looked.unreadable)}"
+
+
+def _list_notes(dataset: Dataset, column: LookedColumn) -> Iterator[str]:
+    if column.name in dataset.pii_columns:
+        yield "PII"
+    if column.trouble is not None:
+        yield f"({column.trouble})"
+    elif column.how != AS_IT_IS:
+        yield f"({column.how})"
+
+
+def _say_keys(keys: Sequence[str]) -> str:
+    more = len(keys) - _MAX_KEYS
+    return ", ".join(keys[:_MAX_KEYS]) + (f" and {more} more" if more > 0 else "")

@@ -30,7 +30,7 @@ from engines.duckdb import pool as duckdb_pool
 from engines.duckdb.instance import Instance
 from engines.duckdb.pool import DuckDBEngine
 from engines.duckdb.settings import DuckDBSettings
-from engines.protocol import Execution, QueryFailed, Relation, RelationKind
+from engines.protocol import Execution, Looked, QueryFailed, Relation, RelationKind
 from queryd.events import Column, ErrorCode, OrgId, OutputFormat, QueryId
 from service.cli import app
 from service.embedded.object_store import ObjectStore
@@ -286,13 +286,17 @@ def reachable(stores: Stores, database: str, tmp_path_factory: pytest.TempPathFa
 async def looker(stores: Stores, tmp_path: Path) -> AsyncIterator[Looker]:
     engine = DuckDBEngine(stores.settings(tmp_path), 1)
     await engine.start()
-    yield Looker(engine, tmp_path)
+    yield Looker(engine)
     await engine.close()
+
+
+def _columns(looked: Looked) -> tuple[Column, ...]:
+    return tuple(Column(column.name, column.type) for column in looked.columns)
 
 
 async def test_columns_are_read_as_they_are_spelled(looker: Looker, stores: Stores) -> None:
     columns = {
-        location: await looker.read_columns(_new(new_id(), name, kind=kind, location=location))
+        location: _columns(await looker.look(_new(new_id(), name, kind=kind, location=location)))
         for name, kind, location in (
             ("sales", "parquet", stores.sales),
             ("Order Details", "parquet", stores.location("sales/*/month=1/*.parquet")),
@@ -322,7 +326,7 @@ async def test_what_cannot_be_read_is_refused_with_the_reason(looker: Looker, st
         ("postgres", "public.half", "may not read"),
     ):
         with pytest.raises(InvalidRegistration, match=sentence):
-            await looker.read_columns(_new(new_id(), kind=kind, location=location))
+            await looker.look(_new(new_id(), kind=kind, location=location))
 
 
 _ODD_NAMES = (
@@ -371,10 +375,10 @@ async def test_a_store_out_of_reach_says_nothing_against_a_dataset(stores: Store
     engine = DuckDBEngine(lost, 1)
     await engine.start()
     try:
-        looker = Looker(engine, tmp_path)
+        looker = Looker(engine)
         for kind, location in (("parquet", stores.sales), ("postgres", "public.shops")):
             with pytest.raises(CantLook):
-                await looker.read_columns(_new(new_id(), kind=kind, location=location))
+                await looker.look(_new(new_id(), kind=kind, location=location))
     finally:
         await engine.close()
 
@@ -399,6 +403,7 @@ def _explain(stores: Stores, folder: Path, relation: Relation, statement: str) -
         (folder / name).mkdir(exist_ok=True)
     instance = Instance(stores.settings(folder), folder, frozenset({relation}), frozenset({relation.kind}))
     try:
+        instance.pin([relation.name])
         instance.expose([relation.name])
         told = instance.connection.execute(statement).fetchall()
     finally:

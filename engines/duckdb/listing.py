@@ -1,0 +1,215 @@
+"""Listing objects in S3 by ListObjectsV2 and HEAD: exact keys, sizes and ETags.
+
+DuckDB's own listing does not serve: it reads what stands behind a `?` in a key as settings, decodes no XML entities,
+and shows no ETags. boto3 takes 0.2 s to import in each child and 5 times the CPU to parse a page.
+"""
+
+import datetime
+import email.utils
+import hashlib
+import hmac
+import http.client
+import ssl
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from urllib.parse import quote, unquote_plus, urlsplit
+from xml.etree import ElementTree
+
+from engines.duckdb.settings import DuckDBSettings
+from engines.protocol import EngineUnavailable, Outage, QueryFailed
+from queryd.events import ErrorCode
+
+# A store that answers nothing for this long is away. The query's own deadline may come first.
+_TIMEOUT_SECONDS = 20.0
+# S3 refuses signatures that are a quarter of an hour off, by a 403 that does not always say why.
+_SKEW_SECONDS = 890.0
+_EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
+# The store's answers that mean "later".
+_LATER = frozenset({408, 429, 500, 502, 503, 504})
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """An object as a listing shows it. `modified` is in POSIX seconds by the store's clock."""
+
+    key: str
+    size: int
+    etag: str
+    modified: float
+
+
+class ObjectLister:
+    """One connection to the datasets' store, made when it is first needed. Not safe for threads."""
+
+    def __init__(self, settings: DuckDBSettings) -> None:
+        self._settings = settings
+        self._connections: dict[str, http.client.HTTPConnection] = {}
+
+    def list(self, bucket: str, prefix: str) -> Iterator[StoredFile]:
+        """Every object whose key begins with `prefix`, by key. Raises `QueryFailed` and `EngineUnavailable`."""
+        token: str | None = None
+        while True:
+            query = {"encoding-type": "url", "list-type": "2", "prefix": prefix}
+            if token is not None:
+                query["continuation-token"] = token
+            page = _parse_page(self._request("GET", bucket, "", query)[1])
+            yield from page.files
+            token = page.next_token
+            if token is None:
+                return
+
+    def find(self, bucket: str, key: str) -> StoredFile | None:
+        """The object of exactly that key, if there is one. Raises as `list` does."""
+        try:
+            headers, _ = self._request("HEAD", bucket, key, {})
+        except _Missing:
+            return None
+        modified = email.utils.parsedate_to_datetime(headers["Last-Modified"]).timestamp()
+        return StoredFile(key, int(headers["Content-Length"]), headers.get("ETag", ""), modified)
+
+    def close(self) -> None:
+        """Close the connection; the next request makes another."""
+        for connection in self._connections.values():
+            connection.close()
+        self._connections.clear()
+
+    def _request(
+        self, method: str, bucket: str, key: str, query: dict[str, str]
+    ) -> tuple[http.client.HTTPMessage, bytes]:
+        scheme, host, path = self._locate(bucket, key)
+        # S3 signs them in the order of their names.
+        encoded = "&".join(f"{_quote(name)}={_quote(query[name])}" for name in sorted(query))
+        target = f"{path}?{encoded}" if encoded else path
+        headers = self._sign(method, host, path, encoded)
+        try:
+            try:
+                response, body = self._exchange(scheme, host, method, target, headers)
+            except _Stale:
+                response, body = self._exchange(scheme, host, method, target, headers)
+        except ssl.SSLCertVerificationError:
+            raise QueryFailed(
+                ErrorCode.INTERNAL, "The engine can't speak to the datasets' store: check its endpoint and certificate."
+            ) from None
+        except (OSError, http.client.HTTPException):
+            raise EngineUnavailable(Outage.STORE) from None
+        if response.status != 200:
+            raise _explain(response.status, response.headers, body)
+        return response.headers, body
+
+    def _exchange(
+        self, scheme: str, host: str, method: str, target: str, headers: dict[str, str]
+    ) -> tuple[http.client.HTTPResponse, bytes]:
+        """One request. Raises `_Stale` where a connection that was used before fails, and then closes it."""
+        used = host in self._connections
+        connection = self._connections[host] if used else _connect(scheme, host)
+        self._connections[host] = connection
+        try:
+            connection.request(method, target, headers=headers)
+            response = connection.getresponse()
+            return response, response.read()
+        except (OSError, http.client.HTTPException) as error:
+            del self._connections[host]
+            connection.close()
+            if used:
+                raise _Stale from error
+            raise
+
+    def _locate(self, bucket: str, key: str) -> tuple[str, str, str]:
+        """Scheme, host with port, and the path, percent-encoded as it is signed."""
+        path = f"/{quote(key, safe='/-_.~')}"
+        if self._settings.endpoint_url is None:
+            region = self._settings.region
+            return "https", f"{bucket}.s3.{f'{region}.' if region else ''}amazonaws.com", path
+        endpoint = urlsplit(self._settings.endpoint_url)
+        return endpoint.scheme, endpoint.netloc, f"{endpoint.path.rstrip('/')}/{bucket}{path if key else ''}"
+
+    def _sign(self, method: str, host: str, path: str, query: str) -> dict[str, str]:
+        """The headers of a request without a body, with Signature Version 4; without keys it is anonymous."""
+        settings = self._settings
+        if not settings.access_key or not settings.secret_key:
+            return {"Host": host}
+        moment = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
+        headers = {"host": host, "x-amz-content-sha256": _EMPTY_SHA256, "x-amz-date": moment}
+        if settings.session_token:
+            headers["x-amz-security-token"] = settings.session_token
+        names = ";".join(headers)
+        lines = "".join(f"{name}:{value}\n" for name, value in headers.items())
+        canonical = f"{method}\n{path}\n{query}\n{lines}\n{names}\n{_EMPTY_SHA256}"
+        scope = f"{moment[:8]}/{settings.region or 'us-east-1'}/s3/aws4_request"
+        signed = f"AWS4-HMAC-SHA256\n{moment}\n{scope}\n{hashlib.sha256(canonical.encode()).hexdigest()}"
+        secret = f"AWS4{settings.secret_key}".encode()
+        for part in (*scope.split("/"), signed):
+            secret = hmac.digest(secret, part.encode(), "sha256")
+        credential = f"AWS4-HMAC-SHA256 Credential={settings.access_key}/{scope}"
+        headers["authorization"] = f"{credential}, SignedHeaders={names}, Signature={secret.hex()}"
+        return headers
+
+
+class _Stale(Exception):
+    """The store closes connections that were idle for long, which says nothing about it now."""
+
+
+class _Missing(QueryFailed):
+    """There is no such bucket or object."""
+
+    def __init__(self) -> None:
+        super().__init__(ErrorCode.QUERY_ERROR, "The dataset's files are missing.")
+
+
+@dataclass(frozen=True, slots=True)
+class _Page:
+    files: list[StoredFile]
+    next_token: str | None
+
+
+def _connect(scheme: str, host: str) -> http.client.HTTPConnection:
+    if scheme == "http":
+        return http.client.HTTPConnection(host, timeout=_TIMEOUT_SECONDS)
+    return http.client.HTTPSConnection(host, timeout=_TIMEOUT_SECONDS, context=ssl.create_default_context())
+
+
+def _parse_page(body: bytes) -> _Page:
+    try:
+        # The store is trusted with the datasets themselves.
+        root = ElementTree.fromstring(body)  # noqa: S314
+    except ElementTree.ParseError:
+        raise QueryFailed(ErrorCode.INTERNAL, "The datasets' store lists the dataset in no known format.") from None
+    namespace = root.tag.rpartition("}")[0] + "}" if root.tag.startswith("{") else ""
+    decode = unquote_plus if root.findtext(f"{namespace}EncodingType") == "url" else str
+    files = [
+        StoredFile(
+            decode(entry.findtext(f"{namespace}Key") or ""),
+            int(entry.findtext(f"{namespace}Size") or 0),
+            entry.findtext(f"{namespace}ETag") or "",
+            datetime.datetime.fromisoformat(entry.findtext(f"{namespace}LastModified") or "").timestamp(),
+        )
+        for entry in root.iter(f"{namespace}Contents")
+    ]
+    truncated = root.findtext(f"{namespace}IsTruncated") == "true"
+    return _Page(files, root.findtext(f"{namespace}NextContinuationToken") if truncated else None)
+
+
+def _explain(status: int, headers: http.client.HTTPMessage, body: bytes) -> Exception:
+    if status == 404:
+        return _Missing()
+    if status in _LATER:
+        return EngineUnavailable(Outage.STORE)
+    if status in (401, 403):
+        if b"RequestTimeTooSkewed" in body or _is_skewed(headers.get("Date")):
+            return EngineUnavailable(Outage.CLOCKS)
+        return QueryFailed(ErrorCode.ENGINE_UNAVAILABLE, "The engine's credentials may not read the dataset.")
+    return QueryFailed(ErrorCode.INTERNAL, f"The datasets' store refuses to list the dataset (HTTP {status}).")
+
+
+def _is_skewed(date: str | None) -> bool:
+    if date is None:
+        return False
+    try:
+        return abs(email.utils.parsedate_to_datetime(date).timestamp() - time.time()) > _SKEW_SECONDS
+    except ValueError:
+        return False
+
+
+def _quote(text: str) -> str:
+    return quote(text, safe="-_.~")

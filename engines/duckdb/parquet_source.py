@@ -1,0 +1,160 @@
+"""One Parquet relation of an instance: the files that it has now, and the view that reads them."""
+
+import json
+from collections.abc import Sequence
+
+import duckdb
+
+from engines.duckdb.listing import ObjectLister, StoredFile
+from engines.duckdb.shapes import (
+    Shape,
+    ShapeColumn,
+    read_fingerprints,
+    read_shape,
+    unite,
+    write_view,
+)
+from engines.duckdb.snapshot import Place, Snapshot, take_snapshot
+from engines.duckdb.storage_errors import FILE_UNREADABLE
+from engines.protocol import AS_IT_IS, Looked, LookedColumn, QueryFailed, Registered, Relation
+from queryd.events import Column, ErrorCode
+
+
+class ParquetSource:
+    """A relation's snapshot, taken for each query anew, and the schemas of the files that have been looked at."""
+
+    def __init__(self, relation: Relation) -> None:
+        self.place = Place.of(relation.location)
+        told = relation.registered
+        self._registered = None if told is None else Registered.from_fields(json.loads(told))
+        self._snapshot: Snapshot | None = None
+        # By key: an instance never outlives the replacement of a file.
+        self._fingerprints: dict[str, str] = {}
+        self._shapes: dict[str, Shape] = {}
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The files of the last `pin`."""
+        assert self._snapshot is not None, "nothing has been pinned"
+        return self._snapshot
+
+    def pin(self, lister: ObjectLister) -> bool:
+        """List the files anew: what is read until the next call. True if they are others than before.
+
+        Raises `QueryFailed` and `EngineUnavailable`.
+        """
+        partitions = None
+        if self._registered is not None:
+            partitions = [(column.name, column.type) for column in self._registered.partitions]
+        taken = take_snapshot(lister, self.place, partitions)
+        if not taken.files:
+            raise QueryFailed(ErrorCode.QUERY_ERROR, "The dataset's files are missing.")
+        changed = taken != self._snapshot
+        self._snapshot = taken
+        return changed
+
+    def bytes(self) -> int:
+        """The size of all files together."""
+        return sum(file.size for file in self.snapshot.files)
+
+    def urls(self) -> dict[str, str]:
+        """The files' URLs, and the keys by which the author of a statement may know them."""
+        return {self.place.url(file.key): self.place.relative(file.key) for file in self.snapshot.files}
+
+    def write_view(self, connection: duckdb.DuckDBPyConnection) -> str:
+        """The SELECT that reads the files. Raises DuckDB's exceptions and `QueryFailed`."""
+        groups, _ = self._group(connection, trusting=True)
+        columns = unite([shape for shape, _ in groups], self._registered_columns(), self.snapshot)
+        return write_view(columns, [(shape, self._urls(files)) for shape, files in groups], self.snapshot)
+
+    def look(self, connection: duckdb.DuckDBPyConnection) -> Looked:
+        """Everything that registration wants to know, by the footers of all files. Raises as `write_view` does."""
+        snapshot = self.snapshot
+        if snapshot.differing:
+            one, other = ("/".join(f"{name}=" for name in names) for names in snapshot.differing)
+            message = f"Some of the dataset's files lie in folders {one} and others in {other}."
+            raise QueryFailed(ErrorCode.QUERY_ERROR, message)
+        groups, unreadable = self._group(connection, trusting=False)
+        united = unite([shape for shape, _ in groups], self._registered_columns(), snapshot)
+        columns = [_look_at(column, groups) for column in united]
+        columns += [LookedColumn(name, type_, "from the folders' names") for name, type_ in snapshot.partitions]
+        alike = len(groups) == 1 and not unreadable
+        registered = Registered(
+            tuple(Column(column.name, column.type) for column in columns[: len(united)]),
+            tuple(Column(name, type_) for name, type_ in snapshot.partitions),
+            max(file.modified for file in snapshot.files) if alike else None,
+        )
+        return Looked(
+            tuple(columns),
+            registered,
+            len(snapshot.files),
+            self.bytes(),
+            snapshot.hidden,
+            snapshot.outside,
+            tuple(file.key for file in unreadable),
+        )
+
+    def _group(
+        self, connection: duckdb.DuckDBPyConnection, *, trusting: bool
+    ) -> tuple[list[tuple[Shape, list[StoredFile]]], list[StoredFile]]:
+        """The files by shape, and those without a footer that can be read.
+
+        These stay with the first shape: a query that their folders leave out does not run into them.
+        """
+        unreadable = self._look_at_footers(connection, trusting=trusting)
+        by_fingerprint: dict[str, list[StoredFile]] = {}
+        for file in self.snapshot.files:
+            if file.key in self._fingerprints:
+                by_fingerprint.setdefault(self._fingerprints[file.key], []).append(file)
+        if not by_fingerprint:
+            raise QueryFailed(ErrorCode.QUERY_ERROR, FILE_UNREADABLE, self.place.relative(unreadable[0].key))
+        for fingerprint, files in by_fingerprint.items():
+            if fingerprint not in self._shapes:
+                key = files[0].key
+                self._shapes[fingerprint] = read_shape(connection, self.place.url(key), key)
+        groups = [(self._shapes[fingerprint], files) for fingerprint, files in by_fingerprint.items()]
+        groups[0][1].extend(unreadable)
+        return groups, unreadable
+
+    def _look_at_footers(self, connection: duckdb.DuckDBPyConnection, *, trusting: bool) -> list[StoredFile]:
+        """Know the fingerprint of every file; returns those that have none."""
+        files = self.snapshot.files
+        unknown = [file for file in files if file.key not in self._fingerprints]
+        until = self._registered.alike_until if self._registered is not None and trusting else None
+        alike = [file for file in unknown if until is not None and file.modified < until]
+        # One stands for all that registration has seen to be alike.
+        leader = alike[0] if alike else None
+        trusted = {file.key for file in alike[1:]}
+        looked_at = [file for file in unknown if file.key not in trusted]
+        found = read_fingerprints(connection, self._urls(looked_at))
+        unreadable = []
+        for file in looked_at:
+            fingerprint = found[self.place.url(file.key)]
+            if fingerprint is None:
+                unreadable.append(file)
+            else:
+                self._fingerprints[file.key] = fingerprint
+        if leader is not None and leader.key in self._fingerprints:
+            self._fingerprints.update((file.key, self._fingerprints[leader.key]) for file in alike)
+        elif leader is not None:
+            return self._look_at_footers(connection, trusting=False)
+        return unreadable
+
+    def _urls(self, files: Sequence[StoredFile]) -> list[str]:
+        return [self.place.url(file.key) for file in files]
+
+    def _registered_columns(self) -> list[ShapeColumn]:
+        if self._registered is None:
+            return []
+        return [ShapeColumn(column.name, duckdb.sqltype(column.type)) for column in self._registered.columns]
+
+
+def _look_at(column: ShapeColumn, groups: Sequence[tuple[Shape, Sequence[StoredFile]]]) -> LookedColumn:
+    """A column with how its files have it, where they differ."""
+    counts: dict[str, int] = {}
+    for shape, files in groups:
+        own = next((str(each.type) for each in shape.columns if each.name.lower() == column.name.lower()), "missing")
+        counts[own] = counts.get(own, 0) + len(files)
+    how = AS_IT_IS if len(counts) == 1 else ", ".join(f"{type_} in {count} files" for type_, count in counts.items())
+    type_ = "INTEGER" if column.type.id == "null" else str(column.type)
+    return LookedColumn(column.name, type_, how, column.trouble)
