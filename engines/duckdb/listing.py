@@ -10,23 +10,21 @@ import hashlib
 import hmac
 import http.client
 import ssl
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from urllib.parse import quote, unquote_plus, urlsplit
 from xml.etree import ElementTree
 
 from engines.duckdb.settings import DuckDBSettings
+from engines.duckdb.storage_errors import read_status
 from engines.protocol import EngineUnavailable, Outage, QueryFailed
 from queryd.events import ErrorCode
 
 # A store that answers nothing for this long is away. The query's own deadline may come first.
 _TIMEOUT_SECONDS = 20.0
-# S3 refuses signatures that are a quarter of an hour off, by a 403 that does not always say why.
-_SKEW_SECONDS = 890.0
+_OK, _MISSING = 200, 404
+_DENIALS = (401, 403)
 _EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
-# The store's answers that mean "later".
-_LATER = frozenset({408, 429, 500, 502, 503, 504})
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +51,10 @@ class ObjectLister:
             query = {"encoding-type": "url", "list-type": "2", "prefix": prefix}
             if token is not None:
                 query["continuation-token"] = token
-            page = _parse_page(self._request("GET", bucket, "", query)[1])
+            status, _, body = self._request("GET", bucket, "", query)
+            if status != _OK:
+                raise read_status(status, body.decode(errors="replace"))
+            page = _parse_page(body)
             yield from page.files
             token = page.next_token
             if token is None:
@@ -61,10 +62,14 @@ class ObjectLister:
 
     def find(self, bucket: str, key: str) -> StoredFile | None:
         """The object of exactly that key, if there is one. Raises as `list` does."""
-        try:
-            headers, _ = self._request("HEAD", bucket, key, {})
-        except _Missing:
+        status, headers, body = self._request("HEAD", bucket, key, {})
+        if status == _MISSING:
             return None
+        if status in _DENIALS:
+            # The answer to a HEAD has no body, and only that tells a wrong clock from wrong keys.
+            _, _, body = self._request("GET", bucket, key, {})
+        if status != _OK:
+            raise read_status(status, body.decode(errors="replace"))
         modified = email.utils.parsedate_to_datetime(headers["Last-Modified"]).timestamp()
         return StoredFile(key, int(headers["Content-Length"]), headers.get("ETag", ""), modified)
 
@@ -76,7 +81,8 @@ class ObjectLister:
 
     def _request(
         self, method: str, bucket: str, key: str, query: dict[str, str]
-    ) -> tuple[http.client.HTTPMessage, bytes]:
+    ) -> tuple[int, http.client.HTTPMessage, bytes]:
+        """Status, headers and body. Raises `EngineUnavailable`, and `QueryFailed` for an unknown certificate."""
         scheme, host, path = self._locate(bucket, key)
         # S3 signs them in the order of their names.
         encoded = "&".join(f"{_quote(name)}={_quote(query[name])}" for name in sorted(query))
@@ -93,9 +99,7 @@ class ObjectLister:
             ) from None
         except (OSError, http.client.HTTPException):
             raise EngineUnavailable(Outage.STORE) from None
-        if response.status != 200:
-            raise _explain(response.status, response.headers, body)
-        return response.headers, body
+        return response.status, response.headers, body
 
     def _exchange(
         self, scheme: str, host: str, method: str, target: str, headers: dict[str, str]
@@ -150,13 +154,6 @@ class _Stale(Exception):
     """The store closes connections that were idle for long, which says nothing about it now."""
 
 
-class _Missing(QueryFailed):
-    """There is no such bucket or object."""
-
-    def __init__(self) -> None:
-        super().__init__(ErrorCode.QUERY_ERROR, "The dataset's files are missing.")
-
-
 @dataclass(frozen=True, slots=True)
 class _Page:
     files: list[StoredFile]
@@ -188,27 +185,6 @@ def _parse_page(body: bytes) -> _Page:
     ]
     truncated = root.findtext(f"{namespace}IsTruncated") == "true"
     return _Page(files, root.findtext(f"{namespace}NextContinuationToken") if truncated else None)
-
-
-def _explain(status: int, headers: http.client.HTTPMessage, body: bytes) -> Exception:
-    if status == 404:
-        return _Missing()
-    if status in _LATER:
-        return EngineUnavailable(Outage.STORE)
-    if status in (401, 403):
-        if b"RequestTimeTooSkewed" in body or _is_skewed(headers.get("Date")):
-            return EngineUnavailable(Outage.CLOCKS)
-        return QueryFailed(ErrorCode.ENGINE_UNAVAILABLE, "The engine's credentials may not read the dataset.")
-    return QueryFailed(ErrorCode.INTERNAL, f"The datasets' store refuses to list the dataset (HTTP {status}).")
-
-
-def _is_skewed(date: str | None) -> bool:
-    if date is None:
-        return False
-    try:
-        return abs(email.utils.parsedate_to_datetime(date).timestamp() - time.time()) > _SKEW_SECONDS
-    except ValueError:
-        return False
 
 
 def _quote(text: str) -> str:

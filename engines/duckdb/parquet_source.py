@@ -107,6 +107,8 @@ class ParquetSource:
             if file.key in self._fingerprints:
                 by_fingerprint.setdefault(self._fingerprints[file.key], []).append(file)
         if not by_fingerprint:
+            # DuckDB says what is wrong with it; the caller names the file.
+            read_shape(connection, self.place.url(unreadable[0].key), unreadable[0].key)
             raise QueryFailed(ErrorCode.QUERY_ERROR, FILE_UNREADABLE, self.place.relative(unreadable[0].key))
         for fingerprint, files in by_fingerprint.items():
             if fingerprint not in self._shapes:

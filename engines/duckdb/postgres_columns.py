@@ -15,7 +15,7 @@ from engines.duckdb.sql_text import literal, quote
 from engines.protocol import QueryFailed
 from queryd.events import ErrorCode
 
-NO_TABLE = "The dataset's table or view is missing, or has no columns."
+NO_TABLE = "The dataset's table or view is missing."
 
 _MAX_DIGITS = 38
 

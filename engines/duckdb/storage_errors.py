@@ -109,7 +109,8 @@ def read_disk_error(kind: type[Exception], text: str, number: str = "") -> Ours 
 def read_store_error(kind: type[Exception], text: str) -> Ours | None:
     """The meaning of an error of the datasets' store; None where it is none. Only httpfs raises these texts."""
     if issubclass(kind, duckdb.HTTPException):
-        return _read_status(text)
+        found = _STATUS.search(text)
+        return read_status(int(found[1] or found[2]) if found else 0, text)
     if not issubclass(kind, duckdb.IOException):
         return None
     transfer = _TRANSFER.match(text)
@@ -124,9 +125,8 @@ def read_store_error(kind: type[Exception], text: str) -> Ours | None:
     return None
 
 
-def _read_status(text: str) -> Ours:
-    found = _STATUS.search(text)
-    status = int(found[1] or found[2]) if found else 0
+def read_status(status: int, text: str) -> Ours:
+    """The meaning of an answer of the datasets' store that is no success; `text` holds its body."""
     if _CLOCK_WRONG in text:
         return EngineUnavailable(Outage.CLOCKS)
     if status in _STATUSES_OF_OUTAGES:
