@@ -167,7 +167,7 @@ def test_an_output_that_cannot_be_written_is_one_sentence(stack: Stack, tmp_path
 
 
 def test_the_readmes_five_lines_run_as_printed(stack: Stack) -> None:
-    [code] = read_blocks("README.md", "sh", "A client in five lines")
+    code = read_blocks("README.md", "sh", "A client in five lines")[0]
     assert len(code.partition("<<'END'\n")[2].partition("END\n")[0].splitlines()) == 5
     activated = stack.folder / ".venv"
     activated.symlink_to(sys.prefix)

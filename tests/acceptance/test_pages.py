@@ -11,9 +11,9 @@ from service.embedded.servers import package_folder
 from tests.acceptance.pages import ROOT, RUN, PageBroken, PageShell, make_environment, read_page, split_commands
 from tests.acceptance.stack import Stack, run_stack
 
-PAGES = [*sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
 # Pages with commands; a test holds that the others have none that are run.
-FOLLOWED = ["docs/operations.md", "docs/clients.md", "docs/events.md", "docs/sql.md"]
+FOLLOWED = ["README.md", "docs/operations.md", "docs/clients.md", "docs/events.md", "docs/sql.md"]
 
 
 @pytest.fixture(scope="module")
