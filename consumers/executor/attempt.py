@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import json
 import shutil
 import time
@@ -36,6 +37,7 @@ from engines.protocol import (
     EngineCrashed,
     EngineUnavailable,
     Execution,
+    Outage,
     Output,
     QueryFailed,
     Read,
@@ -261,8 +263,10 @@ class Attempts:
         try:
             await self._unless_stopped(running, make_scratch(running))
             return await self._unless_stopped(running, self._execute_when_available(execution, running))
-        except OSError:
-            return Failure(ErrorCode.ENGINE_UNAVAILABLE, "there was no scratch space within the time limit")
+        except OSError as error:
+            message = "The engine's scratch folder can't be used."
+            _log.error(LogEvent.ENGINE_FAILED, reason=f"{message} ({type(error).__name__})", **_names(running))
+            return Failure(ErrorCode.INTERNAL, message)
         except QueryFailed as failed:
             if failed.code in _OPERATORS:
                 _log.error(LogEvent.ENGINE_FAILED, reason=failed.message, **_names(running))
@@ -502,13 +506,21 @@ async def _removed_afterwards(folder: Path) -> AsyncIterator[None]:
 
 
 async def make_scratch(running: Running) -> None:
-    """Make the attempt's folder, waiting while the disk is full; raises `OSError` at the end of the query's time."""
+    """Make the attempt's folder, waiting while the disk is full.
+
+    Raises `EngineUnavailable` at the end of the query's time, and `OSError` at once for anything else.
+    """
 
     async def make() -> None:
-        # Takes microseconds.
-        running.scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            # Takes microseconds.
+            running.scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise EngineUnavailable(Outage.SCRATCH) from None
+            raise
 
-    await until_available(make, "scratch", unavailable=OSError, give_up_after=_seconds_left(running))
+    await until_available(make, _name_dependency, unavailable=EngineUnavailable, give_up_after=_seconds_left(running))
 
 
 def _read_inline(output: Output) -> Result | None:
