@@ -56,7 +56,7 @@ class QueryHandle(KnownQuery):
         return self._query.session.reader.read_batches(self._query.succeeded())
 
     def links(self, timeout: float | None = None) -> list[str]:
-        """URLs by which anybody may read the result's files for an hour, waiting for it.
+        """URLs by which anybody may read the result's files for an hour, or until it expires, waiting for it.
 
         Raises `ResultInline` for a result that lies in its event, and as `result` does.
         """
