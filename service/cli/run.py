@@ -42,6 +42,8 @@ def up() -> None:
     from service.up import UpFailed, run_up  # noqa: PLC0415
 
     isolate_from_sourced_stack()
+    # stdout is for `ready` alone.
+    set_up_logs("INFO", "up")
     try:
         asyncio.run(run_up(STATE_DIRECTORY))
     except (UpFailed, EmbeddedError) as error:

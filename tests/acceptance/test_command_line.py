@@ -166,6 +166,18 @@ def test_an_output_that_cannot_be_written_is_one_sentence(stack: Stack, tmp_path
     assert _queryd(stack.folder, "fetch", query_id, "-o", str(tmp_path)).returncode == 1
 
 
+def test_every_line_of_the_log_names_its_service(stack: Stack) -> None:
+    """Those of `up` itself and of every library that logs among them."""
+    stack.await_restart("projector", stack.kill("projector"))
+    lines = [json.loads(line) for line in stack.log.read_text().splitlines()]
+    assert [line for line in lines if not line.get("service")] == []
+    assert {line["service"] for line in lines} >= {"executor", "relay", "projector"}
+    [restarted] = [line for line in lines if line["event"] == "service_restarted"]
+    assert (restarted["service"], restarted["exit_code"]) == ("projector", -signal.SIGKILL)
+    assigned = [line for line in lines if line["event"] == "partitions assigned"]
+    assert {topic for line in assigned for topic in line["partitions"]} >= {"query.status", "query.cancellations"}
+
+
 def test_the_readmes_five_lines_run_as_printed(stack: Stack) -> None:
     code = read_blocks("README.md", "sh", "A client in five lines")[0]
     assert len(code.partition("<<'END'\n")[2].partition("END\n")[0].splitlines()) == 5
