@@ -7,8 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # What `venv` writes goes here, and it is gone when the environment is whole.
 UNFINISHED := $(VENV)/unfinished
-# Python tells of Ctrl-C with a traceback; the shell then ends without another word.
-QUIETLY_INTERRUPTED := trap 'exit 130' INT;
+# Python tells of Ctrl-C with a traceback: what goes to stderr is shown only after a failure of another kind.
+attempt = trap 'exit 130' INT; $(1) 2>$(2) || { cat $(2) >&2; false; }
 # The first Python that is new enough; name another with `make demo PYTHON=…`.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -78,16 +78,16 @@ $(VENV)/bin/python: | usable
 	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo "queryd needs Python 3.11 or newer$(if $(PYTHON), and PYTHON=$(PYTHON) is not): install it or name it, make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@mkdir -p $(VENV) && touch $(UNFINISHED)
-	@$(QUIETLY_INTERRUPTED) $(PYTHON) -m venv $(VENV) 2>$(UNFINISHED) || \
-		{ cat $(UNFINISHED) >&2; rm -rf $(VENV); echo "could not make $(VENV): on Debian and Ubuntu, apt install python3-venv" >&2; exit 1; }
+	@$(call attempt,$(PYTHON) -m venv $(VENV),$(UNFINISHED)) || \
+		{ rm -rf $(VENV); echo "could not make $(VENV): on Debian and Ubuntu, apt install python3-venv" >&2; exit 1; }
 	@rm $(UNFINISHED)
 
 $(VENV)/demo-installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	@echo "installing queryd and its demo into $(VENV) (about a minute, once)" >&2
-	@$(QUIETLY_INTERRUPTED) $(INSTALL) -e '.[demo]'
+	@$(call attempt,$(INSTALL) -e '.[demo]',$(VENV)/install.log)
 	@touch $@
 
 $(VENV)/dev-installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	@echo "installing queryd and its tests into $(VENV) (about a minute, once)" >&2
-	@$(QUIETLY_INTERRUPTED) $(INSTALL) -e '.[dev]'
+	@$(call attempt,$(INSTALL) -e '.[dev]',$(VENV)/install.log)
 	@touch $@
