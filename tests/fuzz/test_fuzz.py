@@ -12,7 +12,7 @@ _SEED = 7
 # In CI the run may take a minute in all; a free core does 10,000 mutants in that time, a busy one fewer.
 _MUTANTS, _SECONDS = 10_000, 45.0
 
-# Where a check is missing the first finding comes within a thousand mutants; some are that the process hangs.
+# Where a check is missing the first finding comes within two thousand mutants; some are that the process hangs.
 _SABOTAGED_MUTANTS, _SABOTAGED_STUCK_SECONDS = 6_000, 10.0
 
 

@@ -126,6 +126,18 @@ def test_no_function_that_may_be_called_makes_a_type_out_of_a_text(running: duck
     assert "ENUM" in type_
 
 
+def test_no_function_that_may_be_called_takes_or_makes_a_variant_or_a_type(running: duckdb.DuckDBPyConnection) -> None:
+    """Functions of lists read a VARIANT's bytes as a list's, and a value of the type TYPE names a type."""
+    found = running.execute(
+        "SELECT lower(function_name), concat(parameter_types::VARCHAR, varargs, return_type) FROM duckdb_functions()"
+        " WHERE function_type IN ('scalar', 'aggregate', 'table')"
+    ).fetchall()
+    may_be_called = functions.listed("functions.txt") | functions.listed("tables.txt")
+    kinds = [(name, kind) for name, kind in found if "VARIANT" in kind or "TYPE" in kind]
+    assert {"variant_typeof", "make_type"} <= {name for name, _ in kinds}
+    assert [name for name, _ in kinds if name in may_be_called] == []
+
+
 def _signatures(running: duckdb.DuckDBPyConnection) -> list[list[str]]:
     found = running.execute(
         "SELECT DISTINCT lower(function_name), parameter_types FROM duckdb_functions()"

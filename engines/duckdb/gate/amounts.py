@@ -82,9 +82,16 @@ class Amounts:
             raise rejected(f"it makes more than {thresholds.MAX_AMPLIFICATION:,} rows or characters out of one call")
 
     def judge_offset(self, window: _Node) -> None:
-        """Raises `QueryFailed` for LEAD or LAG over more than `MAX_AMPLIFICATION` rows: the least BIGINT as an offset
-        kills the process (DuckDB 1.5.5)."""
-        if "offset_expr" in window and self._amount(window["offset_expr"]) > thresholds.MAX_AMPLIFICATION:
+        """Raises `QueryFailed` for LEAD or LAG over all rows, in no order, unless the offset is a number in bounds.
+
+        There the least BIGINT as an offset kills the process (DuckDB 1.5.5), however it is computed.
+        """
+        if "offset_expr" not in window or window.get("partitions") or window.get("orders"):
+            return
+        offset = self._number(window["offset_expr"], 0)
+        if offset is None:
+            raise rejected("LEAD or LAG without ORDER BY has an offset that is no number")
+        if abs(offset) > thresholds.MAX_AMPLIFICATION:
             raise rejected(f"LEAD or LAG reaches over more than {thresholds.MAX_AMPLIFICATION:,} rows")
 
     def _series(self, arguments: list[_Node]) -> float:

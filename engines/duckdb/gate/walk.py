@@ -164,6 +164,10 @@ class Walk:
         elif node["type"] == "TABLE_FUNCTION":
             functions.judge_table_call(node["function"])
             self._amounts.judge(node["function"])
+        elif node["type"] == "PIVOT":
+            # In the tree these are texts; the binder makes columns of them, or calls of functions.
+            for name in node.get("groups", ()):
+                judge_column((name,))
 
     def _judge_table(self, node: _Node, place: _Place) -> None:
         relation = find_relation(self._granted, node)
