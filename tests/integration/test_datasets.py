@@ -545,3 +545,38 @@ def test_the_command_refuses_what_is_not_there_unless_told_not_to_look(stores: S
     code, _, err = _command("show", "x", "--org", org)
     assert (code, err.count("\n")) == (1, 1)
     assert _json("show", "x", "--org", org, "--no-check")["location"] == "public.nothing"
+
+
+@pytest.mark.usefixtures("reachable")
+def test_a_replacement_that_deletes_grants_asks_first(stores: Stores) -> None:
+    org = new_id()
+    add = ("add", "sales", "--org", org, "--kind", "parquet", "--location", stores.sales, "--visibility", "org")
+    assert _json(*add)["registered"]["partitions"] == [
+        {"name": "month", "type": "BIGINT"},
+        {"name": "year", "type": "BIGINT"},
+    ]
+    # Without grants there is nothing to ask.
+    assert _json(*add)["version"] == 2
+    _json("grant", "sales", "--org", org, "--to", "role:analysts")
+    code, out, err = _command(*add)
+    assert (code, out) == (2, "")
+    assert err == "queryd: sales is replaced and its grants are deleted (role:analysts): give --yes\n"
+    assert _json("show", "sales", "--org", org, "--no-check")["grants"] == ["role:analysts"]
+    assert _json(*add, "--yes")["grants"] == []
+    code, out, _ = _command("add", "--help")
+    assert code == 0
+    assert "delete its grants" in " ".join(out.split())
+
+
+@pytest.mark.usefixtures("reachable")
+def test_the_command_names_the_file_and_the_column_that_cannot_be_read(stores: Stores) -> None:
+    org = new_id()
+    place = ("--org", org, "--visibility", "org")
+    code, out, err = _command("add", "x", *place, "--kind", "parquet", "--location", stores.location("torn/"))
+    assert (code, out) == (2, "")
+    assert err == f"queryd: a file of the dataset can't be read: {stores.location('torn/part=b/part.parquet')}\n"
+    with psycopg.connect(stores.owner_url, autocommit=True) as connection:
+        connection.execute("CREATE TABLE prices (id int, price numeric)")
+    code, out, err = _command("add", "x", *place, "--kind", "postgres", "--location", "public.prices")
+    assert (code, out) == (2, "")
+    assert err.startswith("queryd: column price is numeric without a precision, which can't be read exactly")
