@@ -80,9 +80,8 @@ class Mutator:
         sql = random.choice(self._statements)
         for _ in range(random.choice((1, 1, 1, 2, 2, 3))):
             sql = random.choice(MUTATIONS)(random, sql, self._statements)
-        values = {
-            name: random.choice((1, random.choice((*pools.TEXTS, *pools.PARAMETER_TEXTS)))) for name in ("p", "q")
-        }
+        kinds: tuple[tuple[Parameter, ...], ...] = (pools.TEXTS, pools.PARAMETER_TEXTS, (1,))
+        values = {name: random.choice(random.choice(kinds)) for name in ("p", "q")}
         return Mutant(sql, {name: values[name] for name in values if re.search(rf"\${name}\b", sql)})
 
 
