@@ -5,14 +5,35 @@
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, NewType
+from typing import Any, NewType, Self
 
 import psycopg
 from psycopg.conninfo import make_conninfo
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]
-Pool = AsyncConnectionPool[Connection]
+
+
+class Pool(AsyncConnectionPool[Connection]):
+    """A pool that knows why it could not connect last: its own error says only that there was no connection."""
+
+    def __init__(self, conninfo: str, **options: Any) -> None:
+        self.refusal: str | None = None
+        pool = self
+
+        class Connecting(psycopg.AsyncConnection[tuple[Any, ...]]):
+            @classmethod
+            async def connect(cls, *arguments: Any, **keywords: Any) -> Self:
+                try:
+                    connection = await super().connect(*arguments, **keywords)
+                except psycopg.Error as error:
+                    pool.refusal = describe(error)
+                    raise
+                pool.refusal = None
+                return connection
+
+        super().__init__(conninfo, connection_class=Connecting, **options)
+
 
 # Two databases that must not be mistaken for each other.
 DataPool = NewType("DataPool", Pool)
@@ -59,7 +80,7 @@ def conninfo(url: str, application: str) -> str:
 
 def make_pool(url: str, application: str, size: int) -> Pool:
     """A pool that is not open yet. It connects in the background and goes on trying while the server is away."""
-    return AsyncConnectionPool(
+    return Pool(
         conninfo(url, application),
         min_size=1,
         max_size=size,
@@ -76,7 +97,7 @@ def make_pool(url: str, application: str, size: int) -> Pool:
 @asynccontextmanager
 async def transaction(pool: Pool) -> AsyncIterator[Connection]:
     """One transaction on one connection of the pool; raises `DatabaseUnavailable`."""
-    with unavailable_told_apart():
+    with unavailable_told_apart(pool):
         async with pool.connection() as connection:
             yield connection
 
@@ -85,7 +106,7 @@ async def transaction(pool: Pool) -> AsyncIterator[Connection]:
 async def statement(pool: Pool) -> AsyncIterator[Connection]:
     """A connection on which each statement is its own transaction, without the round trips of BEGIN and COMMIT; raises
     `DatabaseUnavailable`."""
-    with unavailable_told_apart():
+    with unavailable_told_apart(pool):
         async with pool.connection() as connection:
             await connection.set_autocommit(True)
             try:
@@ -96,12 +117,33 @@ async def statement(pool: Pool) -> AsyncIterator[Connection]:
 
 
 @contextmanager
-def unavailable_told_apart() -> Iterator[None]:
-    """Turn psycopg's errors of the connection, the server's state and of concurrency into `DatabaseUnavailable`."""
+def unavailable_told_apart(pool: Pool | None = None) -> Iterator[None]:
+    """Turn psycopg's errors of the connection, the server's state and of concurrency into `DatabaseUnavailable`.
+
+    `pool` is the one that may have no connection, for the reason why.
+    """
     try:
         yield
     except PoolTimeout as error:
-        raise DatabaseUnavailable("no connection within 10 s") from error
+        why = None if pool is None else pool.refusal
+        raise DatabaseUnavailable("no connection within 10 s" + ("" if why is None else f": {why}")) from error
     except (psycopg.OperationalError, psycopg.InterfaceError, *_PASSING) as error:
-        # Only the class and SQLSTATE: a message may quote values.
-        raise DatabaseUnavailable(f"{type(error).__name__} {error.sqlstate or ''}".rstrip()) from error
+        raise DatabaseUnavailable(describe(error)) from error
+
+
+def describe(error: psycopg.Error) -> str:
+    """What may be logged of an error: a message may quote values.
+
+    Its class and SQLSTATE. libpq gives no SQLSTATE for a connection that failed, so there it is said whether the server
+    refused us, by what libpq knows of the login, or could not be reached.
+    """
+    name = type(error).__name__
+    if error.sqlstate is not None:
+        return f"{name} {error.sqlstate}"
+    if error.pgconn is None:
+        return name
+    if error.pgconn.needs_password:
+        return "the server wants a password, and the URL has none"
+    if error.pgconn.used_password:
+        return "the server refuses the login: the password, the role or the database is wrong"
+    return f"{name}: no answer from a server" if "FATAL" not in str(error) else "the server refuses the connection"

@@ -1,37 +1,104 @@
 """Is a database as we need it? Asked by `queryd doctor`, and by every service at its start."""
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psycopg
+from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
 from db.connection import conninfo, unavailable_told_apart
 
-DATA_TABLES = ("query_results", "query_runs", "outbox", "dataset_grants")
-STATE_TABLES = ("query_status", "consumer_offsets", "tasks")
+_DB = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True, slots=True)
+class Schema:
+    """What a database has to hold: tables that tell it from another, and alembic's table of its version.
+
+    `platform` are the tables that the platform makes, and not `queryd db upgrade`.
+    """
+
+    name: str
+    tables: tuple[str, ...]
+    platform: tuple[str, ...] = ()
+
+    @property
+    def version_table(self) -> str:
+        """Where alembic writes the version."""
+        return f"queryd_{self.name}_version"
+
+    def newest_version(self) -> int:
+        """The version that this queryd was written for, by the numbers of its migrations."""
+        return max(int(path.name[1:5]) for path in (_DB / self.name / "versions").glob("v[0-9]*.py"))
+
+
+DATA = Schema("data", ("query_results", "query_runs", "outbox", "dataset_grants"))
+STATE = Schema("state", ("query_status", "consumer_offsets"), platform=("tasks",))
 
 WRITABLE = "SELECT current_setting('transaction_read_only') = 'off'"
 MISSING = "SELECT name FROM unnest(%(names)s::text[]) AS n(name) WHERE to_regclass(name) IS NULL ORDER BY name"
 
 
-def read_missing_tables(connection: psycopg.Connection[Any], tables: Sequence[str]) -> list[str]:
-    """Which of the tables are not there."""
-    return [row[0] for row in connection.execute(MISSING, {"names": list(tables)}).fetchall()]
+# What is wrong with a database that holds the other schema.
+SWAPPED = (
+    "it holds the tables of the other database: are QUERYD_DATA_URL and QUERYD_STATE_URL swapped? Don't run "
+    "`queryd db upgrade` before they are right"
+)
 
 
 class SchemaMissing(Exception):
-    """The database is there and our tables are not: run `queryd db upgrade`."""
+    """The database is there and does not hold our tables; the sentence says what to do."""
 
 
-async def require_tables(url: str, tables: Sequence[str]) -> None:
+async def require_schema(url: str, schema: Schema) -> None:
     """Raises `SchemaMissing`, and `DatabaseUnavailable` while nobody can say."""
     with unavailable_told_apart():
-        async with await psycopg.AsyncConnection.connect(conninfo(url, "start")) as connection:
-            cursor = await connection.execute(MISSING, {"names": list(tables)})
-            missing = [row[0] for row in await cursor.fetchall()]
-    if missing:
-        raise SchemaMissing(f"tables are missing: {', '.join(missing)}; run `queryd db upgrade`")
+        problem = await find_problem(url, schema)
+    if problem is not None:
+        raise SchemaMissing(problem)
+
+
+async def find_problem(url: str, schema: Schema) -> str | None:
+    """What is wrong with the tables of a database, and what to do; None where nothing is. Raises psycopg's errors."""
+    async with await psycopg.AsyncConnection.connect(conninfo(url, "start")) as connection:
+        if await _is_others(connection, schema):
+            return SWAPPED
+        missing = await _read_missing(connection, [*schema.tables, *schema.platform, schema.version_table])
+        version = None if schema.version_table in missing else await _read_version(connection, schema)
+    ours, platform = sorted(missing & {*schema.tables}), sorted(missing & {*schema.platform})
+    advice = [f"tables are missing: {', '.join(ours)}; run `queryd db upgrade`"] if ours else []
+    if platform:
+        advice.append(
+            f"the platform's tables are missing: {', '.join(platform)}; on a development machine run "
+            "`queryd db platform`, elsewhere the platform makes them"
+        )
+    newest = schema.newest_version()
+    if not ours and (version or 0) < newest:
+        advice.append(f"the schema's version is {version or 0}, and {newest} is wanted; run `queryd db upgrade`")
+    return "; ".join(advice) or None
+
+
+async def is_others(url: str, schema: Schema) -> bool:
+    """True when the database holds the other schema and nothing of this one. Raises psycopg's errors."""
+    async with await psycopg.AsyncConnection.connect(conninfo(url, "start")) as connection:
+        return await _is_others(connection, schema)
+
+
+async def _is_others(connection: psycopg.AsyncConnection[Any], schema: Schema) -> bool:
+    other = STATE if schema is DATA else DATA
+    return await _read_missing(connection, [schema.version_table, other.version_table]) == {schema.version_table}
+
+
+async def _read_missing(connection: psycopg.AsyncConnection[Any], names: list[str]) -> set[str]:
+    return {row[0] for row in await (await connection.execute(MISSING, {"names": names})).fetchall()}
+
+
+async def _read_version(connection: psycopg.AsyncConnection[Any], schema: Schema) -> int | None:
+    statement = sql.SQL("SELECT version_num FROM {}").format(sql.Identifier(schema.version_table))
+    row = await (await connection.execute(statement)).fetchone()
+    return None if row is None else int(row[0].removeprefix(schema.name))
 
 
 async def is_writable(url: str) -> bool:

@@ -59,6 +59,8 @@ def explain_postgres(variable: str, url: str, error: psycopg.Error) -> str:
 
     libpq gives no codes of failed connections, so this finds out by further attempts, of 5 s each at most.
     """
+    if error.sqlstate is not None:
+        return _explain_statement(variable, error)
     unreached = _unreached(variable, url)
     if unreached is not None:
         return unreached
@@ -69,7 +71,19 @@ def explain_postgres(variable: str, url: str, error: psycopg.Error) -> str:
         return f"the server wants a password, and {variable} has none"
     if _is_entered(url, dbname="postgres"):
         return f"the server has no such database, or the role may not enter it: create it, or check {variable}"
-    return f"the server refuses the role: check role, password and sslmode in {variable}, and the server's pg_hba.conf"
+    what = "password or the role" if pgconn is not None and pgconn.used_password else "role"
+    return f"the server refuses the {what}: check them, and sslmode, in {variable}, and the server's pg_hba.conf"
+
+
+def _explain_statement(variable: str, error: psycopg.Error) -> str:
+    """Of an error that the server gave to a statement."""
+    match error:
+        case psycopg.errors.InsufficientPrivilege():
+            return f"the role may not do that: give it the rights, or name the owner of the tables in {variable}"
+        case psycopg.errors.ReadOnlySqlTransaction():
+            return f"the server takes no writes: does {variable} name a replica?"
+        case _:
+            return f"the server refuses a statement: {type(error).__name__} {error.sqlstate}"
 
 
 def _unreached(variable: str, url: str) -> str | None:

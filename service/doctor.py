@@ -3,6 +3,7 @@
 import asyncio
 import os
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient
 
-from db.health import DATA_TABLES, STATE_TABLES, read_missing_tables, same_server
+from db.health import DATA, STATE, Schema, find_problem, same_server
 from engines.duckdb.pool import DuckDBEngine
 from engines.duckdb.sandbox import Layers
 from engines.duckdb.settings import DuckDBSettings
@@ -38,6 +39,11 @@ from service.diagnosis import (
 from service.settings import Settings, are_of_the_embedded_stack, describe_unknown, find_unknown_variables
 
 _SECONDS = 5
+# How long one question to the brokers takes, before it is looked at what librdkafka has told meanwhile.
+_LOOK_SECONDS = 0.5
+# librdkafka tries a name's next address after some tenths of a second.
+_OTHER_ADDRESS_SECONDS = 1.0
+_SEVERITY = ("wrong", "warning", "well")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,20 +56,21 @@ class Finding:
 
 
 def examine(settings: Settings) -> list[Finding]:
-    """Look at everything, whatever the first finding is."""
+    """Look at everything, whatever the first finding is. What is wrong stands first."""
     checks: list[Callable[[Settings], Iterator[Finding]]] = [
         _examine_environment,
-        _examine_kafka,
+        examine_kafka,
         _examine_relay,
-        _examine_registry,
-        _examine_data,
-        _examine_state,
-        _examine_datasets,
-        _examine_store,
+        examine_registry,
+        examine_data,
+        examine_state,
+        examine_datasets,
+        examine_store,
         _examine_engine,
         _examine_sandbox,
     ]
-    return [finding for check in checks for finding in check(settings)]
+    findings = [finding for check in checks for finding in check(settings)]
+    return sorted(findings, key=lambda finding: _SEVERITY.index(finding.state))
 
 
 def _examine_environment(_settings: Settings) -> Iterator[Finding]:
@@ -71,23 +78,48 @@ def _examine_environment(_settings: Settings) -> Iterator[Finding]:
         yield Finding("settings", "warning", f"{describe_unknown(name, meant)}: it is ignored")
 
 
-def _examine_kafka(settings: Settings) -> Iterator[Finding]:
-    # Why no broker answers is told aside: the call itself only knows that none did.
-    told: list[KafkaError] = []
+def examine_kafka(settings: Settings) -> Iterator[Finding]:
+    """Does some broker let us in, and are the topics there?"""
     try:
-        admin = AdminClient(settings.kafka | QUIET | {"error_cb": told.append})
-        try:
-            topics = admin.list_topics(timeout=_SECONDS).topics
-        finally:
-            admin.poll(0)
-    except KafkaException as error:
-        yield Finding("kafka", "wrong", explain_kafka({each.code() for each in [error.args[0], *told]}))
+        topics = _list_topics(settings)
+    except _NoBroker as error:
+        yield Finding("kafka", "wrong", explain_kafka(error.codes))
         return
-    missing = sorted({topic.value for topic in Topic} - topics.keys())
+    missing = sorted({topic.value for topic in Topic} - topics)
     if missing:
         yield Finding("kafka", "wrong", f"topics are missing: {', '.join(missing)}; run `queryd topics apply`")
     else:
         yield Finding("kafka", "well", f"{len(Topic)} topics")
+
+
+class _NoBroker(Exception):
+    """No broker has answered; `codes` are librdkafka's on the way."""
+
+    def __init__(self, codes: set[int]) -> None:
+        self.codes = codes
+
+
+def _list_topics(settings: Settings) -> set[str]:
+    # Why no broker answers is told aside: the call itself only knows that none did.
+    told: list[KafkaError] = []
+    last: list[KafkaError] = []
+    deadline, noticed = time.monotonic() + _SECONDS, False
+    try:
+        admin = AdminClient(settings.kafka | QUIET | {"error_cb": told.append})
+        while time.monotonic() < deadline:
+            try:
+                return set(admin.list_topics(timeout=_LOOK_SECONDS).topics)
+            except KafkaException as error:
+                last = [error.args[0]]
+            finally:
+                admin.poll(0)
+            if told and not noticed:
+                noticed = True
+                # A name may have another address that answers; beyond that, waiting mends nothing.
+                deadline = min(deadline, time.monotonic() + _OTHER_ADDRESS_SECONDS)
+    except KafkaException as error:
+        last = [error.args[0]]
+    raise _NoBroker({each.code() for each in [*last, *told]})
 
 
 def _examine_relay(settings: Settings) -> Iterator[Finding]:
@@ -101,7 +133,8 @@ def _examine_relay(settings: Settings) -> Iterator[Finding]:
         yield Finding("relay", "warning", "QUERYD_RELAY_TRANSACTIONS is false: only for a broker without transactions")
 
 
-def _examine_registry(_settings: Settings) -> Iterator[Finding]:
+def examine_registry(_settings: Settings) -> Iterator[Finding]:
+    """Does the schema registry take our schemas?"""
     registry = registry_in_use()
     if registry is None:
         return
@@ -117,36 +150,28 @@ def _examine_registry(_settings: Settings) -> Iterator[Finding]:
     yield Finding("schema registry", "wrong", advice)
 
 
-def _examine_data(settings: Settings) -> Iterator[Finding]:
-    yield _examine_database(
-        "postgres data",
-        "QUERYD_DATA_URL",
-        settings.data_url.get_secret_value(),
-        DATA_TABLES,
-    )
+def examine_data(settings: Settings) -> Iterator[Finding]:
+    """Does Postgres data let us in, and does it hold our tables in this version?"""
+    yield _examine_database("postgres data", "QUERYD_DATA_URL", settings.data_url.get_secret_value(), DATA)
 
 
-def _examine_state(settings: Settings) -> Iterator[Finding]:
-    yield _examine_database(
-        "postgres state",
-        "QUERYD_STATE_URL",
-        settings.state_url.get_secret_value(),
-        STATE_TABLES,
-    )
+def examine_state(settings: Settings) -> Iterator[Finding]:
+    """The same of Postgres state."""
+    yield _examine_database("postgres state", "QUERYD_STATE_URL", settings.state_url.get_secret_value(), STATE)
 
 
-def _examine_database(what: str, variable: str, url: str, tables: tuple[str, ...]) -> Finding:
+def _examine_database(what: str, variable: str, url: str, schema: Schema) -> Finding:
     try:
-        with psycopg.connect(url, connect_timeout=_SECONDS) as connection:
-            missing = read_missing_tables(connection, tables)
+        problem = asyncio.run(find_problem(url, schema))
     except psycopg.Error as error:
         return Finding(what, "wrong", explain_postgres(variable, url, error))
-    if missing:
-        return Finding(what, "wrong", f"tables are missing: {', '.join(missing)}; run `queryd db upgrade`")
+    if problem is not None:
+        return Finding(what, "wrong", problem)
     return Finding(what, "well", "reached, schema in place")
 
 
-def _examine_datasets(settings: Settings) -> Iterator[Finding]:
+def examine_datasets(settings: Settings) -> Iterator[Finding]:
+    """Does the datasets' Postgres let us in, and is it a server of its own?"""
     if settings.datasets_pg_url is None:
         yield Finding("datasets in postgres", "warning", "QUERYD_DATASETS_PG_URL is not set: only parquet can be read")
         return
@@ -170,7 +195,8 @@ def _examine_datasets(settings: Settings) -> Iterator[Finding]:
         )
 
 
-def _examine_store(settings: Settings) -> Iterator[Finding]:
+def examine_store(settings: Settings) -> Iterator[Finding]:
+    """Is the results bucket there for our keys?"""
     try:
         client = _try_bucket(settings.bucket)
         yield Finding("s3", "well", f"bucket {settings.bucket}")

@@ -14,7 +14,7 @@ from typing import Any
 import structlog
 
 from consumers.executor.executor import Executor
-from db.health import DATA_TABLES, STATE_TABLES, require_tables
+from db.health import DATA, STATE, require_schema
 from db.retrying import until_available
 from processes.lifeline import hold_lifeline
 from producers.relay.depth import measure_for_ever
@@ -120,7 +120,7 @@ async def _run_together(
 
 
 async def _require_data(settings: Settings) -> None:
-    await until_available(partial(require_tables, settings.data_url.get_secret_value(), DATA_TABLES), "postgres data")
+    await until_available(partial(require_schema, settings.data_url.get_secret_value(), DATA), "postgres data")
 
 
 async def _announce(executor: Executor, health: Health) -> None:
@@ -140,9 +140,7 @@ async def _run_relay(settings: Settings, health: Health) -> None:
 
 
 async def _run_projector(settings: Settings, health: Health) -> None:
-    await until_available(
-        partial(require_tables, settings.state_url.get_secret_value(), STATE_TABLES), "postgres state"
-    )
+    await until_available(partial(require_schema, settings.state_url.get_secret_value(), STATE), "postgres state")
     async with AsyncExitStack() as stack:
         projector = await make_projector(settings, stack, health.announce)
         _stop_on_signal(projector.stop, health)

@@ -18,6 +18,7 @@ from consumers.executor.transitions import Transitions
 from consumers.projector import Projector
 from db.clock import DatabaseClock
 from db.connection import DataPool, StatePool, make_pool
+from db.health import DATA, require_schema
 from engines.duckdb.pool import FOLDER_PREFIX, DuckDBEngine
 from engines.duckdb.settings import DuckDBSettings
 from processes.scratch import ScratchFolder, sweep
@@ -133,7 +134,11 @@ def make_retention(settings: Settings, uploader: Uploader) -> Retention:
 
 @asynccontextmanager
 async def opened_data_pool(settings: Settings) -> AsyncIterator[DataPool]:
-    """A small pool for a command; raises nothing until it is used."""
+    """A small pool for a command.
+
+    Raises `DatabaseUnavailable` and `SchemaMissing` at once, where the pool itself would go on trying for 10 s.
+    """
+    await require_schema(settings.data_url.get_secret_value(), DATA)
     pool = DataPool(make_pool(settings.data_url.get_secret_value(), "command", 1))
     await pool.open()
     try:

@@ -1,21 +1,29 @@
 """Bring a database to the newest version of its schema."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import create_engine, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 _DB = Path(__file__).resolve().parent.parent
 
+# As long as every other connection of queryd's.
+_CONNECT_SECONDS = 5
 # Any fixed number that nothing else on the server uses: two processes that upgrade at once take turns.
 _UPGRADE_LOCK = 7_105_113_001
 
 
 def upgrade_data(url: str) -> None:
-    """Upgrade Postgres data; `url` is a libpq URI. Safe to repeat, and for two processes at once."""
+    """Upgrade Postgres data; `url` is a libpq URI. Safe to repeat, and for two processes at once.
+
+    Raises psycopg's errors.
+    """
     _upgrade(url, _DB / "data" / "versions", "queryd_data_version")
 
 
@@ -24,10 +32,25 @@ def upgrade_state(url: str) -> None:
     _upgrade(url, _DB / "state" / "versions", "queryd_state_version")
 
 
+@contextmanager
+def _psycopg_errors() -> Iterator[None]:
+    """Raise the driver's own errors, and not SQLAlchemy's around them."""
+    try:
+        yield
+    except DBAPIError as error:
+        if error.orig is None:
+            raise
+        raise error.orig from None
+
+
 def _upgrade(url: str, versions: Path, version_table: str) -> None:
     # SQLAlchemy only carries alembic here; the connection itself is made by psycopg from the libpq URI.
-    engine = create_engine("postgresql+psycopg://", creator=lambda: psycopg.connect(url), poolclass=NullPool)
-    with engine.connect() as connection, connection.begin():
+    engine = create_engine(
+        "postgresql+psycopg://",
+        creator=lambda: psycopg.connect(url, connect_timeout=_CONNECT_SECONDS),
+        poolclass=NullPool,
+    )
+    with _psycopg_errors(), engine.connect() as connection, connection.begin():
         connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _UPGRADE_LOCK})
         config = Config()
         config.set_main_option("script_location", str(_DB / "migrations"))

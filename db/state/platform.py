@@ -17,5 +17,5 @@ CREATE TABLE IF NOT EXISTS tasks (
 
 def create_platform_tables(url: str) -> None:
     """Make `orgs`, `users` and `tasks` where they are missing; `url` is a libpq URI of Postgres state."""
-    with psycopg.connect(url) as connection:
+    with psycopg.connect(url, connect_timeout=5) as connection:
         connection.execute(CREATE)

@@ -1,5 +1,6 @@
 """The command line."""
 
+import os
 import sys
 from importlib.metadata import version
 from typing import Annotated
@@ -7,8 +8,11 @@ from typing import Annotated
 import typer
 
 from service.cli import datasets, limits, operate, query, replay, retention, run, saved, watch
+from service.cli.failures import FAILURES, describe_defect, describe_failure
+from service.cli.output import DEFECT, WRONGLY_ASKED, complain
 from service.environment import describe_stale_stack
 from service.settings import WrongSetting, describe_unknown, find_unknown_variables, load_env_file
+from telemetry.logs import set_up_logs
 
 app = typer.Typer(
     name="queryd",
@@ -60,9 +64,21 @@ app.add_typer(replay.app, name="replay")
 
 
 def main() -> None:
-    """Run the command line. A wrong setting is one line on stderr and exit code 2."""
+    """Run the command line. Whatever goes wrong is one line on stderr, and an exit code of docs/operations.md."""
+    # What happens on the way is told by the command, in its one line; services and `up` set theirs up anew.
+    set_up_logs("ERROR")
     try:
         app()
     except WrongSetting as error:
-        print(f"queryd: {error}", file=sys.stderr)
-        sys.exit(2)
+        complain(str(error), WRONGLY_ASKED)
+    except FAILURES as error:
+        complain(describe_failure(error))
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        where = "" if error.filename is None else f" {error.filename}"
+        complain(f"the system refuses{where}: {error.strerror or type(error).__name__}")
+    except Exception as error:
+        if os.environ.get("QUERYD_LOG_LEVEL") == "DEBUG":
+            raise
+        complain(describe_defect(error), DEFECT)

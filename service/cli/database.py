@@ -1,7 +1,6 @@
 """What commands share that work on Postgres data: a connection, ids as arguments, one sentence for what goes wrong."""
 
 import asyncio
-import logging
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -9,7 +8,7 @@ from typing import TypeVar
 from access.datasets import NoSuchDataset
 from access.saved_queries import NoSuchSavedQuery
 from access.visibility import InvalidRegistration
-from db.connection import DatabaseUnavailable, DataPool
+from db.connection import DataPool
 from queryd.events import Invalid, parse_uuid
 from service.cli.output import complain
 from service.settings import load_settings
@@ -19,10 +18,8 @@ _Answer = TypeVar("_Answer")
 
 
 def with_data(work: Callable[[DataPool], Awaitable[_Answer]]) -> _Answer:
-    """The answer of `work`; exits with 2 for what was asked wrongly, with 1 when the database does not answer."""
+    """The answer of `work`; exits with 2 for what was asked wrongly."""
     settings = load_settings()
-    # What the pool runs into while it connects is told by the command itself, in one sentence.
-    logging.getLogger("psycopg.pool").setLevel(logging.CRITICAL)
 
     async def run() -> _Answer:
         async with opened_data_pool(settings) as pool:
@@ -34,8 +31,6 @@ def with_data(work: Callable[[DataPool], Awaitable[_Answer]]) -> _Answer:
         complain(str(error), 2)
     except (NoSuchDataset, NoSuchSavedQuery) as error:
         complain(str(error))
-    except DatabaseUnavailable as error:
-        complain(f"Postgres data (QUERYD_DATA_URL) does not answer: {error}")
 
 
 def uuid_argument(text: str, name: str) -> str:

@@ -1,20 +1,26 @@
 """`queryd db upgrade` and `db platform`, `topics apply`, `bucket apply` and `doctor`."""
 
+import asyncio
+import sys
+import textwrap
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import psycopg
 import typer
+from rich.console import Console
 
+from db.health import DATA, STATE, SWAPPED, is_others
 from db.migrations.upgrade import upgrade_data, upgrade_state
 from db.state.platform import create_platform_tables
-from queryd.registry import RegistryAway, RegistryRefused, registry_in_use
-from service.bucket import BucketRefused, apply_bucket
+from queryd.registry import registry_in_use
+from service.bucket import apply_bucket
 from service.cli.output import complain, print_json, print_rows
 from service.cli.query import Json
 from service.diagnosis import explain_postgres
-from service.doctor import examine
+from service.doctor import Finding, examine
 from service.settings import load_settings
-from service.topics import TopicsRefused, apply_topics
+from service.topics import apply_topics
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -38,14 +44,19 @@ def add_commands(app: typer.Typer) -> None:
 def upgrade(as_json: Json = False) -> None:
     """Bring both databases to this version's schema. Safe to repeat, and for two at once."""
     settings = load_settings()
-    for name, url, run in (
-        ("QUERYD_DATA_URL", settings.data_url, upgrade_data),
-        ("QUERYD_STATE_URL", settings.state_url, upgrade_state),
-    ):
+    both = (
+        ("QUERYD_DATA_URL", settings.data_url.get_secret_value(), DATA, upgrade_data),
+        ("QUERYD_STATE_URL", settings.state_url.get_secret_value(), STATE, upgrade_state),
+    )
+    apart = settings.data_url != settings.state_url
+    for name, url, schema, run in both:
         try:
-            run(url.get_secret_value())
-        except psycopg.OperationalError as error:
-            complain(explain_postgres(name, url.get_secret_value(), error))
+            # One database may hold both schemas, but then both variables name it.
+            if apart and asyncio.run(is_others(url, schema)):
+                complain(f"{name}: {SWAPPED}")
+            run(url)
+        except psycopg.Error as error:
+            complain(f"{name}: {explain_postgres(name, url, error)}")
     if as_json:
         print_json({"data": "upgraded", "state": "upgraded"})
     else:
@@ -58,8 +69,8 @@ def platform(as_json: Json = False) -> None:
     url = load_settings().state_url.get_secret_value()
     try:
         create_platform_tables(url)
-    except psycopg.OperationalError as error:
-        complain(explain_postgres("QUERYD_STATE_URL", url, error))
+    except psycopg.Error as error:
+        complain(f"QUERYD_STATE_URL: {explain_postgres('QUERYD_STATE_URL', url, error)}")
     if as_json:
         print_json({"platform": "there"})
     else:
@@ -71,12 +82,9 @@ def apply(as_json: Json = False) -> None:
     hold new versions against all older ones. Safe to repeat."""
     settings = load_settings()
     registry = registry_in_use()
-    try:
-        done = apply_topics(settings.kafka, settings.partitions, settings.replication)
-        if registry is not None:
-            done |= registry.apply()
-    except (TopicsRefused, RegistryAway, RegistryRefused) as error:
-        complain(str(error))
+    done = apply_topics(settings.kafka, settings.partitions, settings.replication)
+    if registry is not None:
+        done |= registry.apply()
     if as_json:
         print_json(done)
     else:
@@ -86,10 +94,7 @@ def apply(as_json: Json = False) -> None:
 def apply_results_bucket(as_json: Json = False) -> None:
     """Make the bucket of QUERYD_RESULTS_URL where it is missing, and wait until it takes an object. Safe to repeat."""
     settings = load_settings()
-    try:
-        done = apply_bucket(settings.bucket)
-    except BucketRefused as error:
-        complain(str(error))
+    done = apply_bucket(settings.bucket)
     if as_json:
         print_json({settings.bucket: done})
     else:
@@ -102,6 +107,17 @@ def doctor(as_json: Json = False) -> None:
     if as_json:
         print_json([asdict(finding) for finding in findings])
     else:
-        print_rows("findings", [asdict(finding) for finding in findings])
+        print_findings(findings)
     if any(finding.state == "wrong" for finding in findings):
         raise SystemExit(1)
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    """Through a pipe one line each; on a terminal the advice below what it is about, within the terminal's width."""
+    if not sys.stdout.isatty():
+        print_rows("findings", [{"state": each.state, "what": each.what, "advice": each.advice} for each in findings])
+        return
+    width, indent = Console().width, " " * 9
+    for each in findings:
+        print(f"{each.state:<9}{each.what}")
+        print(textwrap.fill(each.advice, width, initial_indent=indent, subsequent_indent=indent))

@@ -10,6 +10,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+# Exit codes; 0 is done. docs/operations.md has the table.
+FAILED = 1
+WRONGLY_ASKED = 2
+DEFECT = 70
+INTERRUPTED = 130
+
 # Wider than any table, so that what is measured is the table and not the terminal.
 _ANY_WIDTH = 100_000
 
@@ -70,7 +76,7 @@ def _show(value: Any) -> str:
             return str(value)
 
 
-def complain(sentence: str, code: int = 1) -> NoReturn:
+def complain(sentence: str, code: int = FAILED) -> NoReturn:
     """One line on stderr and an exit code: 1 for what did not work, 2 for what was asked wrongly."""
     print(f"queryd: {sentence}", file=sys.stderr)
     raise SystemExit(code)

@@ -11,22 +11,18 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, TypeVar
 
 import typer
-from confluent_kafka import KafkaException
 
 from consumers.rebuild.rebuild import Found, Rebuild, Rebuilt, opened
 from consumers.rebuild.source import RebuildRefused, SourceName
 from consumers.rebuild.status_log import LogChanged
-from db.connection import DatabaseUnavailable
 from db.data.replays import ReplayStatus
 from db.state.rebuild import RebuildUnderWay, TablesMissing, WritersBusy
-from producers.read_back import EndNotReached
 from producers.replay.journal import Journal, ReplayRefused, opened_journal
 from producers.replay.kinds import ReplayName
 from producers.replay.plan import PlanStale
 from queryd.codec import NoRegistry
-from queryd.registry import RegistryAway
-from queryd.topics import TopicUnknown
 from service.cli.account import account
+from service.cli.failures import FAILURES, describe_failure
 from service.cli.output import complain, print_fields, print_json, print_rows
 from service.cli.progress import PlanningBar
 from service.cli.query import Json
@@ -168,12 +164,10 @@ def _run(as_json: bool, work: Callable[[Settings, _Told], Coroutine[Any, Any, _A
         complain(f"stopped; {_LEFT}", _INTERRUPTED)
     except WritersBusy as error:
         complain(f"Postgres state (QUERYD_STATE_URL): {error}; {_LEFT}")
-    except (TopicUnknown, LogChanged, EndNotReached, RegistryAway) as error:
-        complain(f"Kafka (QUERYD_KAFKA_BOOTSTRAP) does not do its part: {error}; {_LEFT}")
-    except KafkaException as error:
-        complain(f"Kafka (QUERYD_KAFKA_BOOTSTRAP) does not do its part: {error.args[0].str()}; {_LEFT}")
-    except DatabaseUnavailable as error:
-        complain(f"a database (QUERYD_DATA_URL, QUERYD_STATE_URL) does not answer: {error}; {_LEFT}")
+    except LogChanged as error:
+        complain(f"Kafka request failed: {error}; {_LEFT}")
+    except FAILURES as error:
+        complain(f"{describe_failure(error)}; {_LEFT}")
 
 
 def _describe(rebuilt: Rebuilt) -> dict[str, Any]:

@@ -3,15 +3,12 @@
 import asyncio
 import uuid
 from collections.abc import Awaitable
-from typing import Annotated, NoReturn, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
-from confluent_kafka import KafkaException
 
-from db.connection import DatabaseUnavailable
 from db.data.replays import Replay, ReplayStatus, list_replays
 from producers.dead_letters import DeadCode
-from producers.read_back import EndNotReached
 from producers.replay.comparison import Comparison
 from producers.replay.journal import ReplayRefused, opened_journal
 from producers.replay.kinds import ReplayName, Skip
@@ -19,13 +16,10 @@ from producers.replay.letters import PatchRefused
 from producers.replay.log import WindowRefused
 from producers.replay.plan import NothingMatches, PlanStale
 from producers.replay.run import Outcome
-from queryd.codec import NoRegistry
 from queryd.events import Mode
-from queryd.publisher import NotDelivered
-from queryd.registry import RegistryAway
-from queryd.topics import TopicUnknown
 from service.cli.account import account
 from service.cli.database import optional_uuid, uuid_argument
+from service.cli.failures import FAILURES, describe_failure
 from service.cli.output import complain, print_json, print_rows
 from service.cli.progress import ComparisonBar, PlanningBar, ReplayBar
 from service.cli.query import Json
@@ -348,25 +342,14 @@ def _run(work: Awaitable[_Answer], resumable: str | None = None) -> _Answer:
         return asyncio.run(run())
     except (WindowRefused, NothingMatches, PatchRefused, PlanStale, ReplayRefused) as error:
         complain(str(error))
-    except DatabaseUnavailable as error:
-        _complain_of_stop(f"Postgres data (QUERYD_DATA_URL) does not answer: {error}", resumable)
-    except NoRegistry as error:
-        complain(str(error))
-    except RegistryAway as error:
-        _complain_of_stop(str(error), resumable)
-    except (TopicUnknown, EndNotReached, NotDelivered) as error:
-        _complain_of_stop(f"Kafka (QUERYD_KAFKA_BOOTSTRAP) does not do its part: {error}", resumable)
-    except KafkaException as error:
-        _complain_of_stop(f"Kafka (QUERYD_KAFKA_BOOTSTRAP) does not do its part: {error.args[0].str()}", resumable)
+    except FAILURES as error:
+        again = "" if resumable is None else f". If it had begun: queryd replay resume {resumable}"
+        complain(f"{describe_failure(error)}{again}")
 
 
 async def _find(settings: Settings, replay_id: str) -> Replay:
     async with opened_journal(settings.data_url.get_secret_value()) as journal:
         return await journal.find(replay_id)
-
-
-def _complain_of_stop(sentence: str, resumable: str | None) -> NoReturn:
-    complain(sentence if resumable is None else f"{sentence}. If it had begun: queryd replay resume {resumable}")
 
 
 def _finish(outcome: Outcome, replay_id: str, as_json: bool, comparison: Comparison | None = None) -> None:

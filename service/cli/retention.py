@@ -8,11 +8,10 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from db.connection import DatabaseUnavailable
 from db.data.retention import Scope
 from results.retention.deletion import Deleted, DeletionRules, delete_for_good
 from results.retention.sweep import SweepUnderWay, Swept
-from results.uploader import StoreRefused, StoreUnavailable, Uploader
+from results.uploader import Uploader
 from service.cli.database import uuid_argument
 from service.cli.output import complain, print_fields, print_json
 from service.cli.query import Json
@@ -92,7 +91,7 @@ def _ask(whose: str) -> None:
 
 
 def _run(settings: Settings, work: Callable[[Uploader], Awaitable[_Answer]]) -> _Answer:
-    """The answer of `work`, which gets an uploader of its own; exits with 1 when something does not answer."""
+    """The answer of `work`, which gets an uploader of its own."""
 
     async def run() -> _Answer:
         uploader = Uploader(settings.bucket, settings.aws())
@@ -103,12 +102,6 @@ def _run(settings: Settings, work: Callable[[Uploader], Awaitable[_Answer]]) -> 
 
     try:
         return asyncio.run(run())
-    except DatabaseUnavailable as error:
-        complain(f"Postgres data (QUERYD_DATA_URL) does not answer: {error}; repeat the command")
-    except StoreUnavailable as error:
-        complain(f"the bucket (QUERYD_RESULTS_URL) does not answer: {error}; repeat the command")
-    except StoreRefused as error:
-        complain(f"the bucket (QUERYD_RESULTS_URL): {error}")
     except SweepUnderWay as error:
         complain(f"{error}; repeat the command when it is done")
 

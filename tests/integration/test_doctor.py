@@ -8,12 +8,17 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import boto3
+import psycopg
 import pytest
+from typer.testing import CliRunner
 
+from db.migrations.upgrade import upgrade_data, upgrade_state
 from db.state.platform import create_platform_tables
 from engines.duckdb.landlock import supported_abi
 from queryd.results import ResultReader
 from service.bucket import BucketRefused, apply_bucket
+from service.cli import app
+from service.cli.operate import print_findings
 from service.doctor import Finding, examine
 from service.embedded.object_store import Credentials, ObjectStore
 from service.embedded.postgres import Postgres
@@ -51,7 +56,7 @@ def environment(
 @pytest.fixture
 def without_kafka(environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same, and Kafka is not asked for: it would be waited for."""
-    monkeypatch.setattr("service.doctor._examine_kafka", lambda _settings: iter(()))
+    monkeypatch.setattr("service.doctor.examine_kafka", lambda _settings: iter(()))
 
 
 def _use(keys: Credentials) -> None:
@@ -91,8 +96,8 @@ def test_a_property_that_kafkas_client_does_not_know() -> None:
     ("userinfo", "database", "sentence"),
     [
         (None, CANARY, "the server has no such database, or the role may not enter it"),
-        (f"queryd:{CANARY}", None, "the server refuses the role"),
-        (f"{CANARY}:{CANARY}", None, "the server refuses the role"),
+        (f"queryd:{CANARY}", None, "the server refuses the password or the role"),
+        (f"{CANARY}:{CANARY}", None, "the server refuses the password or the role"),
         ("queryd", None, "the server wants a password, and QUERYD_DATA_URL has none"),
     ],
 )
@@ -108,13 +113,81 @@ def test_what_postgres_refuses_is_told_apart(
 
 @pytest.mark.usefixtures("without_kafka")
 def test_a_database_without_our_tables_is_told_apart_from_one_that_is_away(postgres_server: Postgres) -> None:
-    assert _find("postgres state").advice.endswith("run `queryd db upgrade`")
+    said = _find("postgres state").advice
+    assert "tables are missing: consumer_offsets, query_status; run `queryd db upgrade`" in said
+    # What the upgrade does not make.
+    assert "tasks; on a development machine run `queryd db platform`" in said
     create_platform_tables(os.environ["QUERYD_STATE_URL"])
     said = _find("postgres state").advice
     assert "tasks" not in said
     assert "query_status" in said
     os.environ["QUERYD_DATASETS_PG_URL"] = _instead(postgres_server.url("postgres"), database=CANARY)
     assert "QUERYD_DATASETS_PG_URL" in _find("datasets in postgres").advice
+
+
+@pytest.mark.usefixtures("without_kafka")
+def test_a_state_database_that_only_lacks_the_platforms_tables_is_sent_to_them(state_url: str) -> None:
+    create_platform_tables(state_url)
+    upgrade_state(state_url)
+    assert _find("postgres state").state == "well"
+    with psycopg.connect(state_url) as connection:
+        connection.execute("DROP TABLE tasks CASCADE")
+    said = _find("postgres state").advice
+    assert said.startswith(
+        "the platform's tables are missing: tasks; on a development machine run `queryd db platform`"
+    )
+    assert "upgrade" not in said
+
+
+@pytest.mark.usefixtures("without_kafka")
+def test_databases_that_are_swapped_are_recognised_and_not_upgraded(data_url: str, state_url: str) -> None:
+    create_platform_tables(state_url)
+    upgrade_data(data_url)
+    upgrade_state(state_url)
+    assert (_find("postgres data").state, _find("postgres state").state) == ("well", "well")
+    os.environ |= {"QUERYD_DATA_URL": state_url, "QUERYD_STATE_URL": data_url}
+    for what in ("postgres data", "postgres state"):
+        assert "are QUERYD_DATA_URL and QUERYD_STATE_URL swapped?" in _find(what).advice
+    refused = CliRunner().invoke(app, ["db", "upgrade"])
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert refused.stderr.startswith("queryd: QUERYD_DATA_URL: it holds the tables of the other database")
+    # One database for both is no mistake.
+    os.environ |= {"QUERYD_DATA_URL": state_url, "QUERYD_STATE_URL": state_url}
+    assert CliRunner().invoke(app, ["db", "upgrade"]).exit_code == 0
+    assert _find("postgres data").state == "well"
+
+
+@pytest.mark.usefixtures("without_kafka")
+def test_an_older_schema_is_told_apart_from_this_one(data_url: str) -> None:
+    upgrade_data(data_url)
+    with psycopg.connect(data_url) as connection:
+        connection.execute("UPDATE queryd_data_version SET version_num = 'data0003'")
+    finding = _find("postgres data")
+    assert (finding.state, "the schema's version is 3" in finding.advice) == ("wrong", True)
+
+
+@pytest.mark.usefixtures("without_kafka")
+def test_what_is_wrong_stands_first() -> None:
+    states = [finding.state for finding in examine(Settings())]
+    assert states == sorted(states, key=("wrong", "warning", "well").index)
+    assert states[0] == "wrong"
+    told = CliRunner().invoke(app, ["doctor"])
+    assert told.exit_code == 1
+    assert told.stdout.splitlines()[1].startswith("wrong\t")
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_findings_fit_the_terminal(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    advice = " ".join(["check the hosts in QUERYD_KAFKA_BOOTSTRAP,"] * 8)
+    print_findings([Finding("kafka", "wrong", advice)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "wrong    kafka"
+    assert max(map(len, lines)) <= columns
+    assert " ".join(line.strip() for line in lines[1:]) == advice
 
 
 @pytest.mark.usefixtures("without_kafka")

@@ -54,7 +54,7 @@ from queryd.registry import (
 )
 from queryd.status_records import read_status
 from queryd.subscription import Record
-from service.doctor import _examine_registry
+from service.doctor import examine_registry
 from service.settings import Settings
 from tests.unit.samples import ORG_ID, QUERY_ID, make_request, make_status
 
@@ -405,15 +405,15 @@ async def test_a_start_waits_for_the_registry(
 
 def test_the_doctor_says_whether_the_registry_answers_and_what_to_do() -> None:
     settings = cast(Settings, None)
-    assert list(_examine_registry(settings)) == []
+    assert list(examine_registry(settings)) == []
     _used()
-    assert [finding.state for finding in _examine_registry(settings)] == ["well"]
+    assert [finding.state for finding in examine_registry(settings)] == ["well"]
     _used(_nobody())
-    [away] = _examine_registry(settings)
+    [away] = examine_registry(settings)
     assert (away.state, "look at QUERYD_SCHEMA_REGISTRY_URL" in away.advice) == ("wrong", True)
     with _answering(403, {"error_code": 40301, "message": "canary"}) as url:
         _used(url)
-        [refused] = _examine_registry(settings)
+        [refused] = examine_registry(settings)
     assert (refused.state, "run `queryd topics apply`" in refused.advice) == ("wrong", True)
 
 

@@ -1,0 +1,95 @@
+"""What a dependency did wrong, in one sentence: the one place of the command line that knows the libraries' errors.
+
+A command lets such an error pass. Where it has something to add, it takes the sentence from here.
+"""
+
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psycopg
+from botocore.exceptions import BotoCoreError, ClientError
+from confluent_kafka import KafkaException
+
+from db.connection import DatabaseUnavailable
+from db.health import SchemaMissing
+from producers.read_back import EndNotReached
+from queryd.codec import NoRegistry
+from queryd.errors import ClientStopped, NotSubmitted
+from queryd.publisher import NotDelivered
+from queryd.registry import RegistryAway, RegistryRefused
+from queryd.topics import TopicUnknown
+from results.uploader import StoreRefused, StoreUnavailable
+from service.bucket import BucketRefused
+from service.diagnosis import explain_store
+from service.settings import load_settings
+from service.topics import TopicsRefused
+
+if TYPE_CHECKING:
+    from service.doctor import Finding
+
+DATABASE_FAILURES = (DatabaseUnavailable, SchemaMissing, psycopg.Error)
+KAFKA_FAILURES = (
+    KafkaException,
+    TopicUnknown,
+    TopicsRefused,
+    EndNotReached,
+    NotDelivered,
+    NotSubmitted,
+    ClientStopped,
+)
+STORE_FAILURES = (BotoCoreError, ClientError, StoreUnavailable, StoreRefused, BucketRefused)
+REGISTRY_FAILURES = (RegistryAway, RegistryRefused, NoRegistry)
+FAILURES = (*DATABASE_FAILURES, *KAFKA_FAILURES, *STORE_FAILURES, *REGISTRY_FAILURES)
+
+
+def describe_failure(error: Exception) -> str:
+    """Which dependency is to blame and what to do, found out by asking it again as `queryd doctor` does.
+
+    Where it answers by now, what the error says itself.
+    """
+    # The engine's and boto3's imports take half a second.
+    from service.doctor import examine_data, examine_kafka, examine_state, examine_store  # noqa: PLC0415
+
+    settings = load_settings()
+    match error:
+        case DatabaseUnavailable() | SchemaMissing() | psycopg.Error():
+            what, found = "a database", [*examine_data(settings), *examine_state(settings)]
+        case RegistryAway() | RegistryRefused() | NoRegistry():
+            return f"{error}; see QUERYD_SCHEMA_REGISTRY_URL and QUERYD_SCHEMA_REGISTRY_OPTIONS"
+        case BotoCoreError() | ClientError():
+            what, found = "s3", []
+        case StoreUnavailable() | StoreRefused() | BucketRefused():
+            what, found = "s3", list(examine_store(settings))
+        case _:
+            what, found = "kafka", list(examine_kafka(settings))
+    wrong = _first_wrong(found)
+    return f"{what}: {_say(error)}" if wrong is None else f"{wrong.what}: {wrong.advice}"
+
+
+def describe_defect(error: Exception) -> str:
+    """Where queryd's own code failed. The error's text may quote anything, so its class must do."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    place = f" in {'/'.join(Path(last.filename).parts[-2:])}:{last.lineno}"
+    return (
+        f"this is a defect of queryd: {type(error).__name__}{place}. Please report it; with QUERYD_LOG_LEVEL=DEBUG the "
+        "command prints its traceback, which may hold SQL and credentials"
+    )
+
+
+def _first_wrong(findings: "Iterable[Finding]") -> "Finding | None":
+    return next((finding for finding in findings if finding.state == "wrong"), None)
+
+
+def _say(error: Exception) -> str:
+    match error:
+        case KafkaException():
+            sentence: str = error.args[0].str()
+            return sentence
+        case BotoCoreError() | ClientError():
+            return explain_store(error)
+        case psycopg.Error():
+            return f"{type(error).__name__} {error.sqlstate or ''}".rstrip()
+        case _:
+            return str(error)
