@@ -131,6 +131,8 @@ def explain_store(error: BotoCoreError | ClientError) -> str:
 
 def _explain_refusal(error: ClientError) -> str:
     status = status_of(error)
+    if error.response.get("Error", {}).get("Code") == "NoSuchKey":
+        return "the object is gone: it has expired, or was removed behind queryd's back"
     if error.response.get("Error", {}).get("Code") in _WRONG_KEYS:
         return "the keys are wrong: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     if status == 403:

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import tempfile
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,8 +14,6 @@ import boto3
 import psycopg
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
-from confluent_kafka import KafkaError, KafkaException
-from confluent_kafka.admin import AdminClient
 
 from db.health import DATA, STATE, Schema, find_problem, same_server
 from engines.duckdb.pool import DuckDBEngine
@@ -24,7 +21,6 @@ from engines.duckdb.sandbox import Layers
 from engines.duckdb.settings import DuckDBSettings
 from engines.protocol import EngineUnavailable, Outage
 from queryd.events import OrgId, QueryId, Topic
-from queryd.outages import QUIET
 from queryd.registry import EVENT_OF_TOPIC, RegistryAway, RegistryRefused, registry_in_use
 from results.location import prefix
 from service.diagnosis import (
@@ -37,12 +33,9 @@ from service.diagnosis import (
     status_of,
 )
 from service.settings import Settings, are_of_the_embedded_stack, describe_unknown, find_unknown_variables
+from service.topics import NoBroker, find_missing, find_topics
 
 _SECONDS = 5
-# How long one question to the brokers takes, before it is looked at what librdkafka has told meanwhile.
-_LOOK_SECONDS = 0.5
-# librdkafka tries a name's next address after some tenths of a second.
-_OTHER_ADDRESS_SECONDS = 1.0
 _SEVERITY = ("wrong", "warning", "well")
 
 
@@ -81,45 +74,11 @@ def _examine_environment(_settings: Settings) -> Iterator[Finding]:
 def examine_kafka(settings: Settings) -> Iterator[Finding]:
     """Does some broker let us in, and are the topics there?"""
     try:
-        topics = _list_topics(settings)
-    except _NoBroker as error:
+        missing = find_missing(find_topics(settings.kafka))
+    except NoBroker as error:
         yield Finding("kafka", "wrong", explain_kafka(error.codes))
         return
-    missing = sorted({topic.value for topic in Topic} - topics)
-    if missing:
-        yield Finding("kafka", "wrong", f"topics are missing: {', '.join(missing)}; run `queryd topics apply`")
-    else:
-        yield Finding("kafka", "well", f"{len(Topic)} topics")
-
-
-class _NoBroker(Exception):
-    """No broker has answered; `codes` are librdkafka's on the way."""
-
-    def __init__(self, codes: set[int]) -> None:
-        self.codes = codes
-
-
-def _list_topics(settings: Settings) -> set[str]:
-    # Why no broker answers is told aside: the call itself only knows that none did.
-    told: list[KafkaError] = []
-    last: list[KafkaError] = []
-    deadline, noticed = time.monotonic() + _SECONDS, False
-    try:
-        admin = AdminClient(settings.kafka | QUIET | {"error_cb": told.append})
-        while time.monotonic() < deadline:
-            try:
-                return set(admin.list_topics(timeout=_LOOK_SECONDS).topics)
-            except KafkaException as error:
-                last = [error.args[0]]
-            finally:
-                admin.poll(0)
-            if told and not noticed:
-                noticed = True
-                # A name may have another address that answers; beyond that, waiting mends nothing.
-                deadline = min(deadline, time.monotonic() + _OTHER_ADDRESS_SECONDS)
-    except KafkaException as error:
-        last = [error.args[0]]
-    raise _NoBroker({each.code() for each in [*last, *told]})
+    yield Finding("kafka", "well", f"{len(Topic)} topics") if missing is None else Finding("kafka", "wrong", missing)
 
 
 def _examine_relay(settings: Settings) -> Iterator[Finding]:

@@ -11,7 +11,16 @@ from typing import Annotated, Any, Literal, Self
 
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
-from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from access.limits import OrgLimits
@@ -23,6 +32,7 @@ from queryd.registry import OPTIONS_VARIABLE, use
 from service.cores import count_cores
 from service.environment import ADDRESSES, isolate, read_env_file
 from service.readiness import READY_VARIABLE
+from service.sizes import read_size, show_size
 
 STATE_DIRECTORY = Path(".queryd")
 ENV_FILE = STATE_DIRECTORY / "env"
@@ -58,7 +68,13 @@ def _check_registry_url(url: SecretStr) -> SecretStr:
     return url
 
 
+def _read_size(size: object) -> object:
+    return read_size(size) if isinstance(size, str) else size
+
+
 PostgresUrl = Annotated[SecretStr, AfterValidator(_check_postgres_url)]
+# Bytes, with a suffix or without one.
+Size = Annotated[int, BeforeValidator(_read_size)]
 
 
 def _default_slots() -> int:
@@ -66,7 +82,7 @@ def _default_slots() -> int:
 
 
 class Settings(BaseSettings):
-    """Every setting of every service. Times in seconds, sizes in bytes."""
+    """Every setting of every service. Times in seconds; sizes in bytes, or with a suffix such as `MiB`."""
 
     model_config = SettingsConfigDict(env_prefix="QUERYD_", extra="ignore", frozen=True, allow_inf_nan=False)
 
@@ -94,9 +110,9 @@ class Settings(BaseSettings):
 
     slots_interactive: int = Field(default_factory=_default_slots, ge=1, le=256)
     slots_batch: int = Field(default_factory=_default_slots, ge=1, le=256)
-    child_memory: int = Field(default=_GIB, ge=64 * 1024**2)
+    child_memory: Size = Field(default=_GIB, ge=64 * 1024**2)
     child_threads: int = Field(default=2, ge=1, le=256)
-    scratch_bytes: int = Field(default=20 * _GIB, ge=1024**2)
+    scratch_bytes: Size = Field(default=20 * _GIB, ge=1024**2)
     scratch: Path = STATE_DIRECTORY / "scratch"
 
     # Renewed every third of it: two renewals may be lost before the lease is.
@@ -118,8 +134,8 @@ class Settings(BaseSettings):
     org_running_queries: int | None = Field(default=None, ge=1, le=_MOST_INT)
     org_queued_queries: int | None = Field(default=None, ge=1, le=_MOST_INT)
     org_timeout: int | None = Field(default=None, ge=1, le=_MOST_INT)
-    org_bytes_scanned: int | None = Field(default=1024 * _GIB, ge=1, le=_MOST_BIGINT)
-    org_result_bytes: int | None = Field(default=10 * _GIB, ge=1, le=_MOST_BIGINT)
+    org_bytes_scanned: Size | None = Field(default=1024 * _GIB, ge=1, le=_MOST_BIGINT)
+    org_result_bytes: Size | None = Field(default=10 * _GIB, ge=1, le=_MOST_BIGINT)
     org_result_rows: int | None = Field(default=None, ge=1, le=_MOST_BIGINT)
 
     relay_transactions: bool = True
@@ -256,11 +272,11 @@ def load_settings() -> Settings:
     except SettingsError as error:
         raise WrongSetting(f"{_find_options(str(error))}: must be a JSON object of properties") from error
     except ValidationError as error:
-        problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        problem = error.errors(include_url=False, include_input=False)[0]
         if not problem["loc"]:
             raise WrongSetting(problem["msg"].removeprefix("Value error, ")) from None
         name = "QUERYD_" + str(problem["loc"][0]).upper()
-        raise WrongSetting(f"{name}: {_explain(name, problem['type'], problem['msg'])}") from None
+        raise WrongSetting(f"{name}: {_explain(name, problem)}") from None
     _use_registry(settings)
     return settings
 
@@ -290,7 +306,15 @@ def check_kafka_options(settings: Settings) -> None:
         raise WrongSetting(f"QUERYD_KAFKA_OPTIONS: {error.args[0].str()}") from None
 
 
-def _explain(name: str, kind: str, message: str) -> str:
+_SIZES = frozenset({"child_memory", "scratch_bytes", "org_bytes_scanned", "org_result_bytes"})
+
+
+def _explain(name: str, problem: ErrorDetails) -> str:
+    kind, message, bounds = problem["type"], problem["msg"], problem.get("ctx", {})
+    if problem["loc"][0] in _SIZES and kind == "greater_than_equal":
+        return f"must be at least {show_size(bounds['ge'])}"
+    if problem["loc"][0] in _SIZES and kind == "less_than_equal":
+        return f"must be at most {show_size(bounds['le'])}"
     if kind == "missing":
         return f"is not set. Run `queryd up` in this directory, or export {name}"
     if kind == "string_pattern_mismatch":

@@ -1,5 +1,7 @@
 """The topics as the contract wants them."""
 
+import time
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +13,12 @@ from queryd.outages import QUIET
 
 _DAY = 24 * 3600 * 1000
 _BROKER_SECONDS = 15.0
+# A broker that is well answers in milliseconds; a person waits.
+_ANSWER_SECONDS = 5.0
+# How long one question takes, before it is looked at what librdkafka has told meanwhile.
+_LOOK_SECONDS = 0.5
+# librdkafka tries a name's next address after some tenths of a second.
+_OTHER_ADDRESS_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +90,49 @@ def days_until_forgotten(spec: TopicSpec) -> int:
     else:
         millis = config["retention.ms"]
     return (millis + config["segment.ms"]) // _DAY + _LOOKING_DAYS
+
+
+class NoBroker(Exception):
+    """No broker has answered; `codes` are librdkafka's on the way."""
+
+    def __init__(self, codes: AbstractSet[int]) -> None:
+        super().__init__("no broker answers")
+        self.codes = codes
+
+
+def find_topics(kafka: dict[str, Any]) -> set[str]:
+    """The cluster's topics. Raises `NoBroker` as soon as that is plain, and after 5 s at the latest."""
+    # Why no broker answers is told aside: the call itself only knows that none did.
+    told: list[KafkaError] = []
+    last: list[KafkaError] = []
+    deadline, noticed = time.monotonic() + _ANSWER_SECONDS, False
+    try:
+        admin = AdminClient(kafka | QUIET | {"error_cb": told.append})
+        while time.monotonic() < deadline:
+            try:
+                return set(admin.list_topics(timeout=_LOOK_SECONDS).topics)
+            except KafkaException as error:
+                last = [error.args[0]]
+            finally:
+                admin.poll(0)
+            if told and not noticed:
+                # A name may have another address that answers; beyond that, waiting mends nothing.
+                deadline, noticed = min(deadline, time.monotonic() + _OTHER_ADDRESS_SECONDS), True
+    except KafkaException as error:
+        last = [error.args[0]]
+    raise NoBroker({each.code() for each in [*last, *told]})
+
+
+def require_topics(kafka: dict[str, Any]) -> None:
+    """Raises `NoBroker`, and `TopicsRefused` where a topic is missing; a client would wait 15 s for either."""
+    if missing := find_missing(find_topics(kafka)):
+        raise TopicsRefused(missing)
+
+
+def find_missing(topics: AbstractSet[str]) -> str | None:
+    """Which topics of the contract are not among these, and what to do; None where all are."""
+    missing = sorted({topic.value for topic in Topic} - topics)
+    return f"topics are missing: {', '.join(missing)}; run `queryd topics apply`" if missing else None
 
 
 class TopicsRefused(Exception):

@@ -1,7 +1,7 @@
 """What stands in the database about queries: read by whoever must decide from the truth and not from memory."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
@@ -96,13 +96,27 @@ class Overdue:
 
 
 # What an event about a query needs beside the step itself, for a worker that has no request in memory.
-READ_CANONICAL = """
+_CANONICAL = """
 SELECT q.id::text AS query_id, q.org_id::text AS org_id, q.user_id::text AS user_id, q.mode, q.status, q.sql_hash,
        q.saved_query_id::text AS saved_query_id, q.task_id::text AS task_id, q.output_format, q.output_location,
        q.row_count, q.bytes, q.duration_ms, q.error_code, q.error_message, q.created_at, q.updated_at
 FROM query_results q
-WHERE q.id = ANY(%(query_ids)s::uuid[])
 """
+READ_CANONICAL = _CANONICAL + "WHERE q.id = ANY(%(query_ids)s::uuid[])"
+# By the index on (org_id, created_at).
+LIST_CANONICAL = (
+    _CANONICAL
+    + """
+WHERE q.org_id = %(org_id)s
+  AND (%(user_id)s::uuid IS NULL OR q.user_id = %(user_id)s::uuid)
+  AND (%(since)s::timestamptz IS NULL OR q.created_at >= %(since)s)
+  AND (%(until)s::timestamptz IS NULL OR q.created_at < %(until)s)
+  AND (%(mode)s::text IS NULL OR q.mode = %(mode)s)
+  AND q.status = ANY(%(statuses)s::text[])
+ORDER BY q.created_at DESC, q.id
+LIMIT %(limit)s
+"""
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +183,25 @@ async def read_canonical(connection: Connection, query_ids: Iterable[str]) -> di
     async with connection.cursor(row_factory=class_row(CanonicalRow)) as cursor:
         await cursor.execute(READ_CANONICAL, {"query_ids": list(query_ids)})
         return {row.query_id: row for row in await cursor.fetchall()}
+
+
+@dataclass(frozen=True, slots=True)
+class QueryFilter:
+    """Which of an org's queries: what is None narrows nothing. Times are aware; `until` is not in it itself."""
+
+    org_id: str
+    user_id: str | None
+    since: datetime | None
+    until: datetime | None
+    statuses: Sequence[str]
+    mode: str | None
+
+
+async def list_canonical(connection: Connection, wanted: QueryFilter, limit: int) -> list[CanonicalRow]:
+    """The newest of these queries, `limit` at most."""
+    async with connection.cursor(row_factory=class_row(CanonicalRow)) as cursor:
+        await cursor.execute(LIST_CANONICAL, asdict(wanted) | {"limit": limit})
+        return await cursor.fetchall()
 
 
 async def read_files(connection: Connection, query_id: str) -> list[dict[str, Any]]:

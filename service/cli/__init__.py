@@ -3,7 +3,7 @@
 import os
 import sys
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -68,7 +68,12 @@ def main() -> None:
     # What happens on the way is told by the command, in its one line; services and `up` set theirs up anew.
     set_up_logs("ERROR")
     try:
-        app()
+        # What is asked wrongly is one line as well, and no box of six.
+        code = app(standalone_mode=False)
+    except typer.TyperException as error:
+        _complain_of_usage(error)
+    except typer.Abort:
+        complain("stopped")
     except WrongSetting as error:
         complain(str(error), WRONGLY_ASKED)
     except FAILURES as error:
@@ -82,3 +87,14 @@ def main() -> None:
         if os.environ.get("QUERYD_LOG_LEVEL") == "DEBUG":
             raise
         complain(describe_defect(error), DEFECT)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain_of_usage(error: typer.TyperException) -> NoReturn:
+    sentence = error.format_message().removesuffix(".").replace("Value error, ", "")
+    if not sentence.strip():
+        # A group without a command has printed its help.
+        sys.exit(WRONGLY_ASKED)
+    context = getattr(error, "ctx", None)
+    command = "queryd" if context is None else context.command_path
+    complain(f"{' '.join(sentence.split())}; see `{command} --help`", error.exit_code)

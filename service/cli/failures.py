@@ -22,9 +22,9 @@ from queryd.registry import RegistryAway, RegistryRefused
 from queryd.topics import TopicUnknown
 from results.uploader import StoreRefused, StoreUnavailable
 from service.bucket import BucketRefused
-from service.diagnosis import explain_store
+from service.diagnosis import explain_kafka, explain_store
 from service.settings import load_settings
-from service.topics import TopicsRefused
+from service.topics import NoBroker, TopicsRefused
 
 if TYPE_CHECKING:
     from service.doctor import Finding
@@ -34,6 +34,7 @@ KAFKA_FAILURES = (
     KafkaException,
     TopicUnknown,
     TopicsRefused,
+    NoBroker,
     EndNotReached,
     NotDelivered,
     NotSubmitted,
@@ -59,7 +60,9 @@ def describe_failure(error: Exception) -> str:
         case RegistryAway() | RegistryRefused() | NoRegistry():
             return f"{error}; see QUERYD_SCHEMA_REGISTRY_URL and QUERYD_SCHEMA_REGISTRY_OPTIONS"
         case BotoCoreError() | ClientError():
-            what, found = "s3", []
+            return f"s3: {explain_store(error)}"
+        case NoBroker():
+            return f"kafka: {explain_kafka(error.codes)}"
         case StoreUnavailable() | StoreRefused() | BucketRefused():
             what, found = "s3", list(examine_store(settings))
         case _:
@@ -87,8 +90,6 @@ def _say(error: Exception) -> str:
         case KafkaException():
             sentence: str = error.args[0].str()
             return sentence
-        case BotoCoreError() | ClientError():
-            return explain_store(error)
         case psycopg.Error():
             return f"{type(error).__name__} {error.sqlstate or ''}".rstrip()
         case _:

@@ -9,9 +9,10 @@ import typer
 from access.limits import OrgLimits, change, list_own, read_own, reset
 from db.data.limits import OwnLimits
 from service.cli.database import uuid_argument, with_data
-from service.cli.output import complain, print_fields, print_json, print_rows
+from service.cli.output import complain, print_fields, print_json, print_rows, read_size_option
 from service.cli.query import Json
 from service.settings import load_settings
+from service.sizes import show_size
 
 app = typer.Typer(help="What an org may use at once and at most.", no_args_is_help=True)
 
@@ -20,6 +21,8 @@ _DEFAULT = "default"
 # No column holds more digits.
 _NUMBER = re.compile("[0-9]{1,19}")
 _VALUE = f"A number above 0, or `{_DEFAULT}`."
+_SIZE_VALUE = f"A size above 0 such as 10GiB, or `{_DEFAULT}`."
+_SIZES = frozenset({"bytes_scanned", "result_bytes"})
 
 # What a row says that sets nothing.
 _BARE = asdict(OrgLimits())
@@ -40,8 +43,8 @@ def set_(
     running: Annotated[str | None, typer.Option(help=f"Queries that run at once, on all workers. {_VALUE}")] = None,
     queued: Annotated[str | None, typer.Option(help=f"Queries that wait. {_VALUE}")] = None,
     timeout: Annotated[str | None, typer.Option(help=f"Seconds that a query runs. {_VALUE}")] = None,
-    bytes_scanned: Annotated[str | None, typer.Option(help=f"Bytes that a query reads. {_VALUE}")] = None,
-    result_bytes: Annotated[str | None, typer.Option(help=f"Bytes of a result. {_VALUE}")] = None,
+    bytes_scanned: Annotated[str | None, typer.Option(help=f"Bytes that a query reads. {_SIZE_VALUE}")] = None,
+    result_bytes: Annotated[str | None, typer.Option(help=f"Bytes of a result. {_SIZE_VALUE}")] = None,
     result_rows: Annotated[str | None, typer.Option(help=f"Rows of a result. {_VALUE}")] = None,
     weight: Annotated[str | None, typer.Option(help=f"The org's share beside others that wait. {_VALUE}")] = None,
     as_json: Json = False,
@@ -84,6 +87,8 @@ def reset_(org: Org, as_json: Json = False) -> None:
 def _read(name: str, text: str) -> int | None:
     if text == _DEFAULT:
         return None
+    if name in _SIZES:
+        return read_size_option(text, name)
     if not _NUMBER.fullmatch(text):
         complain(f"{name} must be a number above 0, or `{_DEFAULT}`", 2)
     return int(text)
@@ -98,8 +103,9 @@ def _print(org_id: str, own: OwnLimits | None, as_json: bool) -> None:
     if as_json:
         print_json({"org_id": org_id, **in_force, "own": names})
         return
-    print_fields({"org_id": org_id} | {name: _say(value, name in names) for name, value in in_force.items()})
+    print_fields({"org_id": org_id} | {name: _say(name, value, name in names) for name, value in in_force.items()})
 
 
-def _say(value: int | None, own: bool) -> str:
-    return ("no limit" if value is None else str(value)) + ("" if own else " (default)")
+def _say(name: str, value: int | None, own: bool) -> str:
+    amount = "no limit" if value is None else show_size(value) if name in _SIZES else str(value)
+    return amount + ("" if own else " (default)")

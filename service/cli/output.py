@@ -3,12 +3,14 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, NoReturn
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from service.sizes import read_size
 
 # Exit codes; 0 is done. docs/operations.md has the table.
 FAILED = 1
@@ -80,3 +82,24 @@ def complain(sentence: str, code: int = FAILED) -> NoReturn:
     """One line on stderr and an exit code: 1 for what did not work, 2 for what was asked wrongly."""
     print(f"queryd: {sentence}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def read_size_option(text: str, name: str) -> int:
+    """A size given on the command line; exits with 2 for anything else."""
+    try:
+        return read_size(text)
+    except ValueError as error:
+        complain(f"{name} {error}", WRONGLY_ASKED)
+
+
+def read_time(text: str | None, name: str) -> datetime | None:
+    """A time in UTC given on the command line; exits with 2 for anything else."""
+    if text is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        complain(f"{name} must be a time in UTC, such as 2026-11-23T10:00:00Z", 2)
+    if moment.tzinfo is None or moment.utcoffset() != UTC.utcoffset(None):
+        complain(f"{name} must say that it is UTC, with a Z at its end: 2026-11-23T10:00:00Z", 2)
+    return moment

@@ -1,32 +1,46 @@
-"""`queryd submit`, `cancel`, `status` and `fetch`."""
+"""`queryd submit`, `cancel`, `status`, `list` and `fetch`."""
 
 import base64
 import hashlib
-import json
+import io
+import shutil
 import sys
-from dataclasses import asdict
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import typer
-from confluent_kafka import KafkaException
 
 from db.connection import DataPool, transaction
-from db.data.runs import CanonicalRow, read_canonical, read_files, read_last_event
+from db.data.runs import CanonicalRow, QueryFilter, list_canonical, read_canonical, read_files, read_last_event
 from queryd.client import QueryClient, QueryHandle
 from queryd.codec import Undecodable, decode_status
-from queryd.errors import ClientError, NotSubmitted
-from queryd.events import Delivery, ErrorCode, Invalid, Mode, OutputFormat, Parameter, QueryStatusChanged, Status
-from queryd.registry import RegistryAway
+from queryd.errors import QueryDeleted, ResultDamaged, ResultExpired
+from queryd.events import Delivery, ErrorCode, Invalid, Mode, OutputFormat, QueryStatusChanged, ResultFile, Status
 from queryd.results import ResultReader
 from service.cli.database import optional_uuid, uuid_argument, with_data
-from service.cli.output import complain, print_fields, print_json
+from service.cli.output import complain, print_fields, print_json, print_rows, read_size_option, read_time
+from service.cli.parameters import Param, ParamText, read_parameters
 from service.settings import load_settings
+from service.topics import require_topics
 
 # How often a waiting submit asks for the row besides listening for events.
 _LOOK_SECONDS = 2.0
+# How soon it shows an event: a person sees no difference, and it costs nothing.
+_SHOW_SECONDS = 0.05
+# How long a cancel looks for what is known of its query: the client begins after a second and reads one partition.
+_KNOWN_SECONDS = 5.0
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON line and nothing else.")]
+Timeout = Annotated[int | None, typer.Option(help="Time limit in seconds.", min=1, max=2**31 - 1)]
+MaxRows = Annotated[int | None, typer.Option(help="Fail when the result has more rows.", min=1, max=2**63 - 1)]
+MaxBytesScanned = Annotated[str | None, typer.Option(help="Fail when the query reads more: bytes, or 512MiB, 10GB.")]
+
+
+# What a person looks for; `--json` has everything.
+_LISTED = ("query_id", "status", "mode", "created_at", "duration_ms", "row_count", "bytes", "error_code")
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -34,6 +48,7 @@ def add_commands(app: typer.Typer) -> None:
     app.command()(submit)
     app.command()(cancel)
     app.command()(status)
+    app.command("list")(list_)
     app.command()(fetch)
 
 
@@ -47,18 +62,22 @@ def submit(
     format_: Annotated[
         OutputFormat, typer.Option("--format", help="How the result is written.")
     ] = OutputFormat.PARQUET,
-    param: Annotated[list[str] | None, typer.Option(help="name=value; the value is JSON, or else text.")] = None,
+    param: Param = None,
+    param_text: ParamText = None,
     saved: Annotated[str | None, typer.Option(help="A saved query's id, instead of SQL.")] = None,
     task: Annotated[str | None, typer.Option(help="The task it runs for.")] = None,
     query_id: Annotated[str | None, typer.Option("--id", help="The request's own id; made up where not given.")] = None,
-    timeout: Annotated[int | None, typer.Option(help="Time limit in seconds.", min=1, max=2**31 - 1)] = None,
+    timeout: Timeout = None,
+    max_rows: MaxRows = None,
+    max_bytes_scanned: MaxBytesScanned = None,
     inline: Annotated[
         bool, typer.Option("--inline", help="A result of at most 64 KiB comes with its event; interactive only.")
     ] = False,
     wait: Annotated[bool, typer.Option(help="Wait until the query is finished.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Publish a request. Exit code 1 when it was waited for and failed."""
+    """Publish a request. With --wait its id is printed at once, and its states on stderr as they come; exit code 1 when
+    it failed."""
     settings = load_settings()
     if (sql is None) == (saved is None):
         complain("give the SQL, or --saved with a saved query's id; one of them and not both", 2)
@@ -67,6 +86,9 @@ def submit(
     text = sys.stdin.read() if sql == "-" else sql
     if text is not None and not text.strip():
         complain("the SQL is empty", 2)
+    most_bytes = None if max_bytes_scanned is None else read_size_option(max_bytes_scanned, "--max-bytes-scanned")
+    parameters = read_parameters(param or (), param_text or ())
+    require_topics(settings.kafka)
     try:
         with QueryClient(settings.kafka) as client:
             handle = client.submit(
@@ -76,18 +98,20 @@ def submit(
                 roles=role or (),
                 query_id=optional_uuid(query_id, "--id"),
                 saved_query_id=optional_uuid(saved, "--saved"),
-                parameters=dict(_read_parameter(each) for each in param or ()),
+                parameters=parameters,
                 mode=mode,
                 task_id=optional_uuid(task, "--task"),
                 output_format=format_,
                 delivery=Delivery.INLINE_IF_SMALL if inline else Delivery.OBJECT,
                 timeout_seconds=timeout,
+                max_rows=max_rows,
+                max_bytes_scanned=most_bytes,
             )
+            if not as_json:
+                print(f"query id: {handle.query_id}", flush=True)
             sql_hash = None if text is None or settings.sql_hash_key is not None else _hash(text)
-            ended = _wait(handle, sql_hash) if wait else None
-    except (NotSubmitted, KafkaException) as error:
-        complain(f"the request could not be published: {error}")
-    except ClientError as error:
+            ended = _wait(handle, sql_hash, quiet=as_json) if wait else None
+    except QueryDeleted as error:
         complain(str(error))
     except Invalid as error:
         complain(str(error), 2)
@@ -105,26 +129,26 @@ def cancel(
     wait: Annotated[bool, typer.Option(help="Wait until the query has ended.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Ask for a query to stop. A finished one stays as it is; exit code 1 when it was waited for and had succeeded."""
+    """Ask for a query to stop, and say what is known of it. A finished one stays as it is; exit code 1 when it was
+    waited for and had succeeded."""
     settings = load_settings()
-    wanted = uuid_argument(query_id, "the id")
+    wanted, org_id = uuid_argument(query_id, "the id"), uuid_argument(org, "--org")
+    user_id = optional_uuid(user, "--user")
+    require_topics(settings.kafka)
     try:
         with QueryClient(settings.kafka) as client:
-            handle = client.cancel(
-                wanted, org_id=uuid_argument(org, "--org"), user_id=optional_uuid(user, "--user"), reason=reason
-            )
-            ended = _wait(handle, None) if wait else None
-    except (NotSubmitted, KafkaException) as error:
-        complain(f"the cancel could not be published: {error}")
-    except ClientError as error:
+            handle = client.cancel(wanted, org_id=org_id, user_id=user_id, reason=reason)
+            known, note = _judge_cancelled(handle, org_id)
+            if wait:
+                print(f"queryd: {note}", file=sys.stderr, flush=True)
+            ended = _wait(handle, None, quiet=as_json) if wait else None
+    except QueryDeleted as error:
         complain(str(error))
-    except Invalid as error:
-        complain(str(error), 2)
-    fields: dict[str, Any] = {"query_id": wanted} | (ended or {})
+    fields: dict[str, Any] = {"query_id": wanted, "status": known} | (ended or {"note": note})
     if as_json:
         print_json(fields)
     else:
-        print_fields({name: fields[name] for name in ("query_id", "status", "error_code") if name in fields})
+        print_fields({name: fields[name] for name in ("query_id", "status", "error_code", "note") if name in fields})
     if ended is not None and ended["status"] == Status.SUCCEEDED:
         raise SystemExit(1)
 
@@ -137,6 +161,40 @@ def status(query_id: Annotated[str, typer.Argument(help="The query's id.")], as_
         print_json(fields)
     else:
         print_fields(fields)
+
+
+def list_(
+    *,
+    org: Annotated[str, typer.Option(help="The org whose queries.", envvar="QUERYD_ORG")],
+    user: Annotated[str | None, typer.Option(help="Only this user's.")] = None,
+    since: Annotated[
+        str | None, typer.Option(help="Only from this time or later, in UTC: 2026-11-23T10:00:00Z.")
+    ] = None,
+    until: Annotated[str | None, typer.Option(help="Only from before this time, in UTC.")] = None,
+    status: Annotated[list[Status] | None, typer.Option(help="Only queries with this status; may be repeated.")] = None,
+    mode: Annotated[Mode | None, typer.Option(help="Only this lane's.")] = None,
+    limit: Annotated[int, typer.Option(help="How many at most.", min=1, max=10_000)] = 20,
+    as_json: Json = False,
+) -> None:
+    """List an org's queries, the newest first."""
+    wanted = QueryFilter(
+        org_id=uuid_argument(org, "--org"),
+        user_id=optional_uuid(user, "--user"),
+        since=read_time(since, "--since"),
+        until=read_time(until, "--until"),
+        statuses=[each.value for each in status or Status],
+        mode=None if mode is None else mode.value,
+    )
+
+    async def read(pool: DataPool) -> list[CanonicalRow]:
+        async with transaction(pool) as connection:
+            return await list_canonical(connection, wanted, limit)
+
+    rows = [asdict(row) for row in with_data(read)]
+    if as_json:
+        print_json(rows)
+    else:
+        print_rows("queries", [{name: row[name] for name in _LISTED} for row in rows])
 
 
 def fetch(
@@ -157,66 +215,89 @@ def fetch(
         complain(f"the query is {row.status}{known}{more}")
     if output is not None and (link or as_json):
         complain("-o writes the result; --link and --json print where it is: one of them at a time", 2)
-    inline = _read_inline(row.query_id) if row.output_location is None else None
-    if inline is None and row.output_location is None:
+    event = _read_event(row, files)
+    if event.inline_result is None and event.output_location is None:
         complain("the result has expired and was removed")
     if link or as_json:
-        _print_place(row, files, inline, as_json=as_json)
+        _print_place(event, as_json=as_json)
         return
     if output is None and row.output_format == OutputFormat.PARQUET and sys.stdout.isatty():
         complain("Parquet is not for a terminal: give -o FILE, or send it through a pipe", 2)
-    _write(output, inline if inline is not None else _read_objects(row, files))
+    try:
+        _write(output, ResultReader().open_files(event))
+    except (ResultDamaged, ResultExpired) as error:
+        complain(str(error))
 
 
-def _read_inline(query_id: str) -> bytes | None:
-    """The result in the query's last event; None when it has left it."""
+def _read_event(row: CanonicalRow, files: list[dict[str, Any]]) -> QueryStatusChanged:
+    """The query's last event, in which an inline result is, with its files as the row has them."""
 
     async def read(pool: DataPool) -> bytes | None:
         async with transaction(pool) as connection:
-            return await read_last_event(connection, query_id)
+            return await read_last_event(connection, row.query_id)
 
     encoded = with_data(read)
     if encoded is None:
         complain("the query was deleted at this moment")
     try:
-        return decode_status(encoded).inline_result
-    except (Undecodable, Invalid, RegistryAway) as error:
+        event = decode_status(encoded)
+    except (Undecodable, Invalid) as error:
         complain(f"its last event can't be read: {error}")
+    named = tuple(
+        ResultFile(file["key"], file["bytes"], file["rows"], file["etag"], file.get("sha256")) for file in files
+    )
+    return replace(event, output_location=row.output_location, files=named)
 
 
-def _read_objects(row: CanonicalRow, files: list[dict[str, Any]]) -> bytes:
-    reader = ResultReader()
-    return b"".join(reader.read_object(row.output_location or "", file["key"]) for file in files)
-
-
-def _print_place(row: CanonicalRow, files: list[dict[str, Any]], inline: bytes | None, *, as_json: bool) -> None:
+def _print_place(event: QueryStatusChanged, *, as_json: bool) -> None:
     """Where the result is, with links; an inline one is nowhere else, so JSON has it as base64."""
-    place: dict[str, Any] = {"query_id": row.query_id, "output_location": row.output_location, "files": []}
-    if inline is not None:
+    place: dict[str, Any] = {"query_id": event.query_id, "output_location": event.output_location, "files": []}
+    if event.inline_result is not None:
         if not as_json:
             complain("the result is in the query's event, so there is no object to link to: leave --link out", 2)
-        print_json(place | {"inline_result": base64.b64encode(inline).decode()})
+        print_json(place | {"inline_result": base64.b64encode(event.inline_result).decode()})
         return
-    reader = ResultReader()
-    links = [{**file, "link": reader.link(row.output_location or "", file["key"])} for file in files]
-    if as_json:
-        print_json(place | {"files": links})
-        return
-    for each in links:
-        print(each["link"])
-
-
-def _write(output: Path | None, body: bytes) -> None:
     try:
-        if output is None:
-            sys.stdout.buffer.write(body)
-            sys.stdout.buffer.flush()
-        else:
-            _write_whole(output, body)
+        links = ResultReader().links(event)
+    except (ResultDamaged, ResultExpired) as error:
+        complain(str(error))
+    if as_json:
+        print_json(
+            place | {"files": [asdict(file) | {"link": link} for file, link in zip(event.files, links, strict=True)]}
+        )
+        return
+    for link in links:
+        print(link)
+
+
+def _write(output: Path | None, files: Iterable[IO[bytes]]) -> None:
+    """Write files one after the other; each is whole and checked before its first byte is written."""
+    try:
+        _write_files(output, files)
     except BrokenPipeError:
         raise
     except OSError as error:
         complain(f"can't write {output or 'the output'}: {error.strerror}")
+
+
+def _write_files(output: Path | None, files: Iterable[IO[bytes]]) -> None:
+    if output is None:
+        for file in files:
+            with file:
+                shutil.copyfileobj(file, sys.stdout.buffer)
+        sys.stdout.buffer.flush()
+        return
+    # The whole file or none: a reader never sees half a result here either.
+    draft = output.with_name(f"{output.name}.draft")
+    try:
+        with draft.open("wb") as written:
+            for file in files:
+                with file:
+                    shutil.copyfileobj(file, written)
+        draft.replace(output)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def _print_error(row: CanonicalRow, files: list[dict[str, Any]]) -> None:
@@ -228,21 +309,57 @@ def _print_error(row: CanonicalRow, files: list[dict[str, Any]]) -> None:
     print(ResultReader().read_object(files[0]["location"], files[0]["key"]).decode())
 
 
-def _wait(handle: QueryHandle, sql_hash: str | None) -> dict[str, Any]:
-    """How the query ended. The row is asked besides the events: those of an id that was used before have gone by."""
+def _judge_cancelled(handle: QueryHandle, org_id: str) -> tuple[str | None, str]:
+    """What is known of a query that was just asked to stop: its status, and what that means for the cancel."""
+    try:
+        event = handle.latest(_KNOWN_SECONDS)
+    except TimeoutError:
+        return None, f"what the query's status is could not be found out; see: queryd status {handle.query_id}"
+    if event is None or event.org_id != org_id:
+        return None, "the org has no query with this id so far: one that comes within a week is cancelled"
+    if event.status is Status.FAILED and event.error_code is ErrorCode.QUERY_CANCELLED:
+        return event.status.value, "the query is cancelled"
+    if event.status.terminal:
+        return event.status.value, "too late: the query had ended, and stays as it is"
+    return (
+        event.status.value,
+        f"the query ends as QUERY_CANCELLED unless it is faster; see: queryd status {handle.query_id}",
+    )
+
+
+def _wait(handle: QueryHandle, sql_hash: str | None, *, quiet: bool) -> dict[str, Any]:
+    """How the query ended; what happens on the way is told on stderr, unless `quiet`.
+
+    The row is asked besides the events: those of an id that was used before have gone by.
+    """
+    told: QueryStatusChanged | None = None
+    next_look = time.monotonic() + _LOOK_SECONDS
     try:
         while True:
             try:
-                event = handle.wait(_LOOK_SECONDS)
-                _check_same(handle.query_id, event.sql_hash, sql_hash)
-                return _show_event(event)
+                ended = handle.wait(_SHOW_SECONDS)
             except TimeoutError:
+                ended = None
+            event = handle.event
+            if event is not None and event != told and not quiet:
+                told = event
+                print(_describe_step(event), file=sys.stderr, flush=True)
+            if ended is not None:
+                _check_same(handle.query_id, ended.sql_hash, sql_hash)
+                return _show_event(ended)
+            if time.monotonic() >= next_look:
+                next_look = time.monotonic() + _LOOK_SECONDS
                 row, files = _read(handle.query_id)
-            if row is not None and Status(row.status).terminal:
-                _check_same(handle.query_id, row.sql_hash, sql_hash)
-                return _show_row(row, files)
+                if row is not None and Status(row.status).terminal:
+                    _check_same(handle.query_id, row.sql_hash, sql_hash)
+                    return _show_row(row, files)
     except KeyboardInterrupt:
         complain(f"no longer waiting; the query goes on: queryd status {handle.query_id}", 130)
+
+
+def _describe_step(event: QueryStatusChanged) -> str:
+    again = f", attempt {event.attempt}" if event.attempt > 1 else ""
+    return f"{event.occurred_at:%H:%M:%S}Z {event.status}{again}"
 
 
 def _check_same(query_id: str, ran: str, asked: str | None) -> None:
@@ -271,12 +388,15 @@ def _show_row(row: CanonicalRow, files: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _print_submitted(query_id: str, ended: dict[str, Any] | None, output_format: OutputFormat, as_json: bool) -> None:
-    fields: dict[str, Any] = {"query_id": query_id} | (ended or {})
+    """What is left to tell behind the id."""
+    fields: dict[str, Any] = ended or {}
     inline = None
     if ended is not None and ended["status"] == Status.SUCCEEDED and ended["output_location"] is None:
-        inline = _read_inline(query_id)
+        row, files = _read_wanted(query_id)
+        inline = _read_event(row, files).inline_result
     if as_json:
-        print_json(fields | ({} if inline is None else {"inline_result": base64.b64encode(inline).decode()}))
+        told = {} if inline is None else {"inline_result": base64.b64encode(inline).decode()}
+        print_json({"query_id": query_id} | fields | told)
         return
     print_fields(fields | {"files": ", ".join(file["key"] for file in fields.get("files", ())) or None})
     if ended is not None and ended["status"] == Status.SUCCEEDED:
@@ -284,7 +404,7 @@ def _print_submitted(query_id: str, ended: dict[str, Any] | None, output_format:
             print(f"fetch it: queryd fetch {query_id}")
         else:
             print(flush=True)
-            _write(None, inline)
+            _write(None, [io.BytesIO(inline)])
     if ended is not None and ended["error_code"] == ErrorCode.QUERY_ERROR:
         print(f"what the engine said: queryd fetch {query_id} --error")
 
@@ -307,28 +427,3 @@ def _read(query_id: str) -> tuple[CanonicalRow | None, list[dict[str, Any]]]:
 
 def _hash(sql: str) -> str:
     return hashlib.sha256(sql.encode()).hexdigest()
-
-
-def _write_whole(path: Path, body: bytes) -> None:
-    """The whole file or none: a reader never sees half a result here either."""
-    draft = path.with_name(f"{path.name}.draft")
-    draft.write_bytes(body)
-    try:
-        draft.replace(path)
-    except OSError:
-        draft.unlink()
-        raise
-
-
-def _read_parameter(text: str) -> tuple[str, Parameter]:
-    name, separator, value = text.partition("=")
-    if not separator or not name:
-        complain("--param wants name=value", 2)
-    try:
-        parsed = json.loads(value)
-    except ValueError:
-        return name, value
-    if isinstance(parsed, int) and not -(2**63) <= parsed < 2**63:
-        complain(f"--param {name}: an integer must fit in 64 bits; quote it to send text", 2)
-    # Only what a parameter may be; a JSON list or object was meant as text.
-    return name, parsed if parsed is None or isinstance(parsed, bool | int | float | str) else value

@@ -13,7 +13,7 @@ from producers.replay.log import Window
 from producers.replay.selection import Selection
 from queryd.events import ErrorCode, Mode, Status
 from service.cli.database import optional_uuid
-from service.cli.output import complain
+from service.cli.output import complain, read_time
 from service.replaying import Asked
 
 Since = Annotated[
@@ -60,8 +60,8 @@ def read_window(
         partitions=frozenset(partitions or ()),
         from_offset=from_offset,
         to_offset=to_offset,
-        since=_read_time(since, "--since"),
-        until=_read_time(until, "--until"),
+        since=read_time(since, "--since"),
+        until=read_time(until, "--until"),
     )
     if (from_offset is not None or to_offset is not None) and len(window.partitions) != 1:
         complain("offsets are a partition's own: give one --partition with them", 2)
@@ -72,18 +72,6 @@ def read_window(
     if window.until is not None and window.until > datetime.now(UTC):
         complain("--until lies in the future: what is still to come can't be planned. Take a time that is over", 2)
     return window
-
-
-def _read_time(text: str | None, name: str) -> datetime | None:
-    if text is None:
-        return None
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        complain(f"{name} must be a time in UTC, such as 2026-11-23T10:00:00Z", 2)
-    if moment.tzinfo is None or moment.utcoffset() != UTC.utcoffset(None):
-        complain(f"{name} must say that it is UTC, with a Z at its end: 2026-11-23T10:00:00Z", 2)
-    return moment
 
 
 def read_selection(

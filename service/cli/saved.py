@@ -14,6 +14,7 @@ from queryd.events import Mode, OutputFormat
 from service.cli import query
 from service.cli.database import optional_uuid, uuid_argument, with_data
 from service.cli.output import complain, print_fields, print_json, print_rows
+from service.cli.parameters import Param, ParamText
 from service.cli.query import Json
 from service.looking import CantLook, look
 from service.settings import load_settings
@@ -86,8 +87,12 @@ def run(
     format_: Annotated[
         OutputFormat, typer.Option("--format", help="How the result is written.")
     ] = OutputFormat.PARQUET,
-    param: Annotated[list[str] | None, typer.Option(help="name=value; the value is JSON, or else text.")] = None,
+    param: Param = None,
+    param_text: ParamText = None,
     task: Annotated[str | None, typer.Option(help="The task it runs for.")] = None,
+    timeout: query.Timeout = None,
+    max_rows: query.MaxRows = None,
+    max_bytes_scanned: query.MaxBytesScanned = None,
     wait: Annotated[bool, typer.Option(help="Wait until the query is finished.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -100,7 +105,11 @@ def run(
         mode=mode,
         format_=format_,
         param=param,
+        param_text=param_text,
         task=task,
+        timeout=timeout,
+        max_rows=max_rows,
+        max_bytes_scanned=max_bytes_scanned,
         wait=wait,
         as_json=as_json,
     )

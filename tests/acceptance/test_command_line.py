@@ -12,8 +12,10 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import closing, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import boto3
 import psycopg
 import pytest
 
@@ -84,6 +86,114 @@ def test_an_inline_result_is_printed_at_once_and_can_be_fetched(stack: Stack, tm
 
 # Hours of work on any machine.
 _ENDLESS = "SELECT sum(a.range * b.range) FROM range(10000000) a, range(10000000) b"
+
+
+def test_a_waiting_submit_tells_the_id_at_once_and_the_states_as_they_come(stack: Stack) -> None:
+    waiting = subprocess.Popen(
+        [sys.executable, "-m", "queryd", "submit", _ENDLESS, "--org", ORG, "--inline", "--wait"],
+        cwd=stack.folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert waiting.stdout is not None
+        assert waiting.stderr is not None
+        # Through a pipe, and the query runs for hours.
+        query_id = waiting.stdout.readline().removeprefix("query id: ").strip()
+        states = ""
+        while "Running" not in states:
+            states += waiting.stderr.readline()
+        cancelled = _queryd(stack.folder, "cancel", query_id, "--org", ORG)
+        # By the time that it has looked, the query may have ended already.
+        assert re.search("note: (it ends as QUERY_CANCELLED unless|the query is cancelled)", cancelled.stdout)
+        stdout, stderr = waiting.communicate(timeout=_PATIENCE_SECONDS)
+        assert waiting.returncode == 1
+        assert stderr.splitlines()[-1].endswith("Z Failed")
+        assert "error code: QUERY_CANCELLED" in stdout
+    finally:
+        waiting.kill()
+        waiting.wait()
+    again = _queryd(stack.folder, "cancel", query_id, "--org", ORG)
+    assert (again.returncode, "note: the query is cancelled" in again.stdout) == (0, True)
+
+
+def test_a_cancel_says_what_is_known_of_its_query(stack: Stack) -> None:
+    submitted = _queryd(stack.folder, "submit", "SELECT 1", "--org", ORG, "--wait", "--json")
+    query_id = json.loads(submitted.stdout)["query_id"]
+    assert submitted.stderr == ""
+    late = _queryd(stack.folder, "cancel", query_id, "--org", ORG)
+    assert late.stdout == (
+        f"query id: {query_id}\nstatus: Succeeded\nnote: too late: the query had ended, and stays as it is\n"
+    )
+    unknown = json.loads(_queryd(stack.folder, "cancel", str(uuid.uuid4()), "--org", ORG, "--json").stdout)
+    assert (unknown["status"], "no query with this id so far" in unknown["note"]) == (None, True)
+    # Another org's query is no query.
+    strangers = json.loads(_queryd(stack.folder, "cancel", query_id, "--org", STRANGER, "--json").stdout)
+    assert (strangers["status"], strangers["note"]) == (None, unknown["note"])
+
+
+def test_limits_of_a_request_and_texts_that_look_like_numbers(stack: Stack) -> None:
+    many = ("submit", "SELECT * FROM range(10)", "--org", ORG, "--wait", "--json")
+    assert json.loads(_queryd(stack.folder, *many, "--max-rows", "9").stdout)["error_code"] == "RESULT_TOO_LARGE"
+    assert json.loads(_queryd(stack.folder, *many, "--max-rows", "10").stdout)["status"] == "Succeeded"
+    assert json.loads(_queryd(stack.folder, *many, "--max-bytes-scanned", "1GiB").stdout)["status"] == "Succeeded"
+    wrong = _queryd(stack.folder, *many, "--max-bytes-scanned", "1 gig")
+    assert (wrong.returncode, wrong.stderr.startswith("queryd: --max-bytes-scanned must be a size")) == (2, True)
+    asked = ("submit", "SELECT typeof($a) || typeof($b) AS t", "--org", ORG, "--format", "csv", "--inline", "--wait")
+    typed = _queryd(stack.folder, *asked, "--param", "a=02134", "--param-text", "b=94105")
+    assert typed.stdout.endswith("\nt\nVARCHARVARCHAR\n")
+
+
+def test_an_orgs_queries_are_listed_by_time_and_status(stack: Stack) -> None:
+    org, other = str(uuid.uuid4()), str(uuid.uuid4())
+    before = datetime.now(UTC)
+    ids = []
+    for sql in ("SELECT 1", "SELECT no_such_column", "SELECT 2"):
+        submitted = _queryd(stack.folder, "submit", sql, "--org", org, "--wait", "--json")
+        ids.append(json.loads(submitted.stdout)["query_id"])
+    _queryd(stack.folder, "submit", "SELECT 1", "--org", other, "--wait")
+
+    def list_ids(*options: str) -> list[str]:
+        answer = _queryd(stack.folder, "list", "--org", org, "--json", *options)
+        assert answer.returncode == 0, answer.stderr
+        return [row["query_id"] for row in json.loads(answer.stdout)]
+
+    assert list_ids() == ids[::-1]
+    assert list_ids("--limit", "1") == [ids[2]]
+    assert list_ids("--status", "Failed") == [ids[1]]
+    assert list_ids("--status", "Failed", "--status", "Succeeded") == ids[::-1]
+    assert list_ids("--mode", "batch") == []
+    assert list_ids("--user", other) == []
+    assert list_ids("--since", f"{before - timedelta(seconds=5):%Y-%m-%dT%H:%M:%SZ}") == ids[::-1]
+    assert list_ids("--until", f"{before - timedelta(hours=1):%Y-%m-%dT%H:%M:%SZ}") == []
+    assert "query id\tstatus\tmode" in _queryd(stack.folder, "list", "--org", org).stdout
+    assert _queryd(stack.folder, "list", "--org", org, "--since", "yesterday").returncode == 2
+
+
+@pytest.mark.parametrize("change", ["gone", "longer", "other bytes"])
+def test_a_result_that_is_not_what_was_announced_is_not_written(stack: Stack, tmp_path: Path, change: str) -> None:
+    submitted = _queryd(stack.folder, "submit", "SELECT 42 AS a", "--org", ORG, "--format", "csv", "--wait", "--json")
+    answer = json.loads(submitted.stdout)
+    settings = _settings_of(stack)
+    bucket, key = settings["QUERYD_RESULTS_URL"].removeprefix("s3://"), answer["files"][0]["key"]
+    store = boto3.session.Session().client(
+        "s3",
+        endpoint_url=settings["AWS_ENDPOINT_URL"],
+        region_name=settings["AWS_REGION"],
+        aws_access_key_id=settings["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=settings["AWS_SECRET_ACCESS_KEY"],
+    )
+    if change == "gone":
+        store.delete_object(Bucket=bucket, Key=key)
+    else:
+        store.put_object(Bucket=bucket, Key=key, Body=b"a\r\n42\r\n43" if change == "longer" else b"a\r\n43\r\n")
+    path = tmp_path / "result.csv"
+    for output in ((), ("-o", str(path))):
+        fetched = _queryd(stack.folder, "fetch", answer["query_id"], *output)
+        assert (fetched.returncode, fetched.stdout, fetched.stderr.count("\n")) == (1, "", 1)
+        assert "submit the query again" in fetched.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_running_query_is_cancelled_by_its_org_and_by_no_other(stack: Stack) -> None:
