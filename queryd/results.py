@@ -23,6 +23,9 @@ from queryd.events import QueryStatusChanged, ResultFile
 from queryd.tables import open_batches
 
 _LINK_SECONDS = 3600
+# A store that is away is told of within a minute or so, three tries included; boto3's own limits come to five minutes.
+_CONNECT_SECONDS = 5
+_READ_SECONDS = 20
 # As much as a boto3 client copies at a time without being slowed by the number of its calls.
 _CHUNK_BYTES = 1024 * 1024
 # A result up to this size is read from memory: as large as an uploader's single PUT.
@@ -36,9 +39,13 @@ class ResultReader:
         # A session of its own: the one that boto3 shares keeps the credentials of its first client for good, and is not
         # for several threads. Version 4 is the only signature that S3 takes in newer regions, and boto3 still signs
         # links with version 2. It signs the region too, which boto3 itself takes from AWS_DEFAULT_REGION alone.
-        self._s3 = boto3.session.Session().client(
-            "s3", region_name=os.environ.get("AWS_REGION"), config=Config(signature_version="s3v4")
+        config = Config(
+            signature_version="s3v4",
+            connect_timeout=_CONNECT_SECONDS,
+            read_timeout=_READ_SECONDS,
+            retries={"total_max_attempts": 3, "mode": "standard"},
         )
+        self._s3 = boto3.session.Session().client("s3", region_name=os.environ.get("AWS_REGION"), config=config)
 
     def read_object(self, location: str, key: str) -> bytes:
         """One object, whole. `location` is any URL of its bucket, such as an event's `output_location`."""

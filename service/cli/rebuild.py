@@ -16,6 +16,7 @@ from consumers.rebuild.rebuild import Found, Rebuild, Rebuilt, opened
 from consumers.rebuild.source import RebuildRefused, SourceName
 from consumers.rebuild.status_log import LogChanged
 from db.data.replays import ReplayStatus
+from db.health import STATE, require_schema
 from db.state.rebuild import RebuildUnderWay, TablesMissing, WritersBusy
 from producers.replay.journal import Journal, ReplayRefused, opened_journal
 from producers.replay.kinds import ReplayName
@@ -140,6 +141,7 @@ async def _carry_out(rebuild: Rebuild, journal: Journal, replay_id: str, plan_ha
 @asynccontextmanager
 async def _opened_rebuild(settings: Settings, source: SourceName) -> AsyncIterator[Rebuild]:
     state_url = settings.state_url.get_secret_value()
+    await require_schema(state_url, STATE)
     async with opened_data_pool(settings) as pool, opened(source, state_url, pool, settings.kafka) as rebuild:
         yield rebuild
 

@@ -2,12 +2,13 @@
 
 import asyncio
 import uuid
-from collections.abc import Awaitable
-from typing import Annotated, TypeVar
+from collections.abc import Coroutine
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from db.data.replays import Replay, ReplayStatus, list_replays
+from db.health import DATA, require_schema
 from producers.dead_letters import DeadCode
 from producers.replay.comparison import Comparison
 from producers.replay.journal import ReplayRefused, opened_journal
@@ -332,11 +333,16 @@ def _compare(settings: Settings, replay_id: str, patience: float, *, quiet: bool
         return _run(compare_replay(settings, replay_id, patience, bar.show))
 
 
-def _run(work: Awaitable[_Answer], resumable: str | None = None) -> _Answer:
+def _run(work: Coroutine[Any, Any, _Answer], resumable: str | None = None) -> _Answer:
     """The answer; exits with one sentence for whatever is refused or away."""
 
     async def run() -> _Answer:
-        return await work
+        try:
+            await require_schema(load_settings().data_url.get_secret_value(), DATA)
+            return await work
+        finally:
+            # Python warns of one that was never begun.
+            work.close()
 
     try:
         return asyncio.run(run())
