@@ -1,8 +1,8 @@
 """Runs commands of `queryd` in forks of one process that has imported everything: a fork takes milliseconds, an import
 seconds.
 
-Jobs are JSON lines on stdin (`id`, `arguments`, `environment`, `folder`, and `turn`: of one turn only one runs at a time), answers are JSON lines on stdout (`id`,
-`code`, `stdout`, `stderr`, `seconds`).
+Jobs are JSON lines on stdin (`id`, `arguments`, `environment`, `folder`, and `turn`: of one turn only one runs at a
+time), answers are JSON lines on stdout (`id`, `code`, `stdout`, `stderr`, `seconds`).
 """
 
 import json
@@ -31,7 +31,7 @@ def main() -> None:
     service.bucket._SECONDS = 2.0
     queryd.results._READ_SECONDS = 2
     # It asks no server, and its engine takes two seconds each time.
-    service.doctor._examine_sandbox = lambda _settings: iter(())
+    service.doctor._examine_sandbox = lambda settings: iter(())
     jobs = [json.loads(line) for line in sys.stdin]
     running: dict[int, tuple[dict[str, Any], Path, float]] = {}
     folder = Path(tempfile.mkdtemp(prefix="queryd-zygote-"))
