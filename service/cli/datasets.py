@@ -96,7 +96,7 @@ def add(
     except InvalidRegistration as error:
         complain(str(error), 2)
     except CantLook as error:
-        complain(f"{error}; --no-check registers the dataset without reading it")
+        complain(f"{str(error).removesuffix('.')}; --no-check registers the dataset without reading it")
 
     if not yes:
         _ask_for_grants(dataset)
@@ -143,7 +143,7 @@ def show(name: Name, org: Owner, check: Check = True, as_json: Json = False) -> 
         if check:
             looked = look(load_settings(), lambda looker: looker.look(dataset))
     except (InvalidRegistration, CantLook) as error:
-        complain(f"{error}; --no-check shows what is registered")
+        complain(f"{str(error).removesuffix('.')}; --no-check shows what is registered")
     _print(dataset, grants, looked, as_json)
 
 

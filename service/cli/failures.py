@@ -57,6 +57,8 @@ def describe_failure(error: Exception) -> str:
     match error:
         case DatabaseUnavailable() | SchemaMissing() | psycopg.Error():
             what, found = "a database", [*examine_data(settings), *examine_state(settings)]
+        case NotSubmitted(__cause__=RegistryAway() | RegistryRefused() as cause):
+            return describe_failure(cause)
         case RegistryAway() | RegistryRefused() | NoRegistry():
             return f"{error}; see QUERYD_SCHEMA_REGISTRY_URL and QUERYD_SCHEMA_REGISTRY_OPTIONS"
         case BotoCoreError() | ClientError():

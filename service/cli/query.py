@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Annotated, Any
 
 import typer
+from botocore.exceptions import BotoCoreError
 
 from db.connection import DataPool, transaction
 from db.data.runs import CanonicalRow, QueryFilter, list_canonical, read_canonical, read_files, read_last_event
@@ -274,7 +275,8 @@ def _write(output: Path | None, files: Iterable[IO[bytes]]) -> None:
     """Write files one after the other; each is whole and checked before its first byte is written."""
     try:
         _write_files(output, files)
-    except BrokenPipeError:
+    except (BrokenPipeError, BotoCoreError):
+        # Some of botocore's errors are the system's as well.
         raise
     except OSError as error:
         complain(f"can't write {output or 'the output'}: {error.strerror}")

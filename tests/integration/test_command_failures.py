@@ -58,7 +58,7 @@ _WORDS = {
     Need.KAFKA: ("kafka", "QUERYD_KAFKA"),
     Need.DATA: ("postgres data", "QUERYD_DATA_URL"),
     Need.STATE: ("postgres state", "QUERYD_STATE_URL"),
-    Need.S3: ("s3", "AWS_", "QUERYD_RESULTS_URL", "credentials for datasets", "the dataset can't be read"),
+    Need.S3: ("s3", "AWS_", "QUERYD_RESULTS_URL", "credentials for datasets", "the datasets' store"),
     Need.REGISTRY: ("schema registry", "QUERYD_SCHEMA_REGISTRY"),
     Need.DATASETS: ("datasets' Postgres", "QUERYD_DATASETS_PG_URL"),
 }
@@ -207,7 +207,8 @@ def _judge(cell: Cell, answer: Answer) -> str | None:
         "quotes what it must not": CANARY in told,
         "is not one line": lines > 1 or (answer.code != 0 and lines == 0 and not is_report),
         f"is not {wanted}": answer.code != wanted,
-        "does not name what is wrong": cell.need is not None and not any(word in told for word in _WORDS[cell.need]),
+        "does not name what is wrong": cell.need is not None
+        and not any(word.lower() in told.lower() for word in _WORDS[cell.need]),
     }
     found = [problem for problem, there in problems.items() if there]
     seen = f"{answer.code} after {answer.seconds:.0f} s, {answer.stderr[-600:]!r}, {answer.stdout[-300:]!r}"
