@@ -3,13 +3,17 @@
 import time
 from datetime import timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
 import boto3
 import botocore.auth
 import pytest
 
+from db.connection import DatabaseUnavailable, DataPool, make_pool, transaction
+from db.health import DATA, require_schema
 from service.dependencies import _has_bucket
 from service.embedded.object_store import Credentials, ObjectStore
+from service.embedded.postgres import Postgres
 
 
 def _client(store: ObjectStore, credentials: Credentials) -> Any:
@@ -37,3 +41,39 @@ def test_a_store_that_refuses_our_clock_is_missing(
     monkeypatch.setattr(botocore.auth, "get_current_datetime", lambda: true_now() + timedelta(hours=hours))
     monkeypatch.setattr(time, "time", lambda: true_time() + hours * 3600)
     assert not _has_bucket(client, object_store.bucket)
+
+
+@pytest.mark.parametrize(
+    ("userinfo", "port", "database", "reason"),
+    [
+        ("queryd:canary4711", None, "postgres", "the server refuses the login"),
+        ("canary4711:canary4711", None, "postgres", "the server refuses the login"),
+        ("queryd", None, "postgres", "the server wants a password"),
+        (None, None, "canary4711", "the server refuses the login: the password, the role or the database is wrong"),
+        (None, 1, "postgres", "no answer from a server"),
+    ],
+)
+async def test_a_refused_login_is_told_from_a_dead_network(
+    postgres_server: Postgres,
+    userinfo: str | None,
+    port: int | None,
+    database: str,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parts = urlsplit(postgres_server.url(database))
+    login = userinfo or f"{parts.username}:{parts.password}"
+    url = parts._replace(netloc=f"{login}@{parts.hostname}:{port or parts.port}").geturl()
+    with pytest.raises(DatabaseUnavailable, match=reason) as at_once:
+        await require_schema(url, DATA)
+    # And by a pool, whose own error says only that there was no connection.
+    monkeypatch.setattr("db.connection._POOL_SECONDS", 2.0)
+    pool = DataPool(make_pool(url, "test", 1))
+    await pool.open()
+    try:
+        with pytest.raises(DatabaseUnavailable, match=f"no connection within 10 s: .*{reason}") as later:
+            async with transaction(pool):
+                pass
+    finally:
+        await pool.close()
+    assert "canary4711" not in f"{at_once.value}{later.value}"
