@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from db.data.retention import Scope
+from db.health import DATA, require_schema
 from results.retention.deletion import Deleted, DeletionRules, delete_for_good
 from results.retention.sweep import SweepUnderWay, Swept
 from results.uploader import Uploader
@@ -94,6 +95,7 @@ def _run(settings: Settings, work: Callable[[Uploader], Awaitable[_Answer]]) -> 
     """The answer of `work`, which gets an uploader of its own."""
 
     async def run() -> _Answer:
+        await require_schema(settings.data_url.get_secret_value(), DATA)
         uploader = Uploader(settings.bucket, settings.aws())
         try:
             return await work(uploader)
