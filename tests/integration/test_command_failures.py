@@ -117,7 +117,7 @@ COMMANDS = (
     Command(f"datasets show known --org {ORG} --no-check", (_D,)),
     Command(f"datasets grant known --org {ORG} --to role:analysts", (_D,)),
     Command(f"datasets revoke known --org {ORG} --from role:analysts", (_D,)),
-    Command(f"datasets remove unknown --org {ORG}", (_D,), code=1),
+    Command(f"datasets remove unknown --org {ORG} --yes", (_D,), code=1),
     Command(f"saved add x --org {ORG} --user {ORG} --sql SELECT+1", (_D,)),
     Command(f"saved list --org {ORG}", (_D,)),
     Command("saved show {saved}", (_D,)),
