@@ -28,6 +28,7 @@ from db.migrations.upgrade import upgrade_data
 from queryd.events import Mode
 from service.cli import app
 from service.embedded.postgres import Postgres
+from service.sizes import MUST_BE
 from tests.integration.queries import (
     Worker,
     ask_to_cancel,
@@ -588,7 +589,9 @@ def test_the_command_tells_people_what_is_default_and_what_is_no_limit(command: 
     [
         (["--running", "0"], "running_queries must be from 1 to 2147483647"),
         (["--running", "-1"], "running_queries must be a number above 0, or `default`"),
-        (["--bytes-scanned", "1GiB"], "bytes_scanned must be a number above 0, or `default`"),
+        (["--running", "1GiB"], "running_queries must be a number above 0, or `default`"),
+        (["--bytes-scanned", "1 gig"], f"bytes_scanned {MUST_BE}"),
+        (["--result-bytes", "0GiB"], "result_bytes must be from 1 to 9223372036854775807"),
         (["--result-rows", str(2**63)], "result_rows must be from 1 to 9223372036854775807"),
         ([], "give at least one limit, see `queryd limits set --help`"),
     ],
@@ -598,3 +601,11 @@ def test_the_command_says_what_is_wrong(command: Command, arguments: list[str], 
     assert (said.exit_code, said.stderr) == (2, f"queryd: {sentence}\n")
     assert _told(command("list", "--json")) == []
     assert command("show", "acme").exit_code == 2
+
+
+def test_sizes_are_given_and_shown_with_their_unit(command: Command) -> None:
+    org = new_id()
+    said = command("set", org, "--bytes-scanned", "1.5GiB", "--result-bytes", "10GB")
+    assert "bytes scanned: 1,536 MiB\n" in said.stdout
+    assert "result bytes: 10 GB\n" in said.stdout
+    assert json.loads(command("show", org, "--json").stdout)["bytes_scanned"] == 3 * 2**29
