@@ -325,7 +325,7 @@ def _judge_cancelled(handle: QueryHandle, org_id: str) -> tuple[str | None, str]
         return event.status.value, "too late: the query had ended, and stays as it is"
     return (
         event.status.value,
-        f"the query ends as QUERY_CANCELLED unless it is faster; see: queryd status {handle.query_id}",
+        f"it ends as QUERY_CANCELLED unless it is faster; see: queryd status {handle.query_id}",
     )
 
 
