@@ -21,6 +21,7 @@ from queryd.codec import Undecodable, decode_status
 from queryd.errors import QueryDeleted, ResultDamaged, ResultExpired
 from queryd.events import Delivery, ErrorCode, Invalid, Mode, OutputFormat, QueryStatusChanged, ResultFile, Status
 from queryd.results import ResultReader
+from service.cli import spreadsheet
 from service.cli.database import optional_uuid, uuid_argument, with_data
 from service.cli.output import complain, print_fields, print_json, print_rows, read_size_option, read_time
 from service.cli.parameters import Param, ParamText, read_parameters
@@ -203,10 +204,17 @@ def fetch(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write here instead of to stdout.")] = None,
     link: Annotated[bool, typer.Option(help="Print presigned links of one hour instead.")] = False,
     why: Annotated[bool, typer.Option("--error", help="The engine's own words on why the query failed.")] = False,
+    csv_safe: Annotated[
+        bool, typer.Option("--csv-safe", help="For a spreadsheet: no text becomes a formula. For results in csv.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Fetch a result, or with --error what the author of a failed query may know."""
     row, files = _read_wanted(query_id)
+    if csv_safe:
+        others = link or why or as_json
+        spreadsheet.write(lambda path: fetch(query_id, path), output, row.output_format, has_other_output=others)
+        return
     if why:
         _print_error(row, files)
         return
