@@ -40,7 +40,7 @@ CANARY = "canary4711"
 ORG = "6a1f7f4e-3f0e-4f5c-9d55-0d6f1f2f9a10"
 UNKNOWN = "00000000-3f0e-4f5c-9d55-0d6f1f2f9a10"
 _RESULT = b"a\r\n42\r\n"
-_MINUTES = 8 * 60
+_MINUTES = 15 * 60
 
 
 class Need(StrEnum):
