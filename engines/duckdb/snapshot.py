@@ -63,8 +63,10 @@ class Place:
     def is_hidden(self, key: str) -> bool:
         """True if a part of the key begins with `_` or `.` where the location does not say so itself."""
         asked = [part for part in self.parts[self.base :] if part[:1] in ("_", ".")]
+        # HTTP takes `..` for the folder above: such a key would be asked for by another name, outside of the location.
         return any(
-            name[:1] in ("_", ".") and not any(fnmatch.fnmatchcase(name, part) for part in asked)
+            name in (".", "..")
+            or (name[:1] in ("_", ".") and not any(fnmatch.fnmatchcase(name, part) for part in asked))
             for name in key.split("/")[self.base :]
         )
 

@@ -81,3 +81,10 @@ def test_partition_columns_are_those_of_the_greater_part_and_several_sets_are_no
 @pytest.mark.parametrize("folder", ["a=b=c", "a?=1", "a=1?x", "=1", "plain"])
 def test_a_folder_that_duckdb_takes_for_no_partition_is_none(folder: str) -> None:
     assert partition_values(f"f/{folder}/a.parquet") == {}
+
+
+@pytest.mark.parametrize("location", ["s3://b/org-a/", "s3://b/org-a/.*/*.parquet", "s3://b/org-a/.*/*/*.parquet"])
+def test_a_key_with_a_part_that_http_takes_for_the_folder_above_is_not_read(location: str) -> None:
+    for key in ("org-a/../x.parquet", "org-a/../org-b/x.parquet", "org-a/./x.parquet"):
+        assert Place.of(location).is_hidden(key)
+    assert not Place.of("s3://b/org-a/.*/*.parquet").is_hidden("org-a/.x/y.parquet")
