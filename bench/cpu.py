@@ -32,7 +32,6 @@ class Part(Enum):
 
     EXECUTOR = "executor"
     CHILDREN = "DuckDB children"
-    UPLOADER = "uploader"
     POSTGRES = "Postgres"
     STORE = "S3 server"
     BROKER = "broker"
@@ -44,7 +43,6 @@ class Part(Enum):
 # The first match decides: words of a command line.
 _SIGNS: tuple[tuple[str, Part], ...] = (
     ("engines.duckdb.child", Part.CHILDREN),
-    ("results.uploader_process", Part.UPLOADER),
     ("service.run executor", Part.EXECUTOR),
     ("service.run relay", Part.RELAY),
     ("service.run projector", Part.PROJECTOR),
@@ -57,7 +55,6 @@ _SIGNS: tuple[tuple[str, Part], ...] = (
 BUDGET: Mapping[Part, float] = {
     Part.EXECUTOR: 1.2,
     Part.CHILDREN: 1.6,
-    Part.UPLOADER: 0.0,
     Part.STORE: 1.0,
     Part.POSTGRES: 0.4,
     Part.RELAY: 1.2,

@@ -20,6 +20,8 @@ class Failpoint(StrEnum):
     ADMIT_AFTER = "executor.admit.after"
     CLAIM_AFTER = "executor.claim.after"
     EXECUTE_AFTER = "executor.execute.after"
+    PUT_BEFORE = "executor.put.before"
+    PUT_AFTER = "executor.put.after"
     STORE_AFTER = "executor.store.after"
     FINISH_BEFORE = "executor.finish.before"
     FINISH_AFTER = "executor.finish.after"
@@ -31,10 +33,6 @@ class Failpoint(StrEnum):
     # A DuckDB child.
     CHILD_BEFORE = "child.before"
     CHILD_AFTER = "child.after"
-    # The uploader.
-    PUT_BEFORE = "uploader.put.before"
-    PUT_PART = "uploader.put.part"
-    PUT_AFTER = "uploader.put.after"
     # The relay, around its Kafka transaction.
     RELAY_BEFORE = "relay.before"
     RELAY_PRODUCING = "relay.producing"

@@ -28,7 +28,7 @@ _CONNECT_SECONDS = 5
 _READ_SECONDS = 20
 # As much as a boto3 client copies at a time without being slowed by the number of its calls.
 _CHUNK_BYTES = 1024 * 1024
-# A result up to this size is read from memory: as large as an uploader's single PUT.
+# A result up to this size is read from memory: as large as a single PUT.
 _MEMORY_BYTES = 16 * 1024 * 1024
 
 

@@ -205,10 +205,6 @@ class Settings(BaseSettings):
             group["session.timeout.ms"] = int(self.kafka_session_timeout * 1000)
         return group
 
-    def aws(self) -> dict[str, str]:
-        """The `AWS_*` variables, which alone the uploader's process gets."""
-        return {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-
 
 # Variables of ours that are no settings: how processes find each other, what the command line and tests take.
 _OTHER_VARIABLES = frozenset({READY_VARIABLE, LIFELINE_VARIABLE, FAILPOINTS_VARIABLE, "QUERYD_ORG", "QUERYD_USER"})

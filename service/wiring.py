@@ -28,7 +28,7 @@ from queryd.events import Mode, Topic
 from queryd.publisher import Publisher
 from queryd.topics import TopicIdentity, wait_for_topic
 from results.retention.sweep import Retention, RetentionRules
-from results.uploader import Uploader
+from results.store import ResultStore, StoreAccess
 from service.settings import Settings
 
 # Admission, claims, endings, renewals and the grants of as many slots: each holds a connection for milliseconds.
@@ -57,14 +57,14 @@ async def make_executor(settings: Settings, stack: AsyncExitStack) -> tuple[Exec
     transitions = Transitions(pool, clock, settings.org_running_queries)
     leases = Leases(pool, clock, settings.lease_seconds, settings.lease_seconds / 3)
     engine = DuckDBEngine(duckdb_settings(settings, scratch), sum(settings.slots().values()))
-    uploader = Uploader(settings.bucket, settings.aws())
+    access = StoreAccess()
     attempts = Attempts(
         pool=pool,
         clock=clock,
         transitions=transitions,
         leases=leases,
         engine=engine,
-        uploader=uploader,
+        store=ResultStore(settings.bucket, access),
         rules=_attempt_rules(settings, folder.path),
     )
     publisher = Publisher(settings.kafka)
@@ -75,12 +75,11 @@ async def make_executor(settings: Settings, stack: AsyncExitStack) -> tuple[Exec
         publisher=publisher,
         dead_letters=_dead_letters(settings, pool, publisher, lanes),
         engine=engine,
-        uploader=uploader,
         transitions=transitions,
         attempts=attempts,
         leases=leases,
         reaper=Reaper(pool, clock, transitions, settings.lease_seconds),
-        retention=make_retention(settings, uploader),
+        retention=make_retention(settings, access),
         admission_rules=Rules(
             queue_seconds={
                 Mode.INTERACTIVE: settings.queue_timeout_interactive,
@@ -115,7 +114,7 @@ def _dead_letters(
     return DeadLetters(pool, publisher, settings.kafka, topics, transactions=settings.relay_transactions)
 
 
-def make_retention(settings: Settings, uploader: Uploader) -> Retention:
+def make_retention(settings: Settings, access: StoreAccess) -> Retention:
     """What sweeps the bucket, the rows and this machine's scratch."""
     return Retention(
         RetentionRules(
@@ -128,7 +127,7 @@ def make_retention(settings: Settings, uploader: Uploader) -> Retention:
             scratch=settings.scratch.resolve(),
             scratch_prefixes=(_ATTEMPTS_PREFIX, FOLDER_PREFIX),
         ),
-        uploader,
+        access,
     )
 
 

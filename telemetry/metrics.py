@@ -23,7 +23,7 @@ SUCCEEDED = "Succeeded"
 # The values of each label, but for `topic` and `partition`, which are known once partitions are assigned.
 LANES = tuple(lane.value for lane in Mode)
 OUTCOMES = (SUCCEEDED, *(code.value for code in ErrorCode))
-CHILDREN = ("duckdb", "uploader")
+CHILDREN = ("duckdb",)
 # `DeadCode` and `CancelOutcome`, which this package can't import; a test holds that they are the same.
 DEAD_CODES = ("UNDECODABLE", "INVALID_REQUEST", "CONFLICT")
 CANCEL_OUTCOMES = ("accepted", "early", "finished", "other_org")
@@ -74,7 +74,7 @@ class Metrics:
         self._attempts = Counter("queryd_attempts", "Attempts started", ["lane"], registry=registry)
         # The worker stood still for longer than a lease, or the database's answer did.
         self._lease_losses = Counter("queryd_lease_losses", "Leases lost to another worker", registry=registry)
-        # A DuckDB child that took the place of one that died, was stopped or was recycled; an uploader likewise.
+        # A DuckDB child that took the place of one that died, was stopped or was recycled.
         self._child_restarts = Counter(
             "queryd_child_restarts", "Child processes started in another's place", ["child"], registry=registry
         )
@@ -156,7 +156,7 @@ class Metrics:
         self._lease_losses.inc()
 
     def restart_child(self, child: str) -> None:
-        """`child` is `duckdb` or `uploader`."""
+        """`child` is `duckdb`."""
         self._child_restarts.labels(child).inc()
 
     def bury(self, code: str) -> None:

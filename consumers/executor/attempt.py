@@ -48,7 +48,7 @@ from processes.failpoints import Failpoint, failpoint
 from queryd.events import MAX_INLINE_BYTES, Delivery, ErrorCode, Mode, ResultFile, Status
 from results.formats import ERROR_CONTENT_TYPE, content_type
 from results.location import ERROR_FILE, file_name, prefix
-from results.uploader import StoreRefused, StoreUnavailable, Uploader
+from results.store import ResultStore, StoreRefused, StoreUnavailable
 from telemetry.events import LogEvent
 from telemetry.metrics import METRICS
 from telemetry.traces import SpanName, in_span, span
@@ -64,7 +64,7 @@ _MOST_ROWS = 2**62
 _OPERATORS = frozenset({ErrorCode.INTERNAL, ErrorCode.ENGINE_UNAVAILABLE})
 
 # A process that has run out of descriptors has some again within seconds. What can't be read for this long becomes an
-# object, for the uploader may still read it.
+# object, for it may still be read to be stored.
 _INLINE_SECONDS = 60.0
 
 _Done = TypeVar("_Done")
@@ -121,7 +121,7 @@ class Attempts:
         transitions: Transitions,
         leases: Leases,
         engine: Engine,
-        uploader: Uploader,
+        store: ResultStore,
         rules: AttemptRules,
     ) -> None:
         self._pool = pool
@@ -129,7 +129,7 @@ class Attempts:
         self._transitions = transitions
         self._leases = leases
         self._engine = engine
-        self._uploader = uploader
+        self._results = store
         self._rules = rules
 
     async def run(self, query: Admitted, still_renewal: int | None, executed: Callable[[], None]) -> bool | Refusal:
@@ -355,7 +355,7 @@ class Attempts:
             try:
                 return _read_inline(output)
             except FileNotFoundError:
-                # The uploader runs into it too, and knows what to say.
+                # Storing it as an object meets the same error, and has the sentence for it.
                 return None
 
         reading = until_available(read, "scratch", unavailable=OSError, give_up_after=_INLINE_SECONDS)
@@ -376,7 +376,7 @@ class Attempts:
     ) -> ResultFile:
         """Put a file under the attempt's own prefix; raises `StoreRefused`, and `StoreUnavailable` at the end of
         `give_up_after` seconds."""
-        store = partial(self._uploader.store, path, _prefix(running) + name, media_type)
+        store = partial(self._results.put, _prefix(running) + name, path, media_type)
         storing = until_available(store, "s3", unavailable=StoreUnavailable, give_up_after=give_up_after)
         stored = await self._unless_stopped(running, storing)
         return ResultFile(stored.key, stored.bytes, rows, stored.etag, stored.sha256)

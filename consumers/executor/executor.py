@@ -37,7 +37,6 @@ from queryd.events import Mode
 from queryd.publisher import Publisher
 from queryd.subscription import Partition, Record
 from results.retention.sweep import Retention
-from results.uploader import Uploader
 from telemetry.events import LogEvent
 from telemetry.traces import SpanAttribute, SpanName, Step, spans
 
@@ -100,7 +99,6 @@ class Executor:
         publisher: Publisher,
         dead_letters: DeadLetters,
         engine: Engine,
-        uploader: Uploader,
         transitions: Transitions,
         attempts: Attempts,
         leases: Leases,
@@ -114,7 +112,6 @@ class Executor:
         self._publisher = publisher
         self._dead_letters = dead_letters
         self._engine = engine
-        self._uploader = uploader
         self._transitions = transitions
         self._attempts = attempts
         self._leases = leases
@@ -147,7 +144,6 @@ class Executor:
         """Work until `stop`; raises what no retry can mend, such as a dead letter that can't be written."""
         self._publisher.open()
         await self._engine.start()
-        await self._uploader.start()
         await self.intake.open()
         loops = [
             *(
@@ -380,7 +376,6 @@ class Executor:
         await _guarded("drain", self._drain(max(0.0, drained - time.monotonic())))
         await _guarded("flush", self._publisher.close())
         await _guarded("engine", self._engine.close())
-        await _guarded("uploader", self._uploader.close())
         await leaving
         await end_tasks(keep)
 

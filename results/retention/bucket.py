@@ -1,21 +1,23 @@
-"""The parent's side of sweeping a bucket: it asks the uploader's process, which alone may list and remove."""
+"""The bucket as retention sees it: what it holds, page by page, and its removal. boto3, in threads."""
 
-from collections.abc import AsyncIterator, Iterable, Iterator
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from itertools import islice
-from typing import Literal, TypeVar
+from typing import Any, TypeVar
 
-from processes.frames import Message
-from results.uploader import Uploader
+from botocore.exceptions import ClientError
+
+from results.store import StoreAccess, StoreUnavailable, classified
 
 _Item = TypeVar("_Item")
+_Marker = dict[str, str]
 
 # What S3 lists or deletes in one call at most.
 _PAGE = 1000
-# An upload is aborted in a call of its own; so many keep one of the uploader's threads for a second.
-_ABORTS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ class Listed:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """At most 1,000 finds. `told_at` is the store's time of the answer, where it said it."""
+    """At most 1,000 finds. `told_at` is the store's time of the answer, where the answer has one."""
 
     listed: list[Listed]
     told_at: datetime | None
@@ -38,43 +40,71 @@ class Page:
 class Bucket:
     """One bucket. Every method raises `StoreUnavailable` and `StoreRefused`."""
 
-    def __init__(self, uploader: Uploader, name: str) -> None:
-        self._uploader = uploader
+    def __init__(self, access: StoreAccess, name: str) -> None:
+        self._client = access.client
         self.name = name
 
     async def list_objects(self, prefix: str, after: str = "") -> AsyncIterator[Page]:
         """Everything under a prefix in order of keys, behind the key `after`."""
-        async for page in self._list("objects", prefix, {"StartAfter": after} if after else {}):
+        async for page in _follow(partial(self._list_objects, prefix), {"StartAfter": after} if after else {}):
             yield page
 
     async def list_uploads(self, prefix: str) -> AsyncIterator[Page]:
         """Every unfinished upload to a key under a prefix."""
-        async for page in self._list("uploads", prefix, {}):
+        async for page in _follow(partial(self._list_uploads, prefix), {}):
             yield page
 
     async def delete(self, keys: Iterable[str]) -> int:
-        """Delete objects; what is not there is no error. How many keys there were."""
-        return sum([await self._remove("delete", {"keys": some}, len(some)) for some in _split(keys, _PAGE)])
+        """Delete objects; what is not there is no error. Returns how many keys there were."""
+        count = 0
+        for some in _split(keys, _PAGE):
+            await _call(self._delete, some)
+            count += len(some)
+        return count
 
     async def abort(self, uploads: Iterable[Listed]) -> int:
-        """Abort uploads; what is not there is no error. How many there were."""
-        pairs = ([upload.key, upload.upload_id] for upload in uploads)
-        return sum([await self._remove("abort", {"uploads": some}, len(some)) for some in _split(pairs, _ABORTS)])
-
-    async def _list(self, what: Literal["objects", "uploads"], prefix: str, start: Message) -> AsyncIterator[Page]:
-        marker: Message | None = start
-        while marker is not None:
-            answer = await self._uploader.ask(
-                {"sweep": what, "bucket": self.name, "prefix": prefix, "most": _PAGE, "marker": marker}
-            )
-            listed = [Listed(key, datetime.fromisoformat(time), upload) for key, time, upload in answer["found"]]
-            told_at = answer["told_at"]
-            yield Page(listed, None if told_at is None else parsedate_to_datetime(told_at))
-            marker = answer["more"]
-
-    async def _remove(self, how: Literal["delete", "abort"], what: Message, count: int) -> int:
-        await self._uploader.ask({"sweep": how, "bucket": self.name} | what)
+        """Abort uploads; what is not there is no error. Returns how many there were."""
+        count = 0
+        for upload in uploads:
+            await _call(self._abort, upload)
+            count += 1
         return count
+
+    def _list_objects(self, prefix: str, marker: _Marker) -> tuple[Page, _Marker | None]:
+        """A page in order of keys. The marker is the last key that was seen, which need not be there any more."""
+        answer = self._client.list_objects_v2(Bucket=self.name, Prefix=prefix, MaxKeys=_PAGE, **marker)
+        listed = [Listed(each["Key"], each["LastModified"], "") for each in answer.get("Contents", ())]
+        more = {"StartAfter": listed[-1].key} if answer["IsTruncated"] and listed else None
+        return _to_page(answer, listed), more
+
+    def _list_uploads(self, prefix: str, marker: _Marker) -> tuple[Page, _Marker | None]:
+        """A page in the store's own order: S3 goes on behind a key and an upload, others behind an upload alone."""
+        answer = self._client.list_multipart_uploads(Bucket=self.name, Prefix=prefix, MaxUploads=_PAGE, **marker)
+        listed = [Listed(each["Key"], each["Initiated"], each["UploadId"]) for each in answer.get("Uploads", ())]
+        next_marker = {name: answer.get(f"Next{name}") for name in ("KeyMarker", "UploadIdMarker")}
+        more = {name: value for name, value in next_marker.items() if value} if answer["IsTruncated"] else None
+        return _to_page(answer, listed), None if more == marker else more
+
+    def _delete(self, keys: list[str]) -> None:
+        wanted = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
+        try:
+            left = self._client.delete_objects(Bucket=self.name, Delete=wanted).get("Errors", ())
+        except ClientError as error:
+            # The bucket of an earlier setting may be gone, and its objects with it.
+            if _code(error) != "NoSuchBucket":
+                raise
+            return
+        if left:
+            # A code is one of S3's words; the keys and messages stay here.
+            codes = sorted({str(each.get("Code", "unknown")) for each in left})
+            raise StoreUnavailable(f"the store keeps {len(left)} objects: {', '.join(codes)}")
+
+    def _abort(self, upload: Listed) -> None:
+        try:
+            self._client.abort_multipart_upload(Bucket=self.name, Key=upload.key, UploadId=upload.upload_id)
+        except ClientError as error:
+            if _code(error) != "NoSuchUpload":
+                raise
 
 
 def split_location(location: str) -> tuple[str, str]:
@@ -83,7 +113,28 @@ def split_location(location: str) -> tuple[str, str]:
     return bucket, prefix
 
 
+async def _follow(list_page: Callable[[_Marker], tuple[Page, _Marker | None]], start: _Marker) -> AsyncIterator[Page]:
+    marker: _Marker | None = start
+    while marker is not None:
+        page, marker = await _call(list_page, marker)
+        yield page
+
+
+async def _call(call: Callable[..., _Item], *arguments: Any) -> _Item:
+    with classified():
+        return await asyncio.to_thread(call, *arguments)
+
+
+def _to_page(answer: Any, listed: list[Listed]) -> Page:
+    date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+    return Page(listed, None if date is None else parsedate_to_datetime(date))
+
+
 def _split(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
     rest = iter(items)
     while some := list(islice(rest, size)):
         yield some
+
+
+def _code(error: ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code"))

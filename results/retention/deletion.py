@@ -27,7 +27,7 @@ from queryd.events import OrgId
 from results.location import org_prefix
 from results.retention.bucket import Bucket, Listed, Page
 from results.retention.sweep import delete_results, make_tombstones, to_finds
-from results.uploader import Uploader
+from results.store import StoreAccess
 
 _CANCELS = 500
 # How often to ask whether the cancelled queries have ended.
@@ -64,14 +64,14 @@ class Deleted:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-async def delete_for_good(rules: DeletionRules, uploader: Uploader, scope: Scope) -> Deleted:
+async def delete_for_good(rules: DeletionRules, access: StoreAccess, scope: Scope) -> Deleted:
     """Delete everything of the scope. May be killed at any moment, and repeated until it finds nothing.
 
     Raises `DatabaseUnavailable`, `StoreUnavailable`, `StoreRefused`.
     """
     # The right to sweep is not needed: a sweep beside us removes what we would, or judges by rows that we left.
     async with opened_sweep(rules.data_url) as connection:
-        deletion = _Deletion(connection, uploader, rules, scope)
+        deletion = _Deletion(connection, access, rules, scope)
         await deletion.stop()
         await deletion.delete_rows()
         await deletion.delete_belongings()
@@ -82,10 +82,10 @@ async def delete_for_good(rules: DeletionRules, uploader: Uploader, scope: Scope
 class _Deletion:
     """One deletion on one connection."""
 
-    def __init__(self, connection: Connection, uploader: Uploader, rules: DeletionRules, scope: Scope) -> None:
+    def __init__(self, connection: Connection, access: StoreAccess, rules: DeletionRules, scope: Scope) -> None:
         self._connection = connection
-        self._uploader = uploader
-        self._bucket = Bucket(uploader, rules.bucket)
+        self._access = access
+        self._bucket = Bucket(access, rules.bucket)
         self._rules = rules
         self._scope = scope
         self.deleted = Deleted()
@@ -113,7 +113,7 @@ class _Deletion:
             # Committed before the rows go: a redelivery is refused from now on.
             await remember_deleted(self._connection, query_ids)
             # Their rows say in which bucket they lie; those without a row are found below their org's prefix.
-            self.deleted.objects += await delete_results(self._uploader, batch)
+            self.deleted.objects += await delete_results(self._access, batch)
             tombstones = make_tombstones(query_ids, await read_now(self._connection))
             rows, entries, cancellations = await delete_queries(self._connection, tombstones, audit=True)
             self.deleted.queries += rows

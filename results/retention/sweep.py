@@ -39,7 +39,7 @@ from queryd.headers import build_headers, continue_trace
 from results.location import ROOT, read_key
 from results.retention.bucket import Bucket, Listed, Page, split_location
 from results.retention.expiry import expire_batch
-from results.uploader import StoreRefused, StoreUnavailable, Uploader
+from results.store import StoreAccess, StoreRefused, StoreUnavailable
 from telemetry.events import LogEvent
 
 _log = structlog.get_logger("queryd.retention")
@@ -90,11 +90,11 @@ class SweepUnderWay(Exception):
 
 
 class Retention:
-    """Sweeps once, or for ever. The uploader is the caller's: started and closed there."""
+    """Sweeps once, or for ever. `access` is how the bucket is reached."""
 
-    def __init__(self, rules: RetentionRules, uploader: Uploader) -> None:
+    def __init__(self, rules: RetentionRules, access: StoreAccess) -> None:
         self._rules = rules
-        self._uploader = uploader
+        self._access = access
 
     async def sweep_for_ever(self) -> None:
         """Sweep every interval, with jitter; a sweep that was cut short goes on at the next."""
@@ -132,7 +132,7 @@ class Retention:
         _log.info(LogEvent.RETENTION_SWEPT, **swept.counts())
 
     async def _sweep(self, connection: Connection, start: str) -> Swept:
-        sweep = _Sweep(connection, self._uploader, self._rules)
+        sweep = _Sweep(connection, self._access, self._rules)
         await sweep.expire()
         await sweep.remove_strays(start)
         await sweep.abort_uploads()
@@ -149,17 +149,17 @@ class Retention:
 class _Sweep:
     """One sweep on one connection."""
 
-    def __init__(self, connection: Connection, uploader: Uploader, rules: RetentionRules) -> None:
+    def __init__(self, connection: Connection, access: StoreAccess, rules: RetentionRules) -> None:
         self._connection = connection
-        self._uploader = uploader
+        self._access = access
         self._rules = rules
-        self._bucket = Bucket(uploader, rules.bucket)
+        self._bucket = Bucket(access, rules.bucket)
         self.swept = Swept()
 
     async def expire(self) -> None:
         """Results whose time is over by the database's clock: the row first, then the objects."""
         while expired := await expire_batch(self._connection):
-            await delete_results(self._uploader, expired)
+            await delete_results(self._access, expired)
             self.swept.expired += len(expired)
 
     async def remove_strays(self, start: str) -> None:
@@ -179,7 +179,7 @@ class _Sweep:
     async def remove_rows(self) -> None:
         """Rows that have outlived their time, with their tombstones; what they still point to goes first."""
         while outlived := await read_outlived(self._connection, self._rules.row_seconds):
-            await delete_results(self._uploader, outlived)
+            await delete_results(self._access, outlived)
             query_ids = [result.query_id for result in outlived]
             tombstones = make_tombstones(query_ids, await read_now(self._connection))
             rows, _, _ = await delete_queries(self._connection, tombstones, audit=False)
@@ -205,7 +205,7 @@ class _Sweep:
         return [page.listed[place] for place in sorted(places)]
 
 
-async def delete_results(uploader: Uploader, results: Sequence[StoredResult]) -> int:
+async def delete_results(access: StoreAccess, results: Sequence[StoredResult]) -> int:
     """Delete the objects of results, wherever they lie: the bucket of an old one may be an earlier setting's.
 
     How many there were by their rows. Raises `StoreUnavailable` and `StoreRefused`.
@@ -217,7 +217,7 @@ async def delete_results(uploader: Uploader, results: Sequence[StoredResult]) ->
         for file in result.files
     )
     buckets = groupby(pairs, key=itemgetter(0))
-    return sum([await Bucket(uploader, name).delete([key for _, key in some]) for name, some in buckets])
+    return sum([await Bucket(access, name).delete([key for _, key in some]) for name, some in buckets])
 
 
 def to_finds(page: Page) -> list[Find]:

@@ -12,7 +12,7 @@ from db.data.retention import Scope
 from db.health import DATA, require_schema
 from results.retention.deletion import Deleted, DeletionRules, delete_for_good
 from results.retention.sweep import SweepUnderWay, Swept
-from results.uploader import Uploader
+from results.store import StoreAccess
 from service.cli.database import uuid_argument
 from service.cli.output import complain, print_fields, print_json
 from service.cli.query import Json
@@ -37,8 +37,8 @@ def sweep(context: typer.Context, as_json: Json = False) -> None:
         return
     settings = load_settings()
 
-    async def work(uploader: Uploader) -> Swept:
-        return await make_retention(settings, uploader).sweep(patience_seconds=_PATIENCE_SECONDS)
+    async def work(access: StoreAccess) -> Swept:
+        return await make_retention(settings, access).sweep(patience_seconds=_PATIENCE_SECONDS)
 
     _print(_run(settings, work).counts(), as_json)
 
@@ -69,8 +69,8 @@ def _delete(scope: Scope, whose: str, yes: bool, as_json: bool) -> None:
         _ask(whose)
     rules = DeletionRules(settings.data_url.get_secret_value(), settings.bucket, settings.lease_seconds)
 
-    async def work(uploader: Uploader) -> Deleted:
-        return await delete_for_good(rules, uploader, scope)
+    async def work(access: StoreAccess) -> Deleted:
+        return await delete_for_good(rules, access, scope)
 
     deleted = _run(settings, work)
     today = datetime.now(UTC).date()
@@ -91,16 +91,12 @@ def _ask(whose: str) -> None:
         complain("nothing was deleted")
 
 
-def _run(settings: Settings, work: Callable[[Uploader], Awaitable[_Answer]]) -> _Answer:
-    """The answer of `work`, which gets an uploader of its own."""
+def _run(settings: Settings, work: Callable[[StoreAccess], Awaitable[_Answer]]) -> _Answer:
+    """The answer of `work`, which gets access to the bucket."""
 
     async def run() -> _Answer:
         await require_schema(settings.data_url.get_secret_value(), DATA)
-        uploader = Uploader(settings.bucket, settings.aws())
-        try:
-            return await work(uploader)
-        finally:
-            await uploader.close()
+        return await work(StoreAccess())
 
     try:
         return asyncio.run(run())

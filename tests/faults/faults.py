@@ -58,7 +58,6 @@ _LOOK_SECONDS = 0.05
 _HOUR = 3600.0
 
 _CHILD = "engines.duckdb.child"
-_UPLOADER = "results.uploader_process"
 
 
 class NotBack(Exception):
@@ -222,9 +221,8 @@ class Faults:
             yield Kind(f"SIGTERM {kind}", 1, self._terminate_service, names)
             yield Kind(f"SIGSTOP {kind}", 1, self._stop_service, names)
         executors = self._names("executor")
-        for what, module in (("child", _CHILD), ("uploader", _UPLOADER)):
-            for number, name in ((signal.SIGKILL, "SIGKILL"), (signal.SIGTERM, "SIGTERM"), (signal.SIGSTOP, "SIGSTOP")):
-                yield Kind(f"{name} {what}", 1, self._signal_child(module, number), executors)
+        for number, name in ((signal.SIGKILL, "SIGKILL"), (signal.SIGTERM, "SIGTERM"), (signal.SIGSTOP, "SIGSTOP")):
+            yield Kind(f"{name} child", 1, self._signal_child(_CHILD, number), executors)
 
     def _kill_service(self, source: random.Random, name: str) -> str | None:
         return self._end_service(source, name, signal.SIGKILL)
@@ -305,7 +303,7 @@ class Faults:
                 return None
             if what == "STOP":
                 self._wake_after(LEASE_SECONDS + source.uniform(*_BEYOND_LEASE))
-            elif not place.value.startswith(("child", "uploader")):
+            elif not place.value.startswith("child"):
                 self._await_one_back(endings)
             return " ".join([what, "by", place.value, *self._find_ended(endings)])
 
@@ -318,7 +316,7 @@ class Faults:
                 self._load.provoke("malformed", 2)
             case Failpoint.CANCEL_BEFORE | Failpoint.CANCEL_AFTER:
                 self._load.provoke("cancel", 2)
-            case Failpoint.PUT_PART:
+            case Failpoint.PUT_AFTER:
                 self._load.provoke("large", 2)
             case Failpoint.HAND_BACK_BEFORE:
                 self._load.provoke("slow", 6)

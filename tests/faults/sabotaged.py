@@ -27,7 +27,7 @@ from processes.failpoints import Failpoint, failpoint
 from queryd.events import Topic
 from queryd.headers import to_kafka
 from queryd.subscription import Record, Subscription
-from results.uploader import StoreUnavailable
+from results.store import StoreUnavailable
 from service.run import Service, run_service
 from service.settings import load_settings
 

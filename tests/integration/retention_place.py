@@ -22,7 +22,7 @@ from queryd.events import OutputFormat, ResultFile
 from results.location import file_name, prefix
 from results.retention.deletion import Deleted, DeletionRules, delete_for_good
 from results.retention.sweep import Retention, RetentionRules, Swept
-from results.uploader import Uploader
+from results.store import ResultStore, StoreAccess
 from service.embedded.object_store import ObjectStore
 from tests.integration.queries import (
     Worker,
@@ -62,11 +62,11 @@ class Crash(Exception):
 class Place:
     """A data database of the test's own, the shared bucket, and a worker."""
 
-    def __init__(self, url: str, pool: DataPool, store: ObjectStore, uploader: Uploader, scratch: Path) -> None:
+    def __init__(self, url: str, pool: DataPool, store: ObjectStore, results: ResultStore, scratch: Path) -> None:
         self.url = url
         self.pool = pool
         self.bucket = store.bucket
-        self.uploader = uploader
+        self.results = results
         self.scratch = scratch
         self.worker = Worker(pool)
         self.s3: Any = boto3.client("s3", **_client_arguments(store))
@@ -86,10 +86,10 @@ class Place:
         return dataclasses.replace(rules, **changes)
 
     async def sweep(self, **changes: Any) -> Swept:
-        return await Retention(self.rules(**changes), self.uploader).sweep(patience_seconds=0.0)
+        return await Retention(self.rules(**changes), self.results.access).sweep(patience_seconds=0.0)
 
     async def delete(self, scope: Scope, stop_seconds: float = 0.0) -> Deleted:
-        return await delete_for_good(DeletionRules(self.url, self.bucket, stop_seconds), self.uploader, scope)
+        return await delete_for_good(DeletionRules(self.url, self.bucket, stop_seconds), self.results.access, scope)
 
     async def start(self, **changes: Any) -> Attempt:
         """A query whose first attempt runs."""
@@ -209,10 +209,9 @@ def aws_variables(store: ObjectStore) -> dict[str, str]:
 async def opened_place(url: str, store: ObjectStore, folder: Path) -> AsyncIterator[Place]:
     """A place on a data database that is still empty."""
     upgrade_data(url)
-    uploader = Uploader(store.bucket, aws_variables(store), quiet=False)
+    results = ResultStore(store.bucket, StoreAccess.from_variables(aws_variables(store)))
     async with opened_pool(url) as pool:
-        yield Place(url, pool, store, uploader, folder / "scratch")
-    await uploader.close()
+        yield Place(url, pool, store, results, folder / "scratch")
 
 
 async def crash(*_arguments: object, **_named: object) -> None:

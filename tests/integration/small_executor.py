@@ -25,7 +25,7 @@ from producers.dead_letters import DeadLetters
 from queryd.events import Mode
 from queryd.publisher import Publisher
 from results.retention.sweep import Retention
-from results.uploader import StoredObject, Uploader
+from results.store import ResultStore, StoredObject
 from tests.integration.queries import opened_pool
 
 # Longer than any test: leases and limits end when a test says so.
@@ -107,14 +107,8 @@ class StageEngine:
 class _NoStore:
     """Takes every file and keeps none."""
 
-    async def start(self) -> None:
-        pass
-
-    async def store(self, _path: Path, key: str, _content_type: str) -> StoredObject:
+    async def put(self, key: str, _content: bytes | Path, _content_type: str) -> StoredObject:
         return StoredObject(key, bytes=0, etag="etag", sha256="0" * 64)
-
-    async def close(self) -> None:
-        pass
 
 
 class _NoSweep:
@@ -128,7 +122,7 @@ def _make_executor(
     clock = DatabaseClock()
     transitions = Transitions(pool, clock, limits.running_queries)
     leases = Leases(pool, clock, _LONG_SECONDS, _LONG_SECONDS / 3)
-    engine, uploader = StageEngine(stage), cast(Uploader, _NoStore())
+    engine = StageEngine(stage)
     publisher = Publisher(kafka)
     seconds = dict.fromkeys(Mode, _LONG_SECONDS)
     attempts = Attempts(
@@ -137,7 +131,7 @@ def _make_executor(
         transitions=transitions,
         leases=leases,
         engine=engine,
-        uploader=uploader,
+        store=cast(ResultStore, _NoStore()),
         rules=AttemptRules("worker", "bucket", scratch, _LONG_SECONDS, seconds, seconds, timedelta(days=1)),
     )
     return Executor(
@@ -147,7 +141,6 @@ def _make_executor(
         publisher=publisher,
         dead_letters=DeadLetters(pool, publisher, kafka, {}, transactions=False),
         engine=engine,
-        uploader=uploader,
         transitions=transitions,
         attempts=attempts,
         leases=leases,

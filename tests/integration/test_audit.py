@@ -34,7 +34,7 @@ from engines.protocol import Outage, Read
 from queryd.events import Delivery, Mode
 from results.retention.deletion import DeletionRules, delete_for_good
 from results.retention.sweep import Retention, RetentionRules
-from results.uploader import Uploader
+from results.store import ResultStore, StoreAccess
 from service.embedded.object_store import ObjectStore
 from tests.integration.queries import Worker, new_id, opened_pool, read_events, read_row
 
@@ -53,7 +53,7 @@ class Place:
         pool: DataPool,
         store: ObjectStore,
         attempts: Attempts,
-        uploader: Uploader,
+        results: ResultStore,
         engine: DuckDBEngine,
         leases: Leases,
     ) -> None:
@@ -63,7 +63,7 @@ class Place:
         self.pool = pool
         self.worker = Worker(pool)
         self.org_id = new_id()
-        self.uploader = uploader
+        self.results = results
         self.bucket = store.bucket
         self._attempts = attempts
         self.s3 = _make_client(store)
@@ -156,10 +156,9 @@ async def place(data_url: str, object_store: ObjectStore, tmp_path: Path) -> Asy
             "AWS_ENDPOINT_URL": object_store.endpoint_url,
             "AWS_ACCESS_KEY_ID": object_store.writer.access_key,
             "AWS_SECRET_ACCESS_KEY": object_store.writer.secret_key,
-            "AWS_DEFAULT_REGION": object_store.region,
+            "AWS_REGION": object_store.region,
         }
-        uploader = Uploader(object_store.bucket, aws, quiet=False)
-        stack.push_async_callback(uploader.close)
+        results = ResultStore(object_store.bucket, StoreAccess.from_variables(aws))
         leases = Leases(pool, worker.clock, _LEASE_SECONDS, _LEASE_SECONDS)
         attempts = Attempts(
             pool=pool,
@@ -167,7 +166,7 @@ async def place(data_url: str, object_store: ObjectStore, tmp_path: Path) -> Asy
             transitions=worker.transitions,
             leases=leases,
             engine=engine,
-            uploader=uploader,
+            store=results,
             rules=AttemptRules(
                 worker="worker",
                 bucket=object_store.bucket,
@@ -178,7 +177,7 @@ async def place(data_url: str, object_store: ObjectStore, tmp_path: Path) -> Asy
                 retention=timedelta(days=7),
             ),
         )
-        yield Place(data_url, pool, object_store, attempts, uploader, engine, leases)
+        yield Place(data_url, pool, object_store, attempts, results, engine, leases)
 
 
 # What is recorded.
@@ -362,7 +361,7 @@ async def test_a_deleted_query_leaves_no_entry_behind(place: Place) -> None:
     assert state.token is not None
     reads = [PersonalRead("people", None)]
     await record_reads(place.pool, facts.query_id, state.token, reads)
-    await delete_for_good(DeletionRules(place.url, place.bucket, 0.0), place.uploader, Scope(place.org_id))
+    await delete_for_good(DeletionRules(place.url, place.bucket, 0.0), place.results.access, Scope(place.org_id))
     await record_reads(place.pool, facts.query_id, state.token, reads)
     assert place.read_log(facts.query_id) == []
 
@@ -409,7 +408,7 @@ async def test_an_error_goes_with_its_retention_and_not_before(place: Place, tmp
         scratch=tmp_path / "scratch",
         scratch_prefixes=(),
     )
-    retention = Retention(rules, place.uploader)
+    retention = Retention(rules, place.results.access)
     await retention.sweep(patience_seconds=0.0)
     assert place.objects(query_id) == [key]
     with psycopg.connect(place.url, autocommit=True) as connection:

@@ -78,7 +78,7 @@ async def attempts(place: Place, object_store: ObjectStore, tmp_path: Path) -> A
         transitions=worker.transitions,
         leases=Leases(place.pool, worker.clock, _LONG_SECONDS, _LONG_SECONDS),
         engine=engine,
-        uploader=place.uploader,
+        store=place.results,
         rules=AttemptRules(
             worker="worker",
             bucket=place.bucket,

@@ -29,7 +29,7 @@ from producers.relay import channels
 from producers.relay.relay import Relay, RelayRules
 from queryd.events import OrgId, QueryId, Topic
 from results.location import prefix
-from results.uploader import StoredObject, StoreRefused, StoreUnavailable, Uploader
+from results.store import ResultStore, StoreAccess, StoredObject, StoreRefused, StoreUnavailable
 from service.embedded.object_store import ObjectStore
 from tests.integration.queries import (
     Worker,
@@ -289,9 +289,9 @@ async def test_a_batch_whose_commit_is_not_answered_is_published_once(
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """An uploader behind a proxy, and a reader that is not."""
+    """A result store behind a proxy, and a reader that is not."""
 
-    uploader: Uploader
+    results: ResultStore
     proxy: TcpProxy
     s3: Any
     name: str
@@ -300,7 +300,7 @@ class Bucket:
         """As the executor stores: while the store is away, again."""
 
         async def put() -> StoredObject:
-            return await self.uploader.store(path, key, "text/csv")
+            return await self.results.put(key, path, "text/csv")
 
         return await until_available(put, "s3", unavailable=StoreUnavailable)
 
@@ -322,11 +322,12 @@ def store_proxy(object_store: ObjectStore) -> Iterator[TcpProxy]:
 @pytest.fixture
 async def bucket(object_store: ObjectStore, store_proxy: TcpProxy) -> AsyncIterator[Bucket]:
     credentials = {
-        "AWS_DEFAULT_REGION": object_store.region,
+        "AWS_REGION": object_store.region,
         "AWS_ACCESS_KEY_ID": object_store.writer.access_key,
         "AWS_SECRET_ACCESS_KEY": object_store.writer.secret_key,
     }
-    uploader = Uploader(object_store.bucket, credentials | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{store_proxy.port}"})
+    variables = credentials | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{store_proxy.port}"}
+    results = ResultStore(object_store.bucket, StoreAccess.from_variables(variables))
     s3 = boto3.client(
         "s3",
         endpoint_url=object_store.endpoint_url,
@@ -334,9 +335,7 @@ async def bucket(object_store: ObjectStore, store_proxy: TcpProxy) -> AsyncItera
         aws_access_key_id=object_store.writer.access_key,
         aws_secret_access_key=object_store.writer.secret_key,
     )
-    await uploader.start()
-    yield Bucket(uploader, store_proxy, s3, object_store.bucket)
-    await uploader.close()
+    yield Bucket(results, store_proxy, s3, object_store.bucket)
     s3.close()
 
 

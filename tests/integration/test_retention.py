@@ -25,7 +25,7 @@ from results.formats import content_type
 from results.location import prefix, read_key
 from results.retention import bucket, sweep
 from results.retention.sweep import Retention, SweepUnderWay, Swept
-from results.uploader import StoreUnavailable
+from results.store import StoreUnavailable
 from service.embedded.object_store import ObjectStore
 from telemetry.events import LogEvent
 from tests.integration.queries import (
@@ -320,7 +320,7 @@ async def test_a_listing_of_many_pages_is_swept_to_its_end_and_goes_on_where_it_
     # What an executor does at its next look: it goes on, and so leaves alone what lies before.
     log = CapturingLogger()
     monkeypatch.setattr(sweep, "_log", log)
-    retention = Retention(place.rules(), place.uploader)
+    retention = Retention(place.rules(), place.results.access)
     await retention._sweep_if_due()
     assert place.objects(f"results/{announced.facts.org_id}/") == [announced.key]
     [told] = log.calls
@@ -345,7 +345,7 @@ async def test_unfinished_uploads_of_ended_queries_and_dead_attempts_are_aborted
     kept = {place.upload(live.key)}
     place.upload(failed.key)
     await place.fail(failed)
-    # The uploader's process died, and the attempt stored its result once more, to the same key.
+    # The upload was cut, and the attempt stored its result once more, to the same key.
     place.upload(announced.key)
     stranger = place.upload(f"results/{org_id}/{new_id()}/1-01234567/result.csv")
     kept.add(stranger)
@@ -374,9 +374,7 @@ async def test_a_result_of_many_parts_outlives_the_sweep_that_comes_in_the_middl
 ) -> None:
     attempt = await place.start()
     (tmp_path / "result").write_bytes(os.urandom(40 * _MIB))
-    storing = asyncio.create_task(
-        place.uploader.store(tmp_path / "result", attempt.key, content_type(OutputFormat.CSV))
-    )
+    storing = asyncio.create_task(place.results.put(attempt.key, tmp_path / "result", content_type(OutputFormat.CSV)))
     await until(lambda: _has_upload(place, attempt), follow_failure(storing))
     await place.sweep()
     stored = await storing
@@ -395,7 +393,7 @@ async def test_one_sweeps_at_a_time_and_a_second_waits_or_says_so(place: Place) 
     failed = await place.start()
     place.put(failed.key)
     await place.fail(failed)
-    retention = Retention(place.rules(), place.uploader)
+    retention = Retention(place.rules(), place.results.access)
     async with opened_sweep(place.url) as other:
         assert await try_lock(other)
         with pytest.raises(SweepUnderWay):
@@ -424,7 +422,7 @@ async def test_an_executors_loop_outlives_a_store_and_a_database_that_are_away(
 
     monkeypatch.setattr(sweep, "judge", judge_when_back)
     loop = asyncio.create_task(
-        Retention(place.rules(interval_seconds=0.05), place.uploader).sweep_for_ever(), name="retention"
+        Retention(place.rules(interval_seconds=0.05), place.results.access).sweep_for_ever(), name="retention"
     )
     await until(lambda: _is_gone(place, failed), loop)
     loop.cancel()

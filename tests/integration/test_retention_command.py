@@ -12,9 +12,7 @@ from pathlib import Path
 import pytest
 
 from queryd.events import Topic
-from results.retention.bucket import Bucket
 from results.retention.sweep import Swept
-from results.uploader import StoreUnavailable
 from service.embedded.object_store import ObjectStore
 from service.topics import TOPICS, days_until_forgotten
 from tests.integration.queries import (
@@ -117,10 +115,3 @@ def test_no_topic_remembers_for_longer_than_its_settings_say() -> None:
         Topic.STATUS: 25,
         Topic.DEAD_LETTERS: 32,
     }
-
-
-async def test_the_uploaders_process_is_asked_for_nothing_that_it_does_not_know(place: Place) -> None:
-    # A step that it does not know is a fault of ours: the process ends rather than guess.
-    with pytest.raises(StoreUnavailable):
-        await place.uploader.ask({"sweep": "everything", "bucket": place.bucket})
-    assert await Bucket(place.uploader, place.bucket).delete([]) == 0

@@ -34,7 +34,7 @@ from engines.duckdb.pool import DuckDBEngine
 from engines.duckdb.settings import DuckDBSettings
 from engines.protocol import Execution, QueryFailed, Relation
 from queryd.events import ErrorCode, Mode, OrgId, OutputFormat, QueryId
-from results.uploader import Uploader
+from results.store import ResultStore, StoreAccess
 from service.embedded.object_store import ObjectStore
 from service.embedded.postgres import Postgres
 from tests.integration.queries import Worker, new_id, opened_pool, read_events, read_row
@@ -465,17 +465,15 @@ async def _make_attempts(stack: AsyncExitStack, world: World, worker: Worker, fo
         "AWS_ENDPOINT_URL": store.endpoint_url,
         "AWS_ACCESS_KEY_ID": store.writer.access_key,
         "AWS_SECRET_ACCESS_KEY": store.writer.secret_key,
-        "AWS_DEFAULT_REGION": store.region,
+        "AWS_REGION": store.region,
     }
-    uploader = Uploader(store.bucket, aws)
-    stack.push_async_callback(uploader.close)
     return Attempts(
         pool=worker.pool,
         clock=worker.clock,
         transitions=worker.transitions,
         leases=Leases(worker.pool, worker.clock, _LEASE_SECONDS, _LEASE_SECONDS),
         engine=engine,
-        uploader=uploader,
+        store=ResultStore(store.bucket, StoreAccess.from_variables(aws)),
         rules=AttemptRules(
             worker="worker",
             bucket=store.bucket,

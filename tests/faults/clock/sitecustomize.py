@@ -2,7 +2,7 @@
 
 `FAULTS_CLOCK` names a file of eight bytes, a double in the machine's order: the seconds by which `time.time` and
 `datetime.now` are off. It is mapped into memory, so that whoever writes it moves the clock at once. Monotonic clocks,
-and those of C libraries such as librdkafka, stay as they are. The uploader's process has its parent's clock.
+and those of C libraries such as librdkafka, stay as they are.
 """
 
 import ctypes
@@ -10,7 +10,6 @@ import gc
 import mmap
 import os
 import struct
-import subprocess
 import time
 from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
@@ -44,19 +43,5 @@ def _move_clocks(file: Path) -> None:
     ctypes.pythonapi.PyType_Modified(ctypes.py_object(datetime))
 
 
-def _hand_on(module: str) -> None:
-    """A child that runs this module is given our clock: the environment that it is started with says nothing of it."""
-    true_init = subprocess.Popen.__init__
-    ours = {name: os.environ[name] for name in ("FAULTS_CLOCK", "PYTHONPATH")}
-
-    def init(self: Any, args: Any, *rest: Any, **options: Any) -> None:
-        if module in args and options.get("env") is not None:
-            options["env"] = {**options["env"], **ours}
-        true_init(self, args, *rest, **options)
-
-    subprocess.Popen.__init__ = init  # type: ignore[method-assign]
-
-
 if "FAULTS_CLOCK" in os.environ:
     _move_clocks(Path(os.environ["FAULTS_CLOCK"]))
-    _hand_on("results.uploader_process")
