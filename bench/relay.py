@@ -120,7 +120,7 @@ async def run_bare(url: str, kafka: dict[str, Any], count: int) -> float:
 def _produce(producer: Producer, batch: list[WaitingEvent]) -> None:
     producer.begin_transaction()
     for row in batch:
-        producer.produce(Topic.STATUS, key=row.query_id.encode(), value=row.payload, headers=to_kafka(row.headers))
+        producer.produce(Topic.STATUS, key=str(row.query_id), value=row.payload, headers=to_kafka(row.headers))
     producer.commit_transaction(_BROKER_SECONDS)
 
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import structlog
 
+from consumers.dead_letters import DeadLetter, DeadLetters
 from db.connection import DataPool, statement
 from db.data.cancellations import CancelOutcome, NewCancellation, cancel
 from db.retrying import until_available
 from processes.failpoints import Failpoint, failpoint
-from producers.dead_letters import DeadCode, DeadLetter, DeadLetters
 from queryd.codec import InvalidEvent, Undecodable, decode_cancel
+from queryd.dead_letters import DeadCode
 from queryd.events import Invalid, Topic
-from queryd.publisher import Publisher
 from queryd.subscription import Record, Subscription, SubscriptionLost
 from telemetry.events import LogEvent
 from telemetry.metrics import METRICS
@@ -31,13 +31,9 @@ _RESUBSCRIBE_SECONDS = 1.0
 class Cancellations:
     """The consumer of `query.cancellations`. `run` returns once it has been asked to stop."""
 
-    def __init__(
-        self, pool: DataPool, subscription_config: dict[str, Any], publisher: Publisher, dead_letters: DeadLetters
-    ) -> None:
-        """`publisher` is the one by which `dead_letters` writes; it is opened and closed here."""
+    def __init__(self, pool: DataPool, subscription_config: dict[str, Any], dead_letters: DeadLetters) -> None:
         self._pool = pool
         self._subscription_config = subscription_config
-        self._publisher = publisher
         self._dead_letters = dead_letters
         self._stopping = asyncio.Event()
 
@@ -47,17 +43,13 @@ class Cancellations:
 
     async def run(self) -> None:
         """Follow the topic until `stop`; raises what no retry can mend, such as a dead letter that can't be written."""
-        self._publisher.open()
-        try:
-            while not self._stopping.is_set():
-                subscription = Subscription(self._subscription_config, [Topic.CANCELLATIONS.value])
-                try:
-                    await self._follow(subscription)
-                except SubscriptionLost as error:
-                    _log.warning(LogEvent.SUBSCRIPTION_LOST, reason=str(error))
-                    await asyncio.sleep(_RESUBSCRIBE_SECONDS)
-        finally:
-            await self._publisher.close()
+        while not self._stopping.is_set():
+            subscription = Subscription(self._subscription_config, [Topic.CANCELLATIONS.value])
+            try:
+                await self._follow(subscription)
+            except SubscriptionLost as error:
+                _log.warning(LogEvent.SUBSCRIPTION_LOST, reason=str(error))
+                await asyncio.sleep(_RESUBSCRIBE_SECONDS)
 
     async def _follow(self, subscription: Subscription) -> None:
         await subscription.open()
@@ -87,7 +79,7 @@ class Cancellations:
                 METRICS.cancel(outcome.value)
                 _log.info(LogEvent.CANCEL_REQUESTED, query_id=query_id, org_id=org_id, outcome=outcome.value)
         failpoint(Failpoint.CANCEL_AFTER)
-        await self._dead_letters.send(letters)
+        await self._dead_letters.write(letters)
 
     async def _write(self, wanted: Sequence[NewCancellation]) -> dict[tuple[str, str], CancelOutcome]:
         async with statement(self._pool) as connection:

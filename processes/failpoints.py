@@ -26,8 +26,8 @@ class Failpoint(StrEnum):
     FINISH_BEFORE = "executor.finish.before"
     FINISH_AFTER = "executor.finish.after"
     HAND_BACK_BEFORE = "executor.hand_back.before"
-    DEAD_LETTER_INTENDED = "executor.dead_letter.intended"
-    DEAD_LETTER_SENT = "executor.dead_letter.sent"
+    DEAD_LETTER_BEFORE = "executor.dead_letter.before"
+    DEAD_LETTER_AFTER = "executor.dead_letter.after"
     CANCEL_BEFORE = "executor.cancel.before"
     CANCEL_AFTER = "executor.cancel.after"
     # A DuckDB child.

@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from consumers.cancellations import Cancellations
+from consumers.dead_letters import DeadLetters
 from consumers.executor.admission import Rules
 from consumers.executor.attempt import AttemptRules, Attempts
 from consumers.executor.executor import Executor, ExecutorRules
@@ -22,11 +23,9 @@ from db.health import DATA, require_schema
 from engines.duckdb.pool import FOLDER_PREFIX, DuckDBEngine
 from engines.duckdb.settings import DuckDBSettings
 from processes.scratch import ScratchFolder, sweep
-from producers.dead_letters import DeadLetters
 from producers.relay.relay import Relay, RelayRules
 from queryd.events import Mode, Topic
-from queryd.publisher import Publisher
-from queryd.topics import TopicIdentity, wait_for_topic
+from queryd.topics import wait_for_topic
 from results.retention.sweep import Retention, RetentionRules
 from results.store import ResultStore, StoreAccess
 from service.settings import Settings
@@ -67,13 +66,11 @@ async def make_executor(settings: Settings, stack: AsyncExitStack) -> tuple[Exec
         store=ResultStore(settings.bucket, access),
         rules=_attempt_rules(settings, folder.path),
     )
-    publisher = Publisher(settings.kafka)
     executor = Executor(
         pool=pool,
         clock=clock,
         subscription_config=settings.kafka | settings.group("executor"),
-        publisher=publisher,
-        dead_letters=_dead_letters(settings, pool, publisher, lanes),
+        dead_letters=DeadLetters(pool, lanes),
         engine=engine,
         transitions=transitions,
         attempts=attempts,
@@ -98,20 +95,12 @@ async def _make_cancellations(settings: Settings, stack: AsyncExitStack) -> Canc
     pool = DataPool(make_pool(settings.data_url.get_secret_value(), "cancellations", 1))
     await pool.open()
     stack.push_async_callback(pool.close)
-    publisher = Publisher(settings.kafka)
     topics = {Topic.CANCELLATIONS.value: await wait_for_topic(settings.kafka, Topic.CANCELLATIONS)}
     return Cancellations(
         pool,
         settings.kafka | settings.group("cancellations"),
-        publisher,
-        _dead_letters(settings, pool, publisher, topics),
+        DeadLetters(pool, topics),
     )
-
-
-def _dead_letters(
-    settings: Settings, pool: DataPool, publisher: Publisher, topics: dict[str, TopicIdentity]
-) -> DeadLetters:
-    return DeadLetters(pool, publisher, settings.kafka, topics, transactions=settings.relay_transactions)
 
 
 def make_retention(settings: Settings, access: StoreAccess) -> Retention:

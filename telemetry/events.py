@@ -37,7 +37,6 @@ class LogEvent(StrEnum):
     LEASE_LOST = "lease_lost"
     ROW_REFUSED = "row_refused"
     # The relay and the projector.
-    EVENTS_PUBLISHED_BEFORE = "events_published_before"
     RELAY_WAITING = "relay_waiting"
     STATUS_UNREADABLE = "status_unreadable"
     # Retention.

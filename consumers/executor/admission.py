@@ -16,8 +16,8 @@ from db.data.limits import find_surplus
 from db.data.outbox import NewEvent
 from db.data.runs import RunState, read_deleted, read_states
 from processes.failpoints import Failpoint, failpoint
-from producers.dead_letters import DeadCode
 from queryd.codec import InvalidEvent, Undecodable, decode_fields, to_request
+from queryd.dead_letters import DeadCode
 from queryd.events import (
     ErrorCode,
     Invalid,

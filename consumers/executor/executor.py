@@ -16,6 +16,7 @@ from typing import Any
 
 import structlog
 
+from consumers.dead_letters import DeadLetter, DeadLetters
 from consumers.executor.admission import Admitted, Done, Legible, Refused, Rules, Verdict, admit, read_record
 from consumers.executor.ages import RecordAges
 from consumers.executor.arrivals import Arrivals
@@ -32,9 +33,8 @@ from db.clock import DatabaseClock
 from db.connection import DataPool
 from db.retrying import until_available
 from engines.protocol import Engine
-from producers.dead_letters import DeadCode, DeadLetter, DeadLetters
+from queryd.dead_letters import DeadCode
 from queryd.events import Mode
-from queryd.publisher import Publisher
 from queryd.subscription import Partition, Record
 from results.retention.sweep import Retention
 from telemetry.events import LogEvent
@@ -96,7 +96,6 @@ class Executor:
         pool: DataPool,
         clock: DatabaseClock,
         subscription_config: dict[str, Any],
-        publisher: Publisher,
         dead_letters: DeadLetters,
         engine: Engine,
         transitions: Transitions,
@@ -109,7 +108,6 @@ class Executor:
     ) -> None:
         self._pool = pool
         self._clock = clock
-        self._publisher = publisher
         self._dead_letters = dead_letters
         self._engine = engine
         self._transitions = transitions
@@ -127,7 +125,6 @@ class Executor:
         self._unread: deque[Record] = deque()
         self._has_arrived = asyncio.Event()
         self._arrivals = Arrivals()
-        self._burying = asyncio.Lock()
         self._watch = Watch(rules.lease_seconds)
         # Why a parked query may be taken although its lease looks alive, by query id.
         self._still_renewals: dict[str, int | None] = {}
@@ -142,7 +139,6 @@ class Executor:
 
     async def run(self) -> None:
         """Work until `stop`; raises what no retry can mend, such as a dead letter that can't be written."""
-        self._publisher.open()
         await self._engine.start()
         await self.intake.open()
         loops = [
@@ -237,11 +233,8 @@ class Executor:
                 self._schedule(verdict)
 
     async def _bury(self, refused: Sequence[tuple[Record, Refused]]) -> None:
-        """Dead letters, acknowledged before their records finish; if they can't be written, the executor stops."""
-        if not refused:
-            return
-        async with self._burying:
-            await self._dead_letters.send([DeadLetter(record, why.code, why.reason) for record, why in refused])
+        """Commit dead letters before their records finish; if one can't be, the executor stops."""
+        await self._dead_letters.write([DeadLetter(record, why.code, why.reason) for record, why in refused])
         for record, _ in refused:
             self.intake.finish(record)
 
@@ -344,10 +337,7 @@ class Executor:
     # Rebalance and shutdown.
 
     async def _forget_partitions(self, partitions: set[Partition]) -> None:
-        """What waits of these partitions is the next owner's. What runs goes on under its lease.
-
-        Dead letters under way are waited for, so that the next owner finds them noted and not half done.
-        """
+        """What waits of these partitions is the next owner's. What runs goes on under its lease."""
 
         def gone(query: Admitted) -> bool:
             return (query.record.topic, query.record.partition) in partitions
@@ -357,8 +347,6 @@ class Executor:
         for query in self._watch.queries:
             if gone(query):
                 self._watch.drop(query.facts.query_id)
-        async with self._burying:
-            pass
 
     async def _shut_down(self, loops: Sequence["asyncio.Task[Any]"]) -> None:
         """Stop intake, commit and leave, finish or hand back, flush, close: each step guarded on its own.
@@ -374,7 +362,6 @@ class Executor:
         leaving = asyncio.create_task(_guarded("leave the group", self.intake.close()))
         await asyncio.wait({leaving}, timeout=_LEAVE_SECONDS)
         await _guarded("drain", self._drain(max(0.0, drained - time.monotonic())))
-        await _guarded("flush", self._publisher.close())
         await _guarded("engine", self._engine.close())
         await leaving
         await end_tasks(keep)

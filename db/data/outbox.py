@@ -12,6 +12,8 @@ from psycopg.types.json import Jsonb
 from db.connection import Connection
 
 SHARDS = 64
+# Dead letters have no query that every one of them names. A relay of release 0.1 does not look here.
+DEAD_LETTER_SHARD = 64
 # A trigger on the table notifies this channel at every insert; a notification says only "look" and carries nothing.
 CHANNEL = "queryd_outbox"
 
@@ -35,14 +37,20 @@ class NewEvent:
 
 @dataclass(frozen=True, slots=True)
 class WaitingEvent:
-    """A row of the outbox as the relay reads it. A payload of None is a tombstone; `age_seconds` is as of the read."""
+    """A row of the outbox as the relay reads it; `age_seconds` is as of the read.
+
+    A status event has a `query_id`, which is its key, and headers as an object; a payload of None is a tombstone.
+    A dead letter has a `topic`, a `key` and headers as a list of pairs in base64.
+    """
 
     position: int
     event_id: str
-    query_id: str
+    query_id: str | None
     payload: bytes | None
-    headers: dict[str, str]
+    headers: Any
     age_seconds: float = 0.0
+    topic: str | None = None
+    key: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +70,16 @@ LISTEN = f"LISTEN {CHANNEL}"
 # A relay that was stopped loses its connection after this, and with it the lock and the right to delete.
 LIMIT_IDLENESS = "SET idle_session_timeout = '10s'"
 
+# As many rows as together have at most so many bytes, the first whatever its size: a batch is held in memory.
 READ_WAITING = """
-SELECT position, event_id::text AS event_id, query_id::text AS query_id, payload, headers,
+SELECT position, event_id::text AS event_id, query_id::text AS query_id, payload, headers, topic, key,
        extract(epoch FROM clock_timestamp() - created_at)::float8 AS age_seconds
-FROM outbox
-WHERE shard = ANY(%(shards)s)
+FROM (
+    SELECT o.*, sum(octet_length(o.payload)) OVER (ORDER BY o.position) - coalesce(octet_length(o.payload), 0) AS before
+    FROM (SELECT * FROM outbox WHERE shard = ANY(%(shards)s) ORDER BY position LIMIT %(limit)s) AS o
+) AS first
+WHERE coalesce(before, 0) = 0 OR before + coalesce(octet_length(payload), 0) <= %(max_bytes)s
 ORDER BY position
-LIMIT %(limit)s
 """
 
 # The oldest row has the lowest position, near enough: positions are drawn within milliseconds of `created_at`.
@@ -94,26 +105,16 @@ WITH counted AS (
 DELETE FROM outbox WHERE position = ANY(%(positions)s)
 """
 
-READ_RELAY_POSITIONS = """
-SELECT partition, next_offset FROM relay_positions WHERE cluster_id = %(cluster_id)s AND topic_id = %(topic_id)s
-"""
-
-WRITE_RELAY_POSITIONS = """
-INSERT INTO relay_positions (cluster_id, topic_id, partition, next_offset)
-SELECT %(cluster_id)s, %(topic_id)s, i.partition, i.next_offset
-FROM unnest(%(partitions)s::int[], %(next_offsets)s::bigint[]) AS i(partition, next_offset)
-ON CONFLICT (cluster_id, topic_id, partition)
-DO UPDATE SET next_offset = greatest(relay_positions.next_offset, excluded.next_offset)
-"""
-
 # Two keys: ours, and the first of the shards. Session-level: the lock goes when its connection goes.
 TRY_LOCK = "SELECT pg_try_advisory_lock(711, %(shard)s)"
 
 
-async def read_waiting(connection: Connection, shards: Iterable[int], limit: int) -> list[WaitingEvent]:
-    """The next events of the shards, in order of position."""
+async def read_waiting(
+    connection: Connection, shards: Iterable[int], limit: int, max_bytes: int = 2**62
+) -> list[WaitingEvent]:
+    """The next events of the shards, in order of position: `limit` of them, or as many as `max_bytes` hold."""
     async with connection.cursor(row_factory=class_row(WaitingEvent)) as cursor:
-        await cursor.execute(READ_WAITING, {"shards": list(shards), "limit": limit})
+        await cursor.execute(READ_WAITING, {"shards": list(shards), "limit": limit, "max_bytes": max_bytes})
         return await cursor.fetchall()
 
 
@@ -142,25 +143,6 @@ async def read_progress(connection: Connection, relay: str) -> Progress:
         progress = await cursor.fetchone()
     assert progress is not None
     return progress
-
-
-async def read_relay_positions(connection: Connection, cluster_id: str, topic_id: str) -> dict[int, int]:
-    """Per partition, the offset behind the last event whose row was deleted."""
-    cursor = await connection.execute(READ_RELAY_POSITIONS, {"cluster_id": cluster_id, "topic_id": topic_id})
-    return dict(await cursor.fetchall())
-
-
-async def write_relay_positions(connection: Connection, cluster_id: str, topic_id: str, ends: dict[int, int]) -> None:
-    """Remember where each partition ended, in the transaction that deletes the published rows."""
-    await connection.execute(
-        WRITE_RELAY_POSITIONS,
-        {
-            "cluster_id": cluster_id,
-            "topic_id": topic_id,
-            "partitions": list(ends.keys()),
-            "next_offsets": list(ends.values()),
-        },
-    )
 
 
 async def limit_idleness(connection: Connection) -> None:

@@ -6,7 +6,6 @@ Kafka its transactional id fences it.
 """
 
 import asyncio
-import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ import structlog
 
 from db.connection import Connection, DatabaseUnavailable, conninfo, unavailable_told_apart
 from db.data.outbox import (
+    DEAD_LETTER_SHARD,
     SHARDS,
     Progress,
     WaitingEvent,
@@ -27,23 +27,14 @@ from db.data.outbox import (
     listen,
     read_event_ids,
     read_progress,
-    read_relay_positions,
     read_waiting,
     try_lock,
-    write_relay_positions,
 )
 from processes.failpoints import Failpoint, failpoint
-from producers.relay.channels import (
-    Channel,
-    ChannelBroken,
-    ReadBackChannel,
-    Recovered,
-    TransactionalChannel,
-    identify,
-)
+from producers.relay.channel import Channel, ChannelBroken, PlainChannel, TransactionalChannel
 from producers.relay.ledger import Ledger, digest_events, within_span
 from queryd.events import Topic
-from queryd.topics import TopicIdentity, TopicUnknown, read_topic_identity
+from queryd.topics import TopicUnknown, read_topic_identity
 from telemetry.events import LogEvent
 from telemetry.metrics import METRICS
 from telemetry.traces import SpanAttribute, SpanName, Step, spans
@@ -92,7 +83,7 @@ class RelayRules:
     data_url: str
     kafka: dict[str, Any]
     transactions: bool
-    shards: tuple[int, ...] = tuple(range(SHARDS))
+    shards: tuple[int, ...] = (*range(SHARDS), DEAD_LETTER_SHARD)
 
     @property
     def name(self) -> str:
@@ -107,7 +98,6 @@ class Relay:
         self._rules = rules
         self._ready = ready
         self._stopping = asyncio.Event()
-        self._status_topic = TopicIdentity("", "")
 
     def stop(self) -> None:
         """Ask `run` to return after the batch under way."""
@@ -163,54 +153,52 @@ class Relay:
 
     async def _publish_for_ever(self, connection: Connection) -> None:
         progress = await read_progress(connection, self._rules.name)
-        channel = await self._make_channel(connection)
+        channel = await self._make_channel()
         try:
-            recovered = await asyncio.to_thread(channel.open)
-            batches = await self._settle(connection, recovered, progress)
+            ledger = await asyncio.to_thread(channel.open)
+            batches = await self._settle(connection, ledger, progress)
             self._ready()
-            waiting, last_start, next_keep = 0, -_APART_SECONDS, 0.0
+            more_waits, last_start, next_keep = False, -_APART_SECONDS, 0.0
             while not self._stopping.is_set():
-                if waiting < _BATCH:
+                if not more_waits:
                     await asyncio.sleep(last_start + _APART_SECONDS - time.monotonic())
                 last_start = time.monotonic()
                 if last_start >= next_keep:
                     # At every start and once a day, so that neither silence nor restarts let the ledger expire.
                     await asyncio.to_thread(channel.keep)
                     next_keep = last_start + _KEEP_SECONDS
-                events = await read_waiting(connection, self._rules.shards, _BATCH)
-                waiting = len(events)
+                waiting = await read_waiting(connection, self._rules.shards, _BATCH, _BATCH_BYTES)
+                events = waiting[: within_span([event.position for event in waiting])]
+                more_waits = len(events) < len(waiting) or _is_full(waiting)
                 if events:
-                    events = _fit_batch(events)
                     batches += self._rules.transactions
                     ledger = _make_ledger(progress.generation, batches, events)
                     failpoint(Failpoint.RELAY_BEFORE)
                     with spans(SpanName.PUBLISH, _to_steps(events)):
-                        ends = await asyncio.to_thread(channel.publish, events, ledger)
+                        await asyncio.to_thread(channel.publish, events, ledger)
                     took = time.monotonic() - last_start
                     METRICS.publish(event.age_seconds + took for event in events)
                     failpoint(Failpoint.RELAY_COMMITTED)
-                    await self._delete(connection, batches, ledger.positions, ends)
+                    await delete_published(connection, self._rules.name, batches, ledger.positions)
                     failpoint(Failpoint.RELAY_DELETED)
-                if waiting < _BATCH and waiting == len(events):
+                if not more_waits:
                     await self._wait_for_news(connection)
         finally:
             await asyncio.to_thread(channel.close)
 
-    async def _make_channel(self, connection: Connection) -> Channel:
-        self._status_topic = await asyncio.to_thread(read_topic_identity, self._rules.kafka, Topic.STATUS)
+    async def _make_channel(self) -> Channel:
+        # Wait for the topic: a producer would report its absence only after its delivery timeout.
+        await asyncio.to_thread(read_topic_identity, self._rules.kafka, Topic.STATUS)
         if self._rules.transactions:
             return TransactionalChannel(self._rules.kafka, self._rules.name)
-        return ReadBackChannel(
-            self._rules.kafka,
-            await read_relay_positions(connection, self._status_topic.cluster_id, self._status_topic.topic_id),
-        )
+        return PlainChannel(self._rules.kafka)
 
-    async def _settle(self, connection: Connection, recovered: Recovered, progress: Progress) -> int:
+    async def _settle(self, connection: Connection, ledger: Ledger | None, progress: Progress) -> int:
         """Delete the rows that an earlier session published and did not live to delete; how many batches there were.
 
-        Raises `OutboxMismatch` where Kafka and Postgres don't tell of the same batches.
+        Raises `OutboxMismatch` where the batches of Kafka and Postgres differ.
         """
-        ledger, batches = recovered.ledger, progress.batches or 0
+        batches = progress.batches or 0
         if ledger is not None:
             if ledger.generation != progress.generation:
                 raise OutboxMismatch(_REMADE)
@@ -229,23 +217,7 @@ class Relay:
             return ledger.batch
         if self._rules.transactions and progress.batches is not None:
             raise OutboxMismatch(_KAFKA_FORGOT)
-        if recovered.published:
-            waiting_events = await read_waiting(connection, self._rules.shards, len(recovered.published) + _BATCH)
-            known = [event.position for event in waiting_events if identify(event) in recovered.published]
-            if known:
-                _log.info(LogEvent.EVENTS_PUBLISHED_BEFORE, events=len(known))
-                await delete_published(connection, self._rules.name, batches, known)
         return batches
-
-    async def _delete(
-        self, connection: Connection, batches: int, positions: Sequence[int], ends: dict[int, int]
-    ) -> None:
-        if self._rules.transactions:
-            await delete_published(connection, self._rules.name, batches, positions)
-            return
-        async with connection.transaction():
-            await write_relay_positions(connection, self._status_topic.cluster_id, self._status_topic.topic_id, ends)
-            await delete_published(connection, self._rules.name, batches, positions)
 
     async def _wait_for_news(self, connection: Connection) -> None:
         async for _ in connection.notifies(timeout=_LOOK_SECONDS, stop_after=1):
@@ -257,17 +229,15 @@ class Relay:
         return self._stopping.is_set()
 
 
-def _fit_batch(events: list[WaitingEvent]) -> list[WaitingEvent]:
-    """As many of the events, from the first, as one batch may hold; at least one."""
-    sizes = itertools.accumulate(len(event.payload or b"") for event in events)
-    most = within_span([event.position for event in events])
-    return events[: max(1, min(most, sum(1 for size in sizes if size <= _BATCH_BYTES)))]
+def _is_full(waiting: Sequence[WaitingEvent]) -> bool:
+    """True if more rows may wait than were read."""
+    return len(waiting) == _BATCH or sum(len(event.payload or b"") for event in waiting) > _BATCH_BYTES // 2
 
 
 def _to_steps(events: Sequence[WaitingEvent]) -> Iterator[Step]:
     """Each event's publishing continues the span that made it."""
     for event in events:
-        if (traceparent := event.headers.get("traceparent")) is not None:
+        if event.query_id is not None and (traceparent := event.headers.get("traceparent")) is not None:
             yield traceparent, {SpanAttribute.QUERY_ID: event.query_id}
 
 

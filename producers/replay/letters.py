@@ -8,7 +8,6 @@ from typing import Any
 
 from db.connection import Connection
 from db.data.replays import Standing, read_standings
-from producers.dead_letters import DEAD_PREFIX, DeadCode
 from producers.replay.copies import Copy, HeaderRules, Pairs, copy_headers, read_number, read_text
 from producers.replay.kinds import Judge, Note, ReplayName, Skip, Verdict
 from producers.replay.log import LoggedRecord, Window
@@ -16,6 +15,7 @@ from producers.replay.requests import ReadRequest, changes_of_id, digest_key, fi
 from producers.replay.selection import Selection
 from queryd.codec import EventTooLarge, decode_fields, decode_request, encode_fields
 from queryd.contract import contract
+from queryd.dead_letters import DEAD_PREFIX, DeadCode
 from queryd.events import ErrorCode, Invalid, Mode, QueryRequested, Topic, parse_uuid
 from queryd.headers import find_traceparent
 from queryd.identity import fingerprint_request, hash_sql

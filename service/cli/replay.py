@@ -9,7 +9,6 @@ import typer
 
 from db.data.replays import Replay, ReplayStatus, list_replays
 from db.health import DATA, require_schema
-from producers.dead_letters import DeadCode
 from producers.replay.comparison import Comparison
 from producers.replay.journal import ReplayRefused, opened_journal
 from producers.replay.kinds import ReplayName, Skip
@@ -17,6 +16,7 @@ from producers.replay.letters import PatchRefused
 from producers.replay.log import WindowRefused
 from producers.replay.plan import NothingMatches, PlanStale
 from producers.replay.run import Outcome
+from queryd.dead_letters import DeadCode
 from queryd.events import Mode
 from service.cli.account import account
 from service.cli.database import optional_uuid, uuid_argument

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from producers.dead_letters import DeadCode, DeadLetter, _explain
+from consumers.dead_letters import DeadLetter, _explain
 from queryd.contract import contract, schema_folder
+from queryd.dead_letters import DeadCode
 from queryd.events import Topic
 from queryd.headers import REPUBLISHED, ReplayHeader, build_headers
 from queryd.registry import EVENT_OF_TOPIC

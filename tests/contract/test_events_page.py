@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-from producers.dead_letters import DEAD_PREFIX, DeadCode
 from queryd.codec import MAX_EVENT_BYTES, MAX_SQL_BYTES
 from queryd.contract import contract
+from queryd.dead_letters import DEAD_PREFIX, DeadCode
 from queryd.events import MAX_INLINE_BYTES, ErrorCode, Topic
 from queryd.headers import REPUBLISHED, ReplayHeader
 

@@ -312,7 +312,7 @@ class Faults:
     def _lure(self, source: random.Random, place: Failpoint) -> None:
         """Send what passes the place, where the ordinary load seldom does."""
         match place:
-            case Failpoint.DEAD_LETTER_INTENDED | Failpoint.DEAD_LETTER_SENT:
+            case Failpoint.DEAD_LETTER_BEFORE | Failpoint.DEAD_LETTER_AFTER:
                 self._load.provoke("malformed", 2)
             case Failpoint.CANCEL_BEFORE | Failpoint.CANCEL_AFTER:
                 self._load.provoke("cancel", 2)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from access.limits import OrgLimits
+from consumers.dead_letters import DeadLetters
 from consumers.executor.admission import Rules
 from consumers.executor.attempt import AttemptRules, Attempts
 from consumers.executor.executor import Executor, ExecutorRules
@@ -21,9 +22,7 @@ from consumers.executor.transitions import Transitions
 from db.clock import DatabaseClock
 from db.connection import DataPool
 from engines.protocol import Execution, Inspected, Output
-from producers.dead_letters import DeadLetters
 from queryd.events import Mode
-from queryd.publisher import Publisher
 from results.retention.sweep import Retention
 from results.store import ResultStore, StoredObject
 from tests.integration.queries import opened_pool
@@ -123,7 +122,6 @@ def _make_executor(
     transitions = Transitions(pool, clock, limits.running_queries)
     leases = Leases(pool, clock, _LONG_SECONDS, _LONG_SECONDS / 3)
     engine = StageEngine(stage)
-    publisher = Publisher(kafka)
     seconds = dict.fromkeys(Mode, _LONG_SECONDS)
     attempts = Attempts(
         pool=pool,
@@ -138,8 +136,7 @@ def _make_executor(
         pool=pool,
         clock=clock,
         subscription_config=kafka | {"group.id": "stage", "session.timeout.ms": 3000},
-        publisher=publisher,
-        dead_letters=DeadLetters(pool, publisher, kafka, {}, transactions=False),
+        dead_letters=DeadLetters(pool, {}),
         engine=engine,
         transitions=transitions,
         attempts=attempts,

@@ -23,7 +23,7 @@ from db.data.outbox import shard_of
 from db.data.runs import RunState
 from db.data.saved_queries import insert_saved
 from db.migrations.upgrade import upgrade_data
-from producers.dead_letters import DeadCode
+from queryd.dead_letters import DeadCode
 from queryd.events import Mode, QueryRequested, Status, event_id
 from service.embedded.postgres import Postgres
 from tests.integration.queries import (

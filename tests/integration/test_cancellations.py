@@ -1,6 +1,7 @@
 """Cancel: before its request, queued, running, storing, finished; by the right org and by another."""
 
 import asyncio
+from base64 import b64decode
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -10,6 +11,7 @@ import psycopg
 import pytest
 
 from consumers.cancellations import Cancellations
+from consumers.dead_letters import DeadLetters
 from consumers.executor.admission import Admitted
 from consumers.executor.cancel_news import CancelNews
 from consumers.executor.leases import Lease, Leases, Stop
@@ -18,10 +20,8 @@ from db.connection import DataPool, statement
 from db.data.cancellations import CANCEL, CancelOutcome, NewCancellation, cancel
 from db.migrations.upgrade import upgrade_data
 from db.rows import to_arrays
-from producers.dead_letters import DeadLetters
 from queryd.codec import encode
 from queryd.events import OrgId, QueryCancelRequested, QueryId, Topic
-from queryd.publisher import Publisher
 from queryd.topics import read_topic_identity
 from tests.integration.queries import (
     Worker,
@@ -34,7 +34,7 @@ from tests.integration.queries import (
     read_row,
     read_story,
 )
-from tests.integration.records import headers_of, prepare_topics, read_topic, until, write
+from tests.integration.records import prepare_topics, until, write
 from tests.servers.kafka import Kafka
 
 _QUEUED = (1, "Queued", 0)
@@ -282,11 +282,10 @@ async def test_a_query_that_waits_is_ended_without_waiting_for_the_reapers_next_
 
 @asynccontextmanager
 async def _consuming(worker: Worker, kafka: dict[str, Any]) -> AsyncIterator["asyncio.Task[None]"]:
-    publisher = Publisher(kafka)
     topics = {Topic.CANCELLATIONS.value: await asyncio.to_thread(read_topic_identity, kafka, Topic.CANCELLATIONS)}
-    letters = DeadLetters(worker.pool, publisher, kafka, topics, transactions=False)
+    letters = DeadLetters(worker.pool, topics)
     config = kafka | _SESSION | {"group.id": new_id()}
-    cancellations = Cancellations(worker.pool, config, publisher, letters)
+    cancellations = Cancellations(worker.pool, config, letters)
     task = asyncio.create_task(cancellations.run())
     yield task
     cancellations.stop()
@@ -296,6 +295,16 @@ async def _consuming(worker: Worker, kafka: dict[str, Any]) -> AsyncIterator["as
 
 def _event(query_id: str, org_id: str, **changes: Any) -> bytes:
     return encode(QueryCancelRequested(QueryId(query_id), OrgId(org_id), **changes))
+
+
+async def _read_letter(worker: Worker, value: bytes) -> Any:
+    """The headers of the dead letter with that value; None without one."""
+    async with worker.pool.connection() as connection:
+        cursor = await connection.execute(
+            "SELECT headers FROM outbox WHERE type = 'DeadLetter' AND payload = %s", [value]
+        )
+        row = await cursor.fetchone()
+    return None if row is None else row[0]
 
 
 async def test_cancel_events_are_noted_and_bad_ones_are_dead_letters(worker: Worker, kafka: Kafka) -> None:
@@ -312,12 +321,13 @@ async def test_cancel_events_are_noted_and_bad_ones_are_dead_letters(worker: Wor
     async with _consuming(worker, config) as task:
         await until(noted, task)
 
-        async def buried() -> bool:
-            return any(message.value() == bad for message in await read_topic(kafka, Topic.DEAD_LETTERS))
+        async def dead_lettered() -> bool:
+            return await _read_letter(worker, bad) is not None
 
-        await until(buried, task)
-    [letter] = [message for message in await read_topic(kafka, Topic.DEAD_LETTERS) if message.value() == bad]
-    headers = headers_of(letter)
+        await until(dead_lettered, task)
+    written = await _read_letter(worker, bad)
+    assert written is not None
+    headers = {b64decode(name).decode(): None if value is None else b64decode(value) for name, value in written}
     assert headers["queryd_dead_code"] == b"UNDECODABLE"
     assert headers["queryd_dead_topic"] == Topic.CANCELLATIONS.value.encode()
     assert headers["queryd_dead_offset"] == str(offset).encode()

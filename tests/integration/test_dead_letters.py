@@ -4,8 +4,7 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -13,65 +12,72 @@ from typing import Any
 import pytest
 from confluent_kafka import KafkaError, Message, Producer
 
+from consumers.dead_letters import DeadLetter, DeadLetters, DeadLetterTooLarge
 from db.connection import DataPool
+from db.data.outbox import DEAD_LETTER_SHARD
 from db.migrations.upgrade import upgrade_data
-from producers.dead_letters import DeadCode, DeadLetter, DeadLetters
-from producers.letter_box import FencedBox, Outgoing, PlainBox
+from producers.relay.relay import Relay, RelayRules
+from queryd.dead_letters import DeadCode
 from queryd.events import Topic
-from queryd.publisher import NotDelivered, Publisher
 from queryd.subscription import Record
 from queryd.topics import read_topic_identity
 from tests.integration.queries import new_id, opened_pool
-from tests.integration.records import prepare_topics, read_topic
+from tests.integration.records import prepare_topics, read_topic, until
 from tests.servers.kafka import Kafka
 
 # Beyond the 1 MiB that a broker takes unless told otherwise.
 _TOO_LARGE = 20 * 1024 * 1024
 
-# Time for a reading that does not wait to be over.
-_UNDER_WAY_SECONDS = 3.0
+# A relay's name on the shared broker is its first shard: these are nobody's shards.
+_relays = itertools.count(1_000)
 
 # The tests share the topic: no two records come from the same place.
 _offsets = itertools.count(123_456_789_012)
 
 
-class _Crash(Exception):
-    """The process ends here."""
-
-
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A data database of the test's own, and the broker."""
+    """A data database of the test's own, the broker, and the number of a relay that no other test has."""
 
+    url: str
     pool: DataPool
     kafka: Kafka
+    relay: int
 
 
 @pytest.fixture
 async def place(kafka: Kafka, data_url: str) -> AsyncIterator[Place]:
     upgrade_data(data_url)
     async with opened_pool(data_url) as pool:
-        yield Place(pool, kafka)
+        yield Place(data_url, pool, kafka, next(_relays))
 
 
-@asynccontextmanager
-async def opened_dead_letters(place: Place) -> AsyncIterator[DeadLetters]:
+def _open_dead_letters(place: Place) -> DeadLetters:
     """What one process writes dead letters with."""
     config = prepare_topics(place.kafka)
     lanes = (Topic.REQUESTS_INTERACTIVE, Topic.REQUESTS_BATCH)
-    topics = {lane.value: read_topic_identity(config, lane) for lane in lanes}
-    publisher = Publisher(config)
-    publisher.open()
-    try:
-        yield DeadLetters(place.pool, publisher, config, topics, transactions=place.kafka.transactions)
-    finally:
-        await publisher.close()
+    return DeadLetters(place.pool, {lane.value: read_topic_identity(config, lane) for lane in lanes})
 
 
 @pytest.fixture
-async def dead_letters(place: Place) -> AsyncIterator[DeadLetters]:
-    async with opened_dead_letters(place) as made:
-        yield made
+def dead_letters(place: Place) -> DeadLetters:
+    return _open_dead_letters(place)
+
+
+async def _publish(place: Place) -> None:
+    """A relay of the dead letters, until the outbox is empty."""
+    shards = (place.relay, DEAD_LETTER_SHARD)
+    relay = Relay(RelayRules(place.url, prepare_topics(place.kafka), place.kafka.transactions, shards), lambda: None)
+    running = asyncio.create_task(relay.run())
+
+    async def is_empty() -> bool:
+        async with place.pool.connection() as connection:
+            row = await (await connection.execute("SELECT count(*) FROM outbox")).fetchone()
+        return row == (0,)
+
+    await until(is_empty, running)
+    relay.stop()
+    await running
 
 
 # What a dead letter is.
@@ -88,7 +94,8 @@ async def test_a_dead_letter_is_the_record_as_received_and_says_why(place: Place
     )
     letter = _make_letter(value=b"\x00\xff no event", headers=received, reason="the marker is missing")
     before = datetime.now(UTC)
-    await dead_letters.send([letter])
+    await dead_letters.write([letter])
+    await _publish(place)
     [message] = await _read_dead(place.kafka, letter)
     assert message.key() == letter.record.key
     assert message.value() == letter.record.value
@@ -111,7 +118,8 @@ async def test_a_dead_letter_is_the_record_as_received_and_says_why(place: Place
 
 async def test_every_letter_of_a_batch_is_written_under_its_own_code(place: Place, dead_letters: DeadLetters) -> None:
     letters = [_make_letter(code=code) for code in DeadCode]
-    await dead_letters.send(letters)
+    await dead_letters.write(letters)
+    await _publish(place)
     for letter in letters:
         [message] = await _read_dead(place.kafka, letter)
         assert ("queryd_dead_code", letter.code.value.encode()) in _headers(message)
@@ -125,14 +133,16 @@ async def test_keys_and_values_of_any_kind_stay_what_they_were(
 ) -> None:
     letter = _make_letter(value=value)
     letter = replace(letter, record=replace(letter.record, key=key))
-    await dead_letters.send([letter])
+    await dead_letters.write([letter])
+    await _publish(place)
     [message] = await _read_dead(place.kafka, letter)
     assert (message.key(), message.value()) == (key, value)
 
 
 async def test_how_often_a_record_was_driven_again_is_kept(place: Place, dead_letters: DeadLetters) -> None:
     letter = _make_letter(headers=(("queryd_dead_redrives", b"2"),))
-    await dead_letters.send([letter])
+    await dead_letters.write([letter])
+    await _publish(place)
     [message] = await _read_dead(place.kafka, letter)
     assert [value for name, value in _headers(message) if name == "queryd_dead_redrives"] == [b"2"]
 
@@ -142,110 +152,65 @@ async def test_how_often_a_record_was_driven_again_is_kept(place: Place, dead_le
 
 async def test_a_record_that_is_read_again_is_no_second_letter(place: Place, dead_letters: DeadLetters) -> None:
     letter, other = _make_letter(), _make_letter()
-    await dead_letters.send([letter])
-    await dead_letters.send([letter, other])
+    await dead_letters.write([letter])
+    await _publish(place)
+    await dead_letters.write([letter, other])
+    await _publish(place)
     # After a restart.
-    async with opened_dead_letters(place) as restarted:
-        await restarted.send([other, letter])
+    await _open_dead_letters(place).write([other, letter])
+    await _publish(place)
     for sent in (letter, other):
         assert len(await _read_dead(place.kafka, sent)) == 1
 
 
-@pytest.mark.parametrize("moment", ["before the broker has it", "when the broker has it"])
-async def test_a_record_that_is_read_again_after_a_crash_is_one_letter(
-    place: Place, monkeypatch: pytest.MonkeyPatch, moment: str
-) -> None:
+async def test_two_owners_of_a_record_write_one_letter(place: Place) -> None:
     letters = [_make_letter() for _ in range(3)]
-    box = FencedBox if place.kafka.transactions else PlainBox
-    put = box.put
-
-    async def die(*args: Any) -> None:
-        if moment == "when the broker has it":
-            await put(*args)
-        raise _Crash
-
-    with monkeypatch.context() as patched:
-        patched.setattr(box, "put", die)
-        async with opened_dead_letters(place) as crashed:
-            with pytest.raises(_Crash):
-                await crashed.send(letters)
-    fresh = _make_letter()
-    async with opened_dead_letters(place) as restarted:
-        await restarted.send([*letters, fresh])
-        await restarted.send([*letters, fresh])
-    for letter in (*letters, fresh):
-        assert len(await _read_dead(place.kafka, letter)) == 1
-
-
-@pytest.mark.needs_kafka
-@pytest.mark.parametrize("at_once", [False, True], ids=["one after the other", "both at once"])
-async def test_a_writer_that_was_cut_off_and_is_back_writes_no_second_letter(
-    place: Place, monkeypatch: pytest.MonkeyPatch, at_once: bool
-) -> None:
-    """It has noted its letters and begun to write them; meanwhile their records have a new owner."""
-    letters = [_make_letter() for _ in range(3)]
-    put = FencedBox.put
-    begun, cut_off = asyncio.Event(), asyncio.Event()
-
-    async def wait_at_first(box: FencedBox, outgoing: Sequence[Outgoing]) -> None:
-        if not begun.is_set():
-            begun.set()
-            await cut_off.wait()
-        await put(box, outgoing)
-
-    monkeypatch.setattr(FencedBox, "put", wait_at_first)
-    async with opened_dead_letters(place) as zombie, opened_dead_letters(place) as owner:
-        woken = asyncio.create_task(zombie.send(letters))
-        await begun.wait()
-        if at_once:
-            cut_off.set()
-        await owner.send(letters)
-        cut_off.set()
-        # It learns that its session was ended, and finds the letters written.
-        await woken
+    await asyncio.gather(*(_open_dead_letters(place).write(letters[:: 1 - 2 * (number % 2)]) for number in range(6)))
+    await _publish(place)
     for letter in letters:
         assert len(await _read_dead(place.kafka, letter)) == 1
 
 
-@pytest.mark.needs_kafka
-async def test_a_reading_waits_for_what_another_writer_has_under_way(place: Place) -> None:
-    """An open transaction hides what lies behind it, which may be the very letter that is looked for."""
-    letter, other = _make_letter(), _make_letter()
-    config = prepare_topics(place.kafka)
-    blocking = Producer(config | {"transactional.id": new_id(), "transaction.timeout.ms": 60_000})
-    blocking.init_transactions()
-    blocking.begin_transaction()
-    for partition in blocking.list_topics(Topic.DEAD_LETTERS).topics[Topic.DEAD_LETTERS].partitions:
-        blocking.produce(Topic.DEAD_LETTERS, b"under way", partition=partition)
-    blocking.flush()
-    async with opened_dead_letters(place) as first:
-        await first.send([letter])
+async def test_a_letter_that_a_former_release_may_not_have_written_is_written(place: Place) -> None:
+    letter = _make_letter()
+    dead_letters = _open_dead_letters(place)
+    origin = [dead_letters._topics[letter.record.topic].topic_id, letter.record.partition, letter.record.offset]
     async with place.pool.connection() as connection:
-        await connection.execute("UPDATE dead_letters SET sent_at = NULL")
-    async with opened_dead_letters(place) as second:
-        sending = asyncio.create_task(second.send([letter, other]))
-        await asyncio.sleep(_UNDER_WAY_SECONDS)
-        assert not sending.done()
-        blocking.abort_transaction()
-        await sending
-    for sent in (letter, other):
-        assert len(await _read_dead(place.kafka, sent)) == 1
+        await connection.execute(
+            "INSERT INTO dead_letters (topic_id, partition, record_offset, writer) VALUES (%s, %s, %s, 'x')", origin
+        )
+    await dead_letters.write([letter])
+    await dead_letters.write([letter])
+    await _publish(place)
+    assert len(await _read_dead(place.kafka, letter)) == 1
 
 
 # What can't be written.
 
 
-@pytest.mark.needs_kafka
-async def test_a_letter_that_the_broker_refuses_is_not_delivered_and_not_taken_for_written(place: Place) -> None:
+async def test_a_record_that_the_topic_would_refuse_is_not_skipped(place: Place) -> None:
     # Random bytes stay as large as they are, however they are compressed.
     refused, small = _make_letter(value=random.Random(7).randbytes(_TOO_LARGE)), _make_letter()
-    async with opened_dead_letters(place) as dead_letters:
-        for _ in range(2):
-            with pytest.raises(NotDelivered):
-                await dead_letters.send([refused])
-        await dead_letters.send([small])
+    dead_letters = _open_dead_letters(place)
+    for _ in range(2):
+        with pytest.raises(DeadLetterTooLarge, match=f"offset {refused.record.offset} is too large"):
+            await dead_letters.write([refused])
+    await dead_letters.write([small])
+    await _publish(place)
     assert await _read_dead(place.kafka, refused) == []
     assert len(await _read_dead(place.kafka, small)) == 1
+
+
+@pytest.mark.needs_kafka
+@pytest.mark.parametrize("compressible", [False, True])
+async def test_large_letters_survive_unchanged(place: Place, compressible: bool) -> None:
+    value = bytes(_TOO_LARGE) if compressible else random.Random(8).randbytes(15 * 1024 * 1024 - 1_000)
+    letters = [_make_letter(value=value), _make_letter(value=value), _make_letter()]
+    await _open_dead_letters(place).write(letters)
+    await _publish(place)
+    for letter in letters:
+        [message] = await _read_dead(place.kafka, letter)
+        assert message.value() == letter.record.value
 
 
 def _make_letter(
@@ -292,5 +257,5 @@ async def test_whatever_a_lane_takes_can_become_a_dead_letter(place: Place) -> N
     )
     assert producer.flush(30) == 0
     assert errors == [None]
-    async with opened_dead_letters(place) as letters:
-        await letters.send([_make_letter(value=value)])
+    await _open_dead_letters(place).write([_make_letter(value=value)])
+    await _publish(place)

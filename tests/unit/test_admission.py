@@ -22,9 +22,9 @@ from db.connection import DataPool
 from db.data.admission import NewQuery, SavedLookup
 from db.data.outbox import NewEvent
 from db.data.runs import RunState
-from producers.dead_letters import DeadCode
 from queryd.codec import decode_fields, decode_status, encode
 from queryd.contract import contract
+from queryd.dead_letters import DeadCode
 from queryd.events import (
     ErrorCode,
     Mode,

@@ -7,8 +7,8 @@ import pytest
 from confluent_kafka import Producer
 
 from db.data.outbox import WaitingEvent
-from producers.relay import channels
-from producers.relay.channels import ChannelBroken, ReadBackChannel, TransactionalChannel
+from producers.relay import channel
+from producers.relay.channel import ChannelBroken, PlainChannel, TransactionalChannel
 from producers.relay.ledger import Ledger
 from queryd import publisher, sender
 from queryd.publisher import NotDelivered, Publisher
@@ -31,21 +31,19 @@ def _catch(config: dict[str, Any]) -> Producer:
 
 
 @pytest.fixture
-def refusing(monkeypatch: pytest.MonkeyPatch) -> ReadBackChannel:
+def refusing(monkeypatch: pytest.MonkeyPatch) -> PlainChannel:
     """An open channel without transactions, whose broker has gone."""
-    monkeypatch.setattr(channels, "read_to_end", lambda *_: [])
-    monkeypatch.setattr(channels, "_BROKER_SECONDS", _SOON_SECONDS)
-    channel = ReadBackChannel(_NOBODY, {})
-    channel.open()
-    return channel
+    monkeypatch.setattr(channel, "_BROKER_SECONDS", _SOON_SECONDS)
+    made = PlainChannel(_NOBODY)
+    made.open()
+    return made
 
 
-@pytest.mark.parametrize("module", [publisher, sender, channels], ids=lambda module: str(module.__name__))
+@pytest.mark.parametrize("module", [publisher, sender, channel], ids=lambda module: str(module.__name__))
 def test_our_producers_are_idempotent_whatever_the_callers_options_say(
     monkeypatch: pytest.MonkeyPatch, module: Any
 ) -> None:
     monkeypatch.setattr(module, "Producer", _catch)
-    monkeypatch.setattr(channels, "read_to_end", lambda *_: [])
     options = _NOBODY | {"enable.idempotence": False, "acks": "1"}
     with pytest.raises(_Constructed) as caught:
         match module.__name__:
@@ -54,7 +52,7 @@ def test_our_producers_are_idempotent_whatever_the_callers_options_say(
             case sender.__name__:
                 sender.Sender(options)
             case _:
-                ReadBackChannel(options, {}).open()
+                PlainChannel(options).open()
     [config] = caught.value.args
     assert (config["enable.idempotence"], config["acks"]) == (True, "all")
 
@@ -62,7 +60,7 @@ def test_our_producers_are_idempotent_whatever_the_callers_options_say(
 def test_a_transactional_producer_is_idempotent_by_its_id_and_can_be_nothing_else(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(channels, "_BROKER_SECONDS", _SOON_SECONDS)
+    monkeypatch.setattr(channel, "_BROKER_SECONDS", _SOON_SECONDS)
     with pytest.raises(ChannelBroken, match=r"transactional\.id"):
         TransactionalChannel(_NOBODY | {"enable.idempotence": False}, "relay").open()
 
@@ -90,17 +88,16 @@ async def test_a_close_that_leaves_records_behind_is_an_error(monkeypatch: pytes
     publishing.cancel()
 
 
-def test_a_batch_that_stays_unacknowledged_breaks_the_channel(refusing: ReadBackChannel) -> None:
+def test_a_batch_that_stays_unacknowledged_breaks_the_channel(refusing: PlainChannel) -> None:
     with pytest.raises(ChannelBroken, match="1 events unacknowledged"):
         refusing.publish([_EVENT], _LEDGER)
     refusing.close()
 
 
-def test_a_failed_delivery_is_latched_and_breaks_the_channel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channels, "read_to_end", lambda *_: [])
-    channel = ReadBackChannel(_NOBODY | {"delivery.timeout.ms": int(_SOON_SECONDS * 1000)}, {})
-    channel.open()
+def test_a_failed_delivery_is_latched_and_breaks_the_channel() -> None:
+    made = PlainChannel(_NOBODY | {"delivery.timeout.ms": int(_SOON_SECONDS * 1000)})
+    made.open()
     # By the time that the flush returns nothing is left, and yet nothing was delivered.
     with pytest.raises(ChannelBroken, match=r"0 events unacknowledged, .*timed out"):
-        channel.publish([_EVENT, _EVENT], _LEDGER)
-    channel.close()
+        made.publish([_EVENT, _EVENT], _LEDGER)
+    made.close()

@@ -75,7 +75,7 @@ async def test_every_step_of_an_executors_shutdown_is_reached_although_each_fail
 
     monkeypatch.setattr(executor.intake, "close", leave)
     await executor._shut_down([])
-    assert asked == ["intake.close", "leases.stop_all", "publisher.close", "engine.close"]
+    assert asked == ["intake.close", "leases.stop_all", "engine.close"]
 
 
 async def test_a_group_that_cannot_be_left_keeps_nobody_from_handing_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +95,7 @@ async def test_a_group_that_cannot_be_left_keeps_nobody_from_handing_back(monkey
     monkeypatch.setattr(executor.intake, "close", leave)
     monkeypatch.setattr(executor._engine, "close", close_engine, raising=False)
     await executor._shut_down([])
-    assert asked == ["leases.stop_all", "publisher.close", "left"]
+    assert asked == ["leases.stop_all", "left"]
 
 
 async def test_a_subscription_whose_last_commit_fails_still_leaves_its_group(

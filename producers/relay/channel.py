@@ -1,73 +1,55 @@
-"""Two ways into the status topic: in a Kafka transaction, or, on a broker without them, by reading back.
+"""How the relay publishes: in a Kafka transaction, or, on a broker without them, at least once.
 
 Both run in a worker thread and block; the relay uses one of them at a time.
 """
 
+import base64
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
-from confluent_kafka import (
-    Consumer,
-    KafkaError,
-    KafkaException,
-    Message,
-    Producer,
-    TopicPartition,
-)
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
 from db.data.outbox import WaitingEvent
 from processes.failpoints import Failpoint, failpoint
-from producers.read_back import EndNotReached, read_to_end
 from producers.relay.ledger import Ledger, read_ledger, write_ledger
 from queryd.events import Topic
-from queryd.headers import REPUBLISHED, ReplayHeader, to_kafka
+from queryd.headers import to_kafka
 from queryd.outages import QUIET, OutageLog
+from queryd.publisher import MESSAGE_BYTES
 
 # A zombie's transaction is aborted by the broker after this; readers at read_committed wait for no longer.
 _TRANSACTION_MILLIS = 10_000
 # How long one call to the broker may take before the session counts as broken and is made anew.
 _BROKER_SECONDS = 15.0
 
+_PRODUCER: dict[str, Any] = {
+    # A dead letter that came compressed may be far larger than its topic's limit; it leaves compressed as well.
+    "compression.type": "zstd",
+    "message.max.bytes": MESSAGE_BYTES,
+}
+
 
 class ChannelBroken(Exception):
     """The session with the broker can't go on: close it, make a new one and recover from what was committed."""
 
 
-# What tells a published record from every other: its event's id, and why the event came once more, if it did.
-Identity = tuple[str, str | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Recovered:
-    """What an earlier session had published: positions by the ledger, or events by reading back."""
-
-    ledger: Ledger | None = None
-    published: frozenset[Identity] = frozenset()
-
-
-def identify(event: WaitingEvent) -> Identity:
-    """What the event's record will be recognized by."""
-    return event.event_id, event.headers.get(REPUBLISHED)
-
-
 class Channel(Protocol):
     """How the relay publishes."""
 
-    def open(self) -> Recovered:
-        """Fence whoever was before, and learn what they had published; raises `ChannelBroken`."""
+    def open(self) -> Ledger | None:
+        """Fence an earlier session and return its last ledger, if it has one; raises `ChannelBroken`."""
         ...
 
-    def publish(self, events: Sequence[WaitingEvent], ledger: Ledger) -> dict[int, int]:
-        """Publish a batch, acknowledged; the next offset of each partition it went to. Raises `ChannelBroken`."""
+    def publish(self, events: Sequence[WaitingEvent], ledger: Ledger) -> None:
+        """Publish a batch, acknowledged. Raises `ChannelBroken`."""
         ...
 
     def keep(self) -> None:
-        """Keep what `open` will need from being forgotten by the broker. Raises `ChannelBroken`."""
+        """Keep the ledger from being forgotten by the broker. Raises `ChannelBroken`."""
         ...
 
     def close(self) -> None:
-        """Let go of the broker."""
+        """End the session with the broker."""
         ...
 
 
@@ -84,8 +66,8 @@ class TransactionalChannel:
         self._place = TopicPartition(Topic.STATUS, 0)
         self._last: TopicPartition | None = None
 
-    def open(self) -> Recovered:
-        """`init_transactions` settles or aborts what a crashed relay left open; then its ledger is stable."""
+    def open(self) -> Ledger | None:
+        """`init_transactions` completes or aborts what a crashed relay left open; then its ledger is stable."""
         try:
             self._consumer = Consumer(
                 self._config
@@ -95,6 +77,7 @@ class TransactionalChannel:
             self._producer = Producer(
                 self._config
                 | QUIET
+                | _PRODUCER
                 | {
                     "transactional.id": self._name,
                     "transaction.timeout.ms": _TRANSACTION_MILLIS,
@@ -107,19 +90,19 @@ class TransactionalChannel:
             raise ChannelBroken(_reason(error)) from error
         self._outages.answered()
         if committed.offset < 0:
-            return Recovered()
+            return None
         self._last = TopicPartition(Topic.STATUS, 0, committed.offset, committed.metadata)
-        return Recovered(ledger=read_ledger(committed.metadata or ""))
+        return read_ledger(committed.metadata or "")
 
-    def publish(self, events: Sequence[WaitingEvent], ledger: Ledger) -> dict[int, int]:
+    def publish(self, events: Sequence[WaitingEvent], ledger: Ledger) -> None:
         """All of the batch and its ledger, or nothing."""
         assert self._producer is not None and self._consumer is not None
         place = TopicPartition(Topic.STATUS, 0, max(ledger.positions) + 1, write_ledger(ledger))
+        failures = _Failures()
         try:
             self._producer.begin_transaction()
-            deliveries = _Deliveries()
             for event in events:
-                _produce(self._producer, event, deliveries)
+                _produce(self._producer, event, failures)
             failpoint(Failpoint.RELAY_PRODUCING)
             self._producer.send_offsets_to_transaction(
                 [place], self._consumer.consumer_group_metadata(), _BROKER_SECONDS
@@ -128,9 +111,8 @@ class TransactionalChannel:
             self._producer.commit_transaction(_BROKER_SECONDS)
         except (KafkaException, BufferError) as error:
             # Whether the commit went through is not known here; `open` of the next session finds out.
-            raise ChannelBroken(_reason(error)) from error
+            raise ChannelBroken(failures.first or _reason(error)) from error
         self._last = place
-        return deliveries.ends
 
     def keep(self) -> None:
         """Commit the last ledger again: a broker forgets the offsets of a group that is silent for a week."""
@@ -153,94 +135,74 @@ class TransactionalChannel:
         self._producer = self._consumer = None
 
 
-class ReadBackChannel:
-    """Produces without transactions, and after a crash reads back what had arrived.
+class PlainChannel:
+    """Produces without transactions: what a session published and did not live to delete is published again."""
 
-    `positions` are the ends of the partitions when rows were last deleted: whatever lies behind them was published by a
-    session that did not live to delete its rows.
-    """
-
-    def __init__(self, config: dict[str, Any], positions: dict[int, int]) -> None:
+    def __init__(self, config: dict[str, Any]) -> None:
         self._config = config
-        self._positions = positions
         self._outages = OutageLog("the relay")
         self._producer: Producer | None = None
 
-    def open(self) -> Recovered:
-        """Read the status topic from the positions to its end."""
-        try:
-            found = self._read_back()
-        except (EndNotReached, KafkaException) as error:
-            raise ChannelBroken(_reason(error)) from error
+    def open(self) -> Ledger | None:
+        """Nothing tells what an earlier session has published."""
         self._producer = Producer(
             self._config
             | QUIET
+            | _PRODUCER
             | {"enable.idempotence": True, "acks": "all", "linger.ms": 0, "error_cb": self._outages.complain}
         )
-        return Recovered(published=found)
+        return None
 
-    def _read_back(self) -> frozenset[Identity]:
-        messages = read_to_end(self._config, "queryd-relay-read-back", Topic.STATUS, self._positions)
-        found = (_identify_record(message) for message in messages)
-        return frozenset(identity for identity in found if identity is not None)
-
-    def publish(self, events: Sequence[WaitingEvent], ledger: Ledger) -> dict[int, int]:
+    def publish(self, events: Sequence[WaitingEvent], ledger: Ledger) -> None:
         """All of the batch, acknowledged."""
         assert self._producer is not None
-        deliveries = _Deliveries()
+        failures = _Failures()
         try:
             for event in events:
-                _produce(self._producer, event, deliveries)
+                _produce(self._producer, event, failures)
             left = self._producer.flush(_BROKER_SECONDS)
         except (KafkaException, BufferError) as error:
             raise ChannelBroken(_reason(error)) from error
-        if left or deliveries.failure is not None:
-            raise ChannelBroken(f"{left} events unacknowledged, {deliveries.failure}")
-        return deliveries.ends
+        if left or failures.first is not None:
+            raise ChannelBroken(f"{left} events unacknowledged, {failures.first}")
 
     def keep(self) -> None:
-        """Nothing of this is kept by the broker."""
+        """The broker keeps nothing of this."""
 
     def close(self) -> None:
-        """Drop the producer; what it had not delivered will be read back as missing and published again."""
+        """Drop the producer with what it had not delivered."""
         if self._producer is not None:
             self._producer.purge()
             self._producer.flush(0)
         self._producer = None
 
 
-class _Deliveries:
-    """Delivery reports of one batch: the first failure is latched, and the ends of the partitions are kept."""
+class _Failures:
+    """The delivery reports of one batch: the first failure is latched."""
 
     def __init__(self) -> None:
-        self.ends: dict[int, int] = {}
-        self.failure: str | None = None
+        self.first: str | None = None
 
-    def report(self, error: KafkaError | None, message: Message) -> None:
-        partition, offset = message.partition(), message.offset()
+    def report(self, error: KafkaError | None, _message: Message) -> None:
         if error is not None:
-            self.failure = self.failure or error.str()
-        elif partition is not None and offset is not None:
-            self.ends[partition] = max(self.ends.get(partition, 0), offset + 1)
+            self.first = self.first or error.str()
 
 
-def _produce(producer: Producer, event: WaitingEvent, deliveries: _Deliveries) -> None:
-    producer.produce(
-        Topic.STATUS,
-        key=event.query_id.encode(),
-        value=event.payload,
-        headers=to_kafka(event.headers),
-        on_delivery=deliveries.report,
-    )
+def _produce(producer: Producer, event: WaitingEvent, failures: _Failures) -> None:
+    if event.topic is None:
+        assert event.query_id is not None
+        topic, headers = Topic.STATUS.value, to_kafka(event.headers)
+        key: bytes | None = event.query_id.encode()
+    else:
+        topic, key, headers = event.topic, event.key, _read_headers(event.headers)
+    producer.produce(topic, key=key, value=event.payload, headers=headers, on_delivery=failures.report)
 
 
-def _identify_record(message: Message) -> Identity | None:
-    """None for a record that is no relay's: a replay's copy says nothing about the row it is a copy of."""
-    headers: Any = message.headers() or ()
-    values = {name: value.decode(errors="replace") for name, value in headers if value is not None}
-    if "ce_id" not in values or ReplayHeader.ID in values:
-        return None
-    return values["ce_id"], values.get(REPUBLISHED)
+def _read_headers(written: Sequence[tuple[str, str | None]]) -> list[tuple[str, str | bytes | None]]:
+    """The headers of a dead letter, which may hold any byte."""
+    return [
+        (base64.b64decode(name).decode(), None if value is None else base64.b64decode(value)) for name, value in written
+    ]
 
 
 def _reason(error: Exception) -> str:
