@@ -25,7 +25,7 @@ from db.data.outbox import CHANNEL, shard_of
 from db.data.runs import RunState
 from db.migrations.upgrade import upgrade_data
 from db.retrying import until_available
-from producers.relay import channels
+from producers.relay import channel
 from producers.relay.relay import Relay, RelayRules
 from queryd.events import OrgId, QueryId, Topic
 from results.location import prefix
@@ -279,7 +279,7 @@ async def test_a_batch_whose_commit_is_not_answered_is_published_once(
     place: Place, kafka: Kafka, monkeypatch: pytest.MonkeyPatch, method: str, transactions: bool, after: bool
 ) -> None:
     query_id, expected = await _tell_a_story(place)
-    monkeypatch.setattr(channels, "Producer", _failing_once(method, after=after))
+    monkeypatch.setattr(channel, "Producer", _failing_once(method, after=after))
     await _publish(place.proxied_url, kafka, shard_of(query_id), place.direct, transactions=transactions)
     assert await _read_events(kafka, query_id) == expected
 
