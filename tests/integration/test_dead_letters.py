@@ -29,7 +29,7 @@ from tests.servers.kafka import Kafka
 _TOO_LARGE = 20 * 1024 * 1024
 
 # A relay's name on the shared broker is its first shard: these are nobody's shards.
-_relays = itertools.count(3_000)
+_relays = itertools.count(5_000)
 
 # The tests share the topic: no two records come from the same place.
 _offsets = itertools.count(123_456_789_012)
