@@ -9,7 +9,7 @@ from prometheus_client import generate_latest
 from prometheus_client.metrics_core import Metric
 
 from db.data.cancellations import CancelOutcome
-from producers.dead_letters import DeadCode
+from queryd.dead_letters import DeadCode
 from queryd.events import ErrorCode, Mode
 from telemetry.metrics import CANCEL_OUTCOMES, CHILDREN, DEAD_CODES, LABELS, METRICS, SUCCEEDED, Metrics
 

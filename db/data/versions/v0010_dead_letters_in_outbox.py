@@ -3,7 +3,7 @@
 from alembic import op
 
 revision = "data0010"
-down_revision = "data0008"
+down_revision = "data0009"
 branch_labels = None
 depends_on = None
 
