@@ -20,7 +20,7 @@ from queryd.errors import ClientStopped, NotSubmitted
 from queryd.publisher import NotDelivered
 from queryd.registry import RegistryAway, RegistryRefused
 from queryd.topics import TopicUnknown
-from results.uploader import StoreRefused, StoreUnavailable
+from results.store import StoreRefused, StoreUnavailable
 from service.bucket import BucketRefused
 from service.diagnosis import explain_kafka, explain_store
 from service.settings import load_settings
