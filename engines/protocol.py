@@ -18,10 +18,10 @@ class RelationKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Registered:
-    """What `datasets add` has seen of a Parquet dataset: its columns, and the partition columns among its folders.
+    """The columns and partition columns that a Parquet dataset had when `datasets add` read it.
 
-    All files that the store modified before `alike_until`, in POSIX seconds, had exactly these columns; None: they
-    differed.
+    All files that were last modified before `alike_until` (POSIX seconds) had exactly these columns; it is None if the
+    files differed.
     """
 
     columns: tuple[Column, ...]
@@ -42,7 +42,7 @@ class Relation:
     `name` is what SQL calls it, with a schema at most (`finance.invoices`). `location` is `s3://bucket/path`, a glob of
     those or a folder ending in `/`; of a Postgres relation it is `schema.table` in the datasets' server. `version`
     changes with every change of the grant or the location, so that nothing stays warm beyond it. `pii_columns` are the
-    columns that hold personal data. `registered` is a `Registered` as JSON; None where nobody has looked.
+    columns that hold personal data. `registered` is a `Registered` as JSON; None if nobody read the files.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Relation:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """That a statement reads a relation. `columns`: which of its PII columns, or None where that can't be told."""
+    """A statement's read of a relation. `columns` are the PII columns that it reads, or None if that is unknown."""
 
     relation: str
     columns: frozenset[str] | None
@@ -106,13 +106,13 @@ class Inspected:
     parameters: frozenset[str]
 
 
-# How most columns are read.
+# The description of a column that needs no conversion.
 AS_IT_IS = "as it is"
 
 
 @dataclass(frozen=True, slots=True)
 class LookedColumn:
-    """A column as SQL will have it, and in words how it is read. `trouble` says why it can't be."""
+    """A column as SQL sees it. `how` describes how queryd reads it; `trouble` says why it can't."""
 
     name: str
     type: str
@@ -122,10 +122,10 @@ class LookedColumn:
 
 @dataclass(frozen=True, slots=True)
 class Looked:
-    """What a relation holds now: its columns and, of Parquet, its files.
+    """A relation's current columns and, for Parquet, its files.
 
-    `hidden` and `outside` are keys that fit its location and are not read: names that begin with `_` or `.`, and files
-    outside the partition folders. `unreadable` are keys of files without a footer that can be read.
+    `hidden` and `outside` are keys that match its location and are not read: names that begin with `_` or `.`, and
+    files outside the partition folders. `unreadable` are keys of files without a readable footer.
     """
 
     columns: tuple[LookedColumn, ...]
@@ -168,10 +168,10 @@ class EngineCrashed(Exception):
 
 
 class Outage(Enum):
-    """Everything that counts as an outage. An error that is not known to be one of these ends its query at once.
+    """Every outage that queryd waits for. Any other error ends its query at once.
 
-    Each has the dependency's name for the log, and the sentence with which a query fails that waited until its time
-    limit. docs/reliability.md lists the situations that prove each.
+    Each has the dependency's name for the log, and the message of a query whose time limit passes during the outage.
+    docs/reliability.md lists the situations.
     """
 
     STORE = ("datasets' store", "The datasets' store can't be reached.")
@@ -186,7 +186,7 @@ class Outage(Enum):
 
 
 class EngineUnavailable(Exception):
-    """Something that the query needs is away: wait and try again."""
+    """A dependency of the query is unavailable: wait and retry."""
 
     def __init__(self, outage: Outage) -> None:
         super().__init__(outage.sentence)

@@ -1,4 +1,4 @@
-"""Which file of a dataset can't be read."""
+"""Find the file of a dataset that can't be read."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -13,10 +13,10 @@ from queryd.events import ErrorCode
 
 
 def find_file(instance: Instance, relations: Sequence[Relation], error: Exception, meaning: Meaning) -> Meaning:
-    """The same error with the file's key as detail, if one of the relations' files is to blame.
+    """Return the error with the file's key as detail, if a file of one of the relations caused it.
 
-    Where DuckDB's text names no file, each one is read alone, which costs at most one more scan of the dataset. The
-    query's deadline and limits interrupt that too.
+    If DuckDB's text names no file, this reads each file alone, which costs at most one more scan of the dataset. The
+    query's deadline and limits interrupt this scan too.
     """
     files = {url: key for relation in relations for url, key in instance.urls_of(relation.name).items()}
     text = Told.by(error).message
@@ -29,12 +29,11 @@ def find_file(instance: Instance, relations: Sequence[Relation], error: Exceptio
     if key is None:
         return meaning
     failure = QueryFailed(ErrorCode.QUERY_ERROR, FILE_UNREADABLE, cut(f"{key}: {mask_addresses(text)}"))
-    # The file explains the error, so that nothing else has to.
     return Meaning(failure, known=meaning.known)
 
 
 def _read_each(connection: duckdb.DuckDBPyConnection, files: Mapping[str, str]) -> Iterator[tuple[str | None, str]]:
-    """The key of each file that can't be read, and what DuckDB says of it."""
+    """Yield the key of each file that can't be read, and DuckDB's error text."""
     for url, key in files.items():
         try:
             connection.execute(f"SELECT max(hash(t)) FROM read_parquet([{literal(url)}]) AS t").fetchall()  # noqa: S608

@@ -41,7 +41,7 @@ _CPU_SLACK_SECONDS = 5.0
 
 
 class _Failed(Exception):
-    """A statement has failed. After an error that is not known, nothing inside the process can be relied on."""
+    """A statement failed. After an unknown error the process may be corrupt and must not be used again."""
 
     def __init__(self, ours: QueryFailed, *, known: bool) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class _Runner:
         return {"relations": sorted(inspected.relations), "parameters": sorted(inspected.parameters)}
 
     def look(self, message: Message) -> Message:
-        """Say what a relation holds, and how each of its columns is read."""
+        """Return what a relation holds, and how each of its columns is read."""
         relation = _relation(message["look"])
         allow_cpu(message["seconds"] * (self._settings.threads + 1) + _CPU_SLACK_SECONDS)
         try:
@@ -131,7 +131,7 @@ class _Runner:
     def _look(self, relation: Relation) -> Looked:
         kinds = frozenset({relation.kind})
         try:
-            # Nobody's: what becomes warm for it is of use to nobody else.
+            # No org: a cache that this look fills is useless to any query.
             instance = Instance(self._settings, self._home, frozenset({relation}), kinds)
             try:
                 instance.pin([relation.name])
@@ -142,9 +142,9 @@ class _Runner:
             raise _to_exception(errors.translate(error, kinds=kinds)) from None
 
     def run(self, message: Message, tell: Tell) -> Message:
-        """Run one query and say how it ended. The file of one that succeeded stays in `out` for the parent to take.
+        """Run one query and return its outcome. If it succeeds, its file stays in `out` and the parent takes it.
 
-        Before it runs, `tell` says which personal data it will read: a query that dies or is killed has read it.
+        Before the query runs, `tell` reports which personal data it will read: a query that is killed may have read it.
         """
         judged: Judged | None = None
         exported: Exported | None = None
@@ -199,7 +199,7 @@ class _Runner:
         try:
             instance, was_warm = self._instances.take(org, relations, kinds)
             while not instance.pin(judged.references):
-                # A file was replaced, and the instance would read what it remembers of the old one.
+                # A file was replaced, and this instance would read the old file's cached metadata.
                 self._instances.drop(instance)
                 instance, was_warm = self._instances.take(org, relations, kinds)
         except (duckdb.Error, MemoryError, UnicodeError) as error:
@@ -269,7 +269,7 @@ class _Runner:
         message: Message,
         relations: Collection[Relation],
     ) -> errors.Meaning:
-        """What an error means; one of a dataset's file names the file in its detail."""
+        """Translate an error; if a dataset's file caused it, the detail names the file."""
         read = [relation for relation in relations if relation.name in judged.references]
         kinds = frozenset(relation.kind for relation in read)
         placed, cause = None, error
@@ -282,15 +282,17 @@ class _Runner:
         return meaning
 
     def _confidential(self) -> list[str]:
-        """What is ours alone: where this process lives, and credentials."""
+        """Texts that an author must not see: the path of this process's folder, and credentials."""
         settings = self._settings
         ours = (str(self._home), settings.postgres_url, settings.access_key, settings.secret_key)
         return sorted((text for text in ours if text), key=len, reverse=True)
 
 
 class _Child:
-    """Answers `{"settings": …, "home": …}`, which comes first, `{"inspect": sql}`, `{"look": relation, …}` and
-    `{"run": number, …}`; obeys `{"interrupt": …}`."""
+    """Answers `{"inspect": sql}`, `{"look": relation, …}` and `{"run": number, …}`; obeys `{"interrupt": …}`.
+
+    The first message is `{"settings": …, "home": …}`.
+    """
 
     def __init__(self, layers: Layers) -> None:
         self._layers = layers
@@ -328,7 +330,7 @@ def _to_exception(meaning: errors.Meaning) -> Exception:
 
 
 def _texts(parameters: Mapping[str, Parameter]) -> tuple[str, ...]:
-    """What parameters are as text; NULL and the truth values are nobody's secret."""
+    """The parameters' values as text, without NULL and booleans, which are not confidential."""
     return tuple(str(value) for value in parameters.values() if value is not None and not isinstance(value, bool))
 
 
@@ -337,7 +339,7 @@ def _tell_failure(failure: QueryFailed, *, known: bool) -> Message:
 
 
 def _to_message(read: Read) -> list[Any]:
-    """A relation with PII that the statement names: its name and its columns, or None."""
+    """The message for one relation with PII: its name, and its columns or None."""
     return [read.relation, None if read.columns is None else sorted(read.columns)]
 
 

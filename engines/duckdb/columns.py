@@ -1,8 +1,8 @@
-"""A result's columns: their names in its file, and how much of names and types an event may tell.
+"""A result's columns: their names in its file, and the names and types that an event may contain.
 
-An event tells what the author or the owner of a dataset has named: aliases, columns and fields. It tells no value: not
-the text of an expression without an alias, nor what PIVOT makes of values, nor the words of an ENUM, nor a text of a
-parameter that became a name.
+An event contains names that the author or the owner of a dataset wrote: aliases, columns and fields. It contains no
+values. These count as values: the text of an expression without an alias, names that PIVOT makes from values, the
+values of an ENUM, and a parameter's text that became a name.
 """
 
 import re
@@ -16,22 +16,21 @@ from queryd.events import Column, ErrorCode, OutputFormat
 
 _WORD = r"[^\W\d]\w*"
 _NAME = rf"{_WORD}(?: \w+)*"
-# A name, or a call of at most one name: what DuckDB makes of any other expression quotes the SQL.
+# A name, or a call with at most one name as its argument. For any other expression DuckDB's name quotes the SQL.
 _TELLABLE = re.compile(rf"{_NAME}|{_WORD}\((?:{_NAME})?\)")
 _NUMBERED = re.compile(r"(.+)_\d+", re.DOTALL)
 _MAX_TOLD_NAME = 128
-# A shorter text stands in half of all names by chance.
+# Many names contain a shorter text by chance.
 _LEAST_PART = 4
 
-# Of a file of text, the event is the only place that tells the types: all of them, or there is no result. An event has
-# 512 KiB at most, and an inline result takes 64 of them.
+# A CSV or JSON file has no types, so the event must contain all of them; otherwise the query fails. An event has at
+# most 512 KiB, and an inline result takes 64 KiB of them.
 _MAX_TOLD_BYTES = 256 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class ResultColumn:
-    """A column of a result: its name in the file, the statement's own for it, and its type, as DuckDB describes it and
-    taken apart."""
+    """A result's column: its name in the file, its name in the statement, and its type as DuckDB's text and parsed."""
 
     name: str
     own_name: str
@@ -41,8 +40,11 @@ class ResultColumn:
 
 @dataclass(frozen=True)
 class Naming:
-    """What may be told of names. `written` are those that the statement gives, `texts` its parameters' texts, and
-    `read_sources` reads the names of its datasets' columns and fields."""
+    """Decides which names an event may contain.
+
+    `written` are the names that the statement gives, `texts` its parameters' texts; `read_sources` reads the names of
+    its datasets' columns and fields.
+    """
 
     written: Collection[str] = frozenset()
     has_pivot: bool = False
@@ -54,7 +56,7 @@ class Naming:
         return self.read_sources()
 
     def may_tell(self, name: str) -> bool:
-        """Whether the name is nobody's data, nor a piece of SQL."""
+        """Whether the name contains neither data nor a piece of the SQL."""
         if name in self.written:
             return True
         if self.has_pivot:
@@ -66,11 +68,11 @@ class Naming:
         return name in self._sources or (own is not None and (own[1] in self.written or own[1] in self._sources))
 
     def may_tell_field(self, name: str) -> bool:
-        """The same of a field of a struct or a member of a union."""
+        """Whether an event may contain the name of a struct's field or a union's member."""
         return not self.is_made_of_text(name) or name in self.written or name in self._sources
 
     def is_made_of_text(self, name: str) -> bool:
-        """Whether a parameter's text stands in the name."""
+        """Whether the name contains a parameter's text."""
         folded = name.casefold()
         return any(
             text.casefold() == folded or (len(text) >= _LEAST_PART and text.casefold() in folded) for text in self.texts
@@ -78,7 +80,7 @@ class Naming:
 
 
 def read_columns(described: Sequence[Sequence[object]]) -> list[ResultColumn]:
-    """The columns of a result by the answer to DESCRIBE. Raises `QueryFailed` for a type that no result can have."""
+    """Parse the answer to DESCRIBE. Raises `QueryFailed` for a type that no result can have."""
     names = make_unique([str(name) for name, *_ in described])
     return [
         ResultColumn(name, str(own_name), str(type_), _parse(str(type_), number))
@@ -96,9 +98,9 @@ def _parse(described: str, number: int) -> ColumnType:
 
 
 def tell_columns(columns: Sequence[ResultColumn], naming: Naming, output_format: OutputFormat) -> tuple[Column, ...]:
-    """The columns as an event may have them: a name that it may not tell is `column_N`, N from 1, a field `field_N`.
+    """The columns for an event. `column_N` replaces a name that it may not contain, `field_N` a field's; N is from 1.
 
-    Raises `QueryFailed` with RESULT_TOO_LARGE where the types of a file of text are more than an event can tell.
+    Raises `QueryFailed` with RESULT_TOO_LARGE if the types of a CSV or JSON file do not fit into an event.
     """
     told = tuple(
         Column(column.name if naming.may_tell(column.own_name) else f"column_{number}", _tell_type(column, naming))
@@ -109,7 +111,7 @@ def tell_columns(columns: Sequence[ResultColumn], naming: Naming, output_format:
         if size > _MAX_TOLD_BYTES:
             raise QueryFailed(
                 ErrorCode.RESULT_TOO_LARGE,
-                "The names and types of the columns have more than 256 KiB: select fewer columns, or ask for parquet.",
+                "The columns' names and types are larger than 256 KiB: select fewer columns, or ask for parquet.",
             )
     return told
 
@@ -118,7 +120,7 @@ def _tell_type(column: ResultColumn, naming: Naming) -> str:
     def name_field(name: str, number: int) -> str:
         return name if naming.may_tell_field(name) else f"field_{number}"
 
-    # Only where something has to be left out is the type written anew.
+    # Rewrite the type only if it contains something that the event must not.
     if column.type.holds("ENUM", "GEOMETRY") or (naming.texts and column.type.holds("STRUCT", "UNION")):
         return write_type(column.type, name_field)
     return column.described

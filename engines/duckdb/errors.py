@@ -37,10 +37,11 @@ MAX_DETAIL_BYTES = 16 * 1024
 _PLACED = (duckdb.BinderException, duckdb.CatalogException, duckdb.ConversionException)
 
 _SYNTAX = "The SQL has a syntax error."
-_ARGUMENT = "A function or a subquery was given something that it can't work with."
-_CANT = "The SQL uses something that the engine can't do."
+_ARGUMENT = "A function or a subquery got a value that it can't use."
+_CANT = "The SQL uses a feature that the engine does not support."
 
-# Whatever these say, they are an author's everyday mistakes. The first match decides: subclasses before their bases.
+# Errors of these classes are the author's mistakes, whatever their text. The first match decides, so subclasses come
+# before their bases.
 _MISTAKES: tuple[tuple[type[Exception], str], ...] = (
     (duckdb.ParserException, _SYNTAX),
     (duckdb.SyntaxException, _SYNTAX),
@@ -50,16 +51,17 @@ _MISTAKES: tuple[tuple[type[Exception], str], ...] = (
     (duckdb.OutOfRangeException, "A value lies outside the range of its type."),
     (duckdb.TypeMismatchException, "The SQL uses values of types that don't fit."),
     (duckdb.ConstraintException, "A value breaks a constraint."),
-    (duckdb.PermissionException, "The SQL reads something that it may not read."),
+    (duckdb.PermissionException, "The SQL reads something without permission."),
 )
-# Of these only the texts below are known to be an author's mistakes. Any other text may come of a corrupt process.
+# For these classes only the texts below are known to be the author's mistakes. Any other text may come from a corrupt
+# process.
 _BY_TEXT: tuple[tuple[type[Exception], str], ...] = (
     (duckdb.InvalidTypeException, "The SQL uses a type that can't be used here."),
     (duckdb.InvalidInputException, _ARGUMENT),
     (duckdb.NotImplementedException, _CANT),
     (duckdb.SequenceException, "The SQL uses a sequence, which can't be used here."),
     (duckdb.SerializationException, FILE_UNREADABLE),
-    # A function's or a cast's own check, which failed: its text says nothing to anybody but DuckDB's developers.
+    # A check inside a function or cast failed. Only DuckDB's developers understand the text, so it is left out.
     (duckdb.InternalException, "The engine can't run this SQL: a function or cast in it fails inside the engine."),
 )
 _KNOWN_TEXTS = re.compile(
@@ -71,7 +73,7 @@ _KNOWN_TEXTS = re.compile(
             r"Malformed JSON at byte",
             r"JSON path error",
             r"Map keys (?:must be unique|can not be NULL)",
-            # Regular expressions, in RE2's words.
+            # RE2's errors about regular expressions.
             r"missing (?:\)|closing \]|argument to repetition operator)|unexpected \)",
             r"no argument for repetition operator",
             r"invalid (?:escape sequence|character class|perl operator|named capture group|repetition|UTF-8)",
@@ -95,7 +97,7 @@ _KNOWN_TEXTS = re.compile(
             r"Cannot combine types",
             r"\"?(?:interval|date|time|timestamp)\"? units \"",
             r"Slice with steps|Enum value: unrecognized value",
-            # What functions say of their arguments.
+            # Functions' errors about their arguments.
             r"(?:The first argument to|First argument of) ",
             r"(?:struct|list|array)_\w+(?:\(\))?:? ",
             r"MAP_CONCAT only takes map arguments|The provided amount of arguments is incorrect",
@@ -103,7 +105,7 @@ _KNOWN_TEXTS = re.compile(
             r"Invalid input for (?:arg_min/arg_max|MIN/MAX|approx_top_k)",
             r"Sorting order must be a constant|Regex options field must be a constant",
             r"Memory must have a number",
-            # What a format can't hold.
+            # Values that a format can't store.
             r"Parquet files do not support negative intervals",
             r"Parquet writer: map key column is not allowed to contain NULL values",
         )
@@ -113,7 +115,7 @@ _KNOWN_TEXTS = re.compile(
 _FORMAT_LACKS = re.compile(r"Parquet (?:files do not support|writer: )")
 _SPILL_LIMIT = "max_temp_directory_size"
 
-# DuckDB's name of a kind of error, where its text was no UTF-8 and Python raised something else.
+# The classes by DuckDB's names, for errors whose text is not UTF-8: Python raises UnicodeDecodeError for these.
 _KINDS: dict[str, type[Exception]] = {
     "Parser": duckdb.ParserException,
     "Syntax": duckdb.SyntaxException,
@@ -128,7 +130,7 @@ _KINDS: dict[str, type[Exception]] = {
     "HTTP": duckdb.HTTPException,
 }
 
-# Addresses. An author may know those that the statement writes.
+# Addresses. An author may see those that the statement contains.
 _ADDRESS = re.compile(r"""\b(?:s3|https?|postgres(?:ql)?)://[^\s'"]*|"?\b__queryd_\w+"?(?:\."?[^\s'".;,()]+"?){0,2}""")
 
 
@@ -161,7 +163,7 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What DuckDB says: the kind of error, its text as people know it, and what else it tells with `errors_as_json`."""
+    """An error of DuckDB: its class, its usual text, and the other facts that `errors_as_json` adds."""
 
     kind: type[Exception]
     text: str
@@ -169,12 +171,12 @@ class Told:
 
     @property
     def message(self) -> str:
-        """The text without the kind's name before it."""
+        """The text without the leading name of its class."""
         return str(self.facts.get("exception_message", self.text))
 
     @classmethod
     def by(cls, error: Exception) -> "Told":
-        # The bytes of DuckDB's message, which quotes a part of a character.
+        # DuckDB cut a character in two, so Python could not decode the message; read its bytes.
         text = error.object.decode(errors="replace") if isinstance(error, UnicodeDecodeError) else str(error)
         start = text.find("{")
         try:
@@ -190,7 +192,7 @@ class Told:
 
 @dataclass(frozen=True, slots=True)
 class Meaning:
-    """What an exception means. After one that is not `known`, nothing inside the process can be relied on."""
+    """The meaning of an exception. If it is not `known`, the process may be corrupt and must not be used again."""
 
     ours: Ours | Interrupted
     known: bool
@@ -202,13 +204,13 @@ def translate(
     confidential: Collection[str] = (),
     kinds: Collection[RelationKind] = frozenset(RelationKind),
 ) -> Meaning:
-    """The meaning of an exception that DuckDB (or Python's allocator) raised; only its `detail` quotes the original.
+    """Translate an exception of DuckDB or of Python's allocator. Only the `detail` quotes the original text.
 
     Args:
         error: The exception.
-        placed: The statement that ran; None where it was one of ours, which is then not blamed.
-        confidential: Texts that no detail holds unless the author wrote them.
-        kinds: The storages that the statement reads. No other can be the cause.
+        placed: The author's statement that ran; None if queryd's own statement failed.
+        confidential: Texts that a detail contains only if the author wrote them.
+        kinds: The storages that the statement reads. Only these can be the cause.
     """
     told = Told.by(error)
     match error:
@@ -235,7 +237,7 @@ def _translate(
 
 
 def may_be_a_file(meaning: Meaning) -> bool:
-    """Whether a file of a dataset is to blame, or may be."""
+    """Whether a dataset's file may have caused the error."""
     if not isinstance(meaning.ours, QueryFailed) or meaning.ours.code is ErrorCode.MEMORY_LIMIT_EXCEEDED:
         return False
     return meaning.ours.message == FILE_UNREADABLE or not meaning.known
@@ -251,7 +253,7 @@ def _read_storage_error(told: Told, kinds: Collection[RelationKind]) -> Ours | N
 
 
 def _blame_dataset(told: Told) -> Meaning:
-    """One of our own statements failed, which makes a dataset visible."""
+    """Translate an error of queryd's own statement, which creates a dataset's view."""
     if issubclass(told.kind, duckdb.CatalogException):
         return Meaning(QueryFailed(ErrorCode.QUERY_ERROR, "The dataset's table or view is missing."), known=True)
     return Meaning(QueryFailed(ErrorCode.QUERY_ERROR, "The dataset can't be read."), known=False)
@@ -275,18 +277,18 @@ def _blame_statement(told: Told, placed: Placed, confidential: Collection[str]) 
 
 
 def _unknown() -> QueryFailed:
-    return QueryFailed(ErrorCode.INTERNAL, "The engine failed in an unknown way while it ran the SQL.")
+    return QueryFailed(ErrorCode.INTERNAL, "The engine failed with an unknown error while it ran the SQL.")
 
 
 def mask_addresses(text: str, placed: Placed | None = None) -> str:
-    """The text without addresses, but for those that the author wrote."""
+    """Mask the addresses in the text, except those that the author wrote."""
     return _ADDRESS.sub(lambda found: found[0] if placed and placed.has_written(found[0]) else "…", text)
 
 
 def _detail(text: str, placed: Placed, confidential: Collection[str]) -> str:
-    """What the author may know: no address, and nothing confidential.
+    """The text without addresses and confidential texts.
 
-    What the author wrote stays, whatever it is: to hide a right guess would confirm it.
+    Texts that the author wrote stay: hiding a right guess would confirm it.
     """
     text = mask_addresses(text, placed)
     for hidden in confidential:
@@ -296,7 +298,7 @@ def _detail(text: str, placed: Placed, confidential: Collection[str]) -> str:
 
 
 def cut(text: str) -> str:
-    """The text as far as a detail may hold it."""
+    """Cut the text to the length of a detail."""
     return text.encode(errors="replace")[:MAX_DETAIL_BYTES].decode(errors="ignore")
 
 

@@ -2,8 +2,8 @@
 
 CSV: header, lines end in CR LF, NULL is an empty field without quotes and the empty string is `""`. So in a file of one
 column a NULL is an empty line, which some readers skip: ask for such results in another format.
-JSON: one object a line, each of which a strict parser takes.
-docs/results.md says of each type how it is written. Names that occur twice get `_1`, `_2` and so on, in all formats.
+JSON: one object per line, which a strict parser accepts.
+docs/results.md lists how each type is written. In all formats repeated names get `_1`, `_2` and so on.
 """
 
 import json
@@ -23,10 +23,10 @@ from queryd.column_types import ColumnType
 from queryd.events import Column, ErrorCode, OutputFormat, Parameter
 
 _COPY_OPTIONS = {
-    # Version 2's deltas of INT32 take up to 33 bits as DuckDB writes them, which Arrow can't read.
+    # In Parquet version 2 DuckDB writes INT32 deltas of up to 33 bits, which Arrow can't read.
     OutputFormat.PARQUET: "FORMAT parquet, COMPRESSION zstd, PARQUET_VERSION v1",
     OutputFormat.CSV: r"FORMAT csv, HEADER, NULLSTR '', NEW_LINE '\r\n'",
-    # Lines that are JSON already. No character of JSON's is the delimiter, so nothing would be quoted.
+    # The lines are JSON already. JSON never contains the delimiter, so COPY quotes nothing.
     OutputFormat.JSON: r"FORMAT csv, HEADER false, QUOTE '', ESCAPE '', DELIMITER E'\x01', NEW_LINE '\n'",
 }
 
@@ -59,9 +59,9 @@ def export(
 ) -> Exported:
     """Run a judged statement and write its rows to `target`, in its own order.
 
-    `text` must have passed the gate: it stands between brackets here, on lines of its own. Raises `QueryFailed` with
-    RESULT_TOO_LARGE or SCAN_LIMIT_EXCEEDED above a limit and with QUERY_ERROR for what the format can't hold, and
-    `StatementFailed`; `target` may then hold a part of the result.
+    `text` must have passed the gate: this function puts it between brackets, on separate lines. Raises `QueryFailed`
+    with RESULT_TOO_LARGE or SCAN_LIMIT_EXCEEDED above a limit, or with QUERY_ERROR for a value that the format can't
+    store; and `StatementFailed`. `target` may then hold a part of the result.
     """
     values = parameters or None
     described = Wrapped("DESCRIBE (\n", text, "\n)").run(connection, values)
@@ -87,7 +87,7 @@ def _bytes_read(connection: duckdb.DuckDBPyConnection) -> int:
 
 
 def _write_exactly(text: str, columns: list[ResultColumn], output_format: OutputFormat) -> Wrapped:
-    """The statement itself, or wrapped so that names are unique and the format holds its values."""
+    """Wrap the statement if its names are not unique or the format can't store its values as they are."""
     places = [f"c{number}" for number in range(len(columns))]
     names = [column.name for column in columns]
     if output_format is OutputFormat.JSON:
@@ -102,16 +102,16 @@ def _write_exactly(text: str, columns: list[ResultColumn], output_format: Output
 
 
 def _write_in_csv(place: str, type_: ColumnType) -> str:
-    """A value as it is. One that has parts is its JSON, for in DuckDB's own text some values look alike."""
+    """Write nested values as JSON: in DuckDB's own text different nested values may look alike."""
     return write_json(place, type_) if type_.is_nested else place
 
 
 def _find_refusal(error: Exception, columns: list[ResultColumn], output_format: OutputFormat) -> QueryFailed | None:
-    """What to say where an expression of ours has met a value that the format can't hold."""
+    """The error to report if queryd's own expression met a value that the format can't store."""
     if output_format is not OutputFormat.PARQUET:
         return None
     has_whole_numbers = any(column.type.holds("HUGEINT", "UHUGEINT") for column in columns)
-    # The statement's own cast to that type fails with the same words, and of the same value.
+    # If the statement itself casts to that type, its error has the same text for the same value.
     if has_whole_numbers and isinstance(error, duckdb.ConversionException) and f"to {WHOLE_NUMBER}" in str(error):
         return QueryFailed(
             ErrorCode.QUERY_ERROR,

@@ -75,7 +75,7 @@ class Instance:
         self._owns_lister = lister is None
         self._views: set[str] = set()
         self._sources: dict[str, ParquetSource] = {}
-        # What tells that a file was replaced, by its URL: what DuckDB remembers of files it never asks for again.
+        # A version mark per URL, to detect a replaced file: DuckDB never refreshes its cached file metadata.
         self._marks: dict[str, _Mark] = {}
         self._catalogs: dict[str, tuple[CatalogColumn, ...]] = {}
         self.connection = duckdb.connect(":memory:", config=_CONNECT_CONFIG)
@@ -86,9 +86,9 @@ class Instance:
             raise
 
     def pin(self, names: Collection[str]) -> bool:
-        """List the files of the Parquet relations named: until the next call these are read, and no others.
+        """List the files of the named Parquet relations. Until the next call, queries read exactly these files.
 
-        False if a file was replaced that this instance has known: then it must not be used any more. Raises
+        Returns False if a file that this instance knows was replaced; discard the instance then. Raises
         `QueryFailed` and `EngineUnavailable`.
         """
         for name in names:
@@ -105,9 +105,9 @@ class Instance:
         return True
 
     def expose(self, names: Collection[str]) -> None:
-        """Make sure of a view for each granted relation named, over what was pinned last, or is pinned now.
+        """Create a view for each named granted relation, over its pinned files; pin them now if they are not.
 
-        Raises DuckDB's exceptions for one out of reach, and `QueryFailed` for one that can't be read as one table.
+        Raises DuckDB's exceptions if a storage is unreachable, and `QueryFailed` for files that are not one table.
         """
         self.pin([name for name in names if name not in self._sources])
         for name in names:
@@ -119,7 +119,7 @@ class Instance:
                 self._views.add(name)
 
     def look(self, name: str) -> Looked:
-        """What a granted relation holds now, and how each of its columns is read. Raises as `expose` does."""
+        """Return what a granted relation holds now, and how each column is read. Raises the errors of `expose`."""
         relation = self._relations[name]
         if relation.kind is RelationKind.PARQUET:
             return self._sources[name].look(self.connection)
@@ -137,7 +137,7 @@ class Instance:
         )
 
     def _touch(self, table: str, columns: Sequence[ReadColumn]) -> dict[str, str]:
-        """Read a row, for only that shows what the server says; returns the columns that it can't read, and why."""
+        """Read one row, since only a read shows the server's errors; returns unreadable columns with the reasons."""
         try:
             self._read_row(table, columns)
         except duckdb.Error as error:
@@ -155,15 +155,15 @@ class Instance:
 
     def _read_row(self, table: str, columns: Sequence[ReadColumn]) -> None:
         if columns:
-            # The hash keeps the columns from being left out.
+            # With the hash DuckDB can't skip columns.
             row = f"{postgres_columns.write_select(columns, table)} LIMIT 1"
             self.connection.execute(f"SELECT count(*) FROM ({row}) AS t WHERE hash(t) IS NULL")  # noqa: S608 - ours
 
     def _look_at_table(self, relation: Relation) -> None:
-        """Forget the view of a table whose columns have changed.
+        """Drop the view of a table whose columns have changed.
 
-        What the scanner remembers of tables' columns it never looks up again: a table that was made anew since would be
-        read by the old one's types.
+        The scanner caches tables' columns and never refreshes them. Without this it would read a recreated table with
+        the old types.
         """
         schema, _, table = relation.location.rpartition(".")
         catalog = postgres_columns.read_catalog(self.connection, _ATTACHED, schema or "public", table)
@@ -173,7 +173,7 @@ class Instance:
             self._catalogs[relation.name] = catalog
 
     def bytes_of(self, name: str) -> int | None:
-        """How many bytes the pinned files of a granted Parquet relation have together; None for one in Postgres."""
+        """The total bytes of the pinned files of a granted Parquet relation; None for a Postgres relation."""
         source = self._sources.get(name)
         return None if source is None else source.bytes()
 
@@ -188,8 +188,10 @@ class Instance:
         return file_list(self.urls_of(name))
 
     def urls_of(self, name: str) -> dict[str, str]:
-        """The URLs of a relation's pinned files, and the keys by which authors may know them; none of one in Postgres
-        or that was not pinned."""
+        """Map the URLs of a relation's pinned files to the keys that authors may see.
+
+        The mapping is empty for a Postgres relation and for one that is not pinned.
+        """
         source = self._sources.get(name)
         return {} if source is None else source.urls()
 
@@ -230,9 +232,9 @@ class Instance:
         for kind in sorted(self.kinds):
             run(f"LOAD {literal(str(extension_file(_EXTENSIONS[kind])))}")
         if RelationKind.PARQUET in self.kinds:
-            # No part of a file's name is a setting or a wildcard.
+            # Without this DuckDB reads parts of a key as settings.
             run("SET s3_url_compatibility_mode = true")
-            # An explicit list of files costs a HEAD for each at every query. `pin` tells when one was replaced.
+            # Without this cache every query sends a HEAD per listed file. `pin` detects replaced files.
             run("SET enable_http_metadata_cache = true")
         reach = _Reach.of(self._relations.values()) if RelationKind.PARQUET in self.kinds else _Reach((), ())
         if reach:
@@ -271,7 +273,7 @@ class Instance:
         password = given.pop("password", None)
         options = "TYPE postgres, READ_ONLY"
         if password is not None:
-            # DuckDB shows the connection string of an attached server, and of a secret everything but the password.
+            # DuckDB shows the connection string of an attached server, but it hides the password of a secret.
             self.connection.execute(f"CREATE SECRET {_ATTACHED} (TYPE postgres, PASSWORD {literal(str(password))})")
             options += f", SECRET {_ATTACHED}"
         url = literal(make_conninfo("", **given))
@@ -386,5 +388,5 @@ def _table(relation: Relation) -> str:
 
 
 def _mark(file: StoredFile) -> _Mark:
-    """An ETag, or for a store without them what else tells."""
+    """The ETag; size and time of change for a store without ETags."""
     return file.etag or (file.size, int(file.modified))

@@ -1,5 +1,7 @@
-"""Expressions that write a value, or a row as a line, in JSON that a strict parser takes. docs/results.md lists every
-type."""
+"""SQL expressions that write a value, or a row as a line, in JSON that a strict parser accepts.
+
+docs/results.md lists every type.
+"""
 
 import json
 from collections.abc import Callable
@@ -23,7 +25,7 @@ _NUMBERS = frozenset(
         "BIGNUM",
     }
 )
-# Of these the text has nothing to escape.
+# The text of these types needs no escaping.
 _BARE_TEXTS = frozenset(
     {
         "DATE",
@@ -41,10 +43,10 @@ _BARE_TEXTS = frozenset(
     }
 )
 
-# What DuckDB takes for JSON and a strict parser does not, or what would break the line; unless it stands in a string.
+# Outside of strings: text that DuckDB accepts as JSON and a strict parser does not, or that would break the line.
 _SUSPICIOUS = literal(r"(?i)nan|inf|,\s*[\]}]|[\r\n]")
 _STRINGS_AND_THE_REST = literal(r'"(?:[^"\\]|\\.)*"|[^"]+')
-# Patterns and what stands for what they match.
+# Patterns and their replacements.
 _MENDED = (
     (literal(r"(?i)-?(?:nan|inf(?:inity)?)"), literal(r'"\0"')),
     (literal(r",(\s*[\]}])"), literal(r"\1")),
@@ -53,7 +55,7 @@ _MENDED = (
 
 
 def write_json_row(columns: list[tuple[str, str, ColumnType]]) -> str:
-    """An expression that is a row's line of JSON. `columns` are their places, names and types."""
+    """Return the expression for a row's line of JSON. `columns` are (SQL reference, name, type)."""
     parts = []
     for number, (place, name, type_) in enumerate(columns):
         begin = "{" if number == 0 else ","
@@ -62,12 +64,12 @@ def write_json_row(columns: list[tuple[str, str, ColumnType]]) -> str:
 
 
 def write_string(text: str) -> str:
-    """A text as JSON has it."""
+    """Write a text as a JSON string."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def write_json(place: str, type_: ColumnType, depth: int = 0) -> str:
-    """An expression that is the value's text in JSON, or NULL."""
+    """Return the expression for the value's JSON text, or NULL."""
     write = _NESTED.get(type_.name)
     return _write_scalar(place, type_) if write is None else write(place, type_, depth)
 
@@ -85,7 +87,7 @@ def _write_scalar(place: str, type_: ColumnType) -> str:
             )
         case "DECIMAL":
             width, scale = type_.numbers
-            # DuckDB leaves out the zero before the point where the type has no digit there.
+            # DuckDB omits the zero before the point if the type has no integer digits.
             written = rf"regexp_replace({text}, '^(-?)\.', '\10.')" if width == scale else text
         case "JSON":
             written = _write_embedded(text)
@@ -95,7 +97,7 @@ def _write_scalar(place: str, type_: ColumnType) -> str:
 
 
 def _write_embedded(text: str) -> str:
-    """JSON as it is, in one line, without what only DuckDB takes for JSON."""
+    """Write a JSON value on one line, without extensions that only DuckDB accepts."""
     mended = "y"
     for pattern, replacement in _MENDED:
         mended = f"regexp_replace({mended}, {pattern}, {replacement}, 'g')"
@@ -105,7 +107,7 @@ def _write_embedded(text: str) -> str:
 
 
 def _join(of_list: str, written: str, name: str, ends: str) -> str:
-    """A list's elements, each written, between two signs."""
+    """Join a list's written elements between an opening and a closing bracket."""
     each = f"list_transform({of_list}, lambda {name}: {written})"
     return f"'{ends[0]}' || array_to_string({each}, ',') || '{ends[1]}'"
 
@@ -138,7 +140,7 @@ def _write_union(place: str, type_: ColumnType, depth: int) -> str:
 
 
 def _write_map(place: str, type_: ColumnType, depth: int) -> str:
-    """An object; an array of keys and values where a key has parts."""
+    """Write an object; if keys are nested, write an array of keys and values."""
     name = f"x{depth}"
     (_, key), (_, value) = type_.parts
     entries = f"map_entries({place})"

@@ -1,6 +1,6 @@
 """Listing objects in S3 by ListObjectsV2 and HEAD: exact keys, sizes and ETags.
 
-DuckDB's own listing does not serve: it reads what stands behind a `?` in a key as settings, decodes no XML entities,
+DuckDB's own listing is not usable: it reads the text after a `?` in a key as settings, does not decode XML entities
 and shows no ETags. boto3 takes 0.2 s to import in each child and 5 times the CPU to parse a page.
 """
 
@@ -20,7 +20,7 @@ from engines.duckdb.storage_errors import read_status
 from engines.protocol import EngineUnavailable, Outage, QueryFailed
 from queryd.events import ErrorCode
 
-# A store that answers nothing for this long is away. The query's own deadline may come first.
+# A store that does not answer for this long counts as unreachable. The query's deadline may come first.
 _TIMEOUT_SECONDS = 20.0
 _OK, _MISSING = 200, 404
 _DENIALS = (401, 403)
@@ -38,14 +38,14 @@ class StoredFile:
 
 
 class ObjectLister:
-    """One connection to the datasets' store, made when it is first needed. Not safe for threads."""
+    """One connection to the datasets' store, opened at the first request. Not thread-safe."""
 
     def __init__(self, settings: DuckDBSettings) -> None:
         self._settings = settings
         self._connections: dict[str, http.client.HTTPConnection] = {}
 
     def list(self, bucket: str, prefix: str) -> Iterator[StoredFile]:
-        """Every object whose key begins with `prefix`, by key. Raises `QueryFailed` and `EngineUnavailable`."""
+        """List every object under the key prefix, in order of keys. Raises `QueryFailed` and `EngineUnavailable`."""
         token: str | None = None
         while True:
             query = {"encoding-type": "url", "list-type": "2", "prefix": prefix}
@@ -61,12 +61,12 @@ class ObjectLister:
                 return
 
     def find(self, bucket: str, key: str) -> StoredFile | None:
-        """The object of exactly that key, if there is one. Raises as `list` does."""
+        """Return the object with exactly this key, or None. Raises the errors of `list`."""
         status, headers, body = self._request("HEAD", bucket, key, {})
         if status == _MISSING:
             return None
         if status in _DENIALS:
-            # The answer to a HEAD has no body, and only that tells a wrong clock from wrong keys.
+            # A HEAD's answer has no body, and only the body distinguishes a wrong clock from wrong credentials.
             _, _, body = self._request("GET", bucket, key, {})
         if status != _OK:
             raise read_status(status, body.decode(errors="replace"))
@@ -74,7 +74,7 @@ class ObjectLister:
         return StoredFile(key, int(headers["Content-Length"]), headers.get("ETag", ""), modified)
 
     def close(self) -> None:
-        """Close the connection; the next request makes another."""
+        """Close the connection; the next request opens another."""
         for connection in self._connections.values():
             connection.close()
         self._connections.clear()
@@ -82,9 +82,9 @@ class ObjectLister:
     def _request(
         self, method: str, bucket: str, key: str, query: dict[str, str]
     ) -> tuple[int, http.client.HTTPMessage, bytes]:
-        """Status, headers and body. Raises `EngineUnavailable`, and `QueryFailed` for an unknown certificate."""
+        """Return status, headers, body. Raises `EngineUnavailable`, and `QueryFailed` for an untrusted certificate."""
         scheme, host, path = self._locate(bucket, key)
-        # S3 signs them in the order of their names.
+        # S3's signature needs the parameters in order of their names.
         encoded = "&".join(f"{_quote(name)}={_quote(query[name])}" for name in sorted(query))
         target = f"{path}?{encoded}" if encoded else path
         headers = self._sign(method, host, path, encoded)
@@ -104,7 +104,7 @@ class ObjectLister:
     def _exchange(
         self, scheme: str, host: str, method: str, target: str, headers: dict[str, str]
     ) -> tuple[http.client.HTTPResponse, bytes]:
-        """One request. Raises `_Stale` where a connection that was used before fails, and then closes it."""
+        """Send one request. If a reused connection fails, close it and raise `_Stale`."""
         used = host in self._connections
         connection = self._connections[host] if used else _connect(scheme, host)
         self._connections[host] = connection
@@ -120,7 +120,7 @@ class ObjectLister:
             raise
 
     def _locate(self, bucket: str, key: str) -> tuple[str, str, str]:
-        """Scheme, host with port, and the path, percent-encoded as it is signed."""
+        """Return scheme, host with port, and the path, percent-encoded for the signature."""
         path = f"/{quote(key, safe='/-_.~')}"
         if self._settings.endpoint_url is None:
             region = self._settings.region
@@ -129,7 +129,7 @@ class ObjectLister:
         return endpoint.scheme, endpoint.netloc, f"{endpoint.path.rstrip('/')}/{bucket}{path if key else ''}"
 
     def _sign(self, method: str, host: str, path: str, query: str) -> dict[str, str]:
-        """The headers of a request without a body, with Signature Version 4; without keys it is anonymous."""
+        """Return the headers of a request without a body, signed with Signature Version 4; unsigned without keys."""
         settings = self._settings
         if not settings.access_key or not settings.secret_key:
             return {"Host": host}
@@ -151,7 +151,7 @@ class ObjectLister:
 
 
 class _Stale(Exception):
-    """The store closes connections that were idle for long, which says nothing about it now."""
+    """A reused connection failed. Stores close idle connections, so this does not mean that the store is down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,10 +168,13 @@ def _connect(scheme: str, host: str) -> http.client.HTTPConnection:
 
 def _parse_page(body: bytes) -> _Page:
     try:
-        # The store is trusted with the datasets themselves.
+        # XML attacks are no risk: we trust the store with the datasets themselves.
         root = ElementTree.fromstring(body)  # noqa: S314
     except ElementTree.ParseError:
-        raise QueryFailed(ErrorCode.INTERNAL, "The datasets' store lists the dataset in no known format.") from None
+        raise QueryFailed(
+            ErrorCode.INTERNAL,
+            "The datasets' store listed the dataset in an unknown format: check that its endpoint speaks S3.",
+        ) from None
     namespace = root.tag.rpartition("}")[0] + "}" if root.tag.startswith("{") else ""
     decode = unquote_plus if root.findtext(f"{namespace}EncodingType") == "url" else str
     files = [

@@ -1,4 +1,4 @@
-"""One Parquet relation of an instance: the files that it has now, and the view that reads them."""
+"""One Parquet relation of an instance: its current files, and the view that reads them."""
 
 import json
 from collections.abc import Sequence
@@ -21,14 +21,14 @@ from queryd.events import Column, ErrorCode
 
 
 class ParquetSource:
-    """A relation's snapshot, taken for each query anew, and the schemas of the files that have been looked at."""
+    """A relation's snapshot, which each query takes anew, and the known schemas of its files."""
 
     def __init__(self, relation: Relation) -> None:
         self.place = Place.of(relation.location)
         told = relation.registered
         self._registered = None if told is None else Registered.from_fields(json.loads(told))
         self._snapshot: Snapshot | None = None
-        # By key: an instance never outlives the replacement of a file.
+        # By key alone: the caller discards the instance when a file is replaced.
         self._fingerprints: dict[str, str] = {}
         self._shapes: dict[str, Shape] = {}
 
@@ -39,7 +39,7 @@ class ParquetSource:
         return self._snapshot
 
     def pin(self, lister: ObjectLister) -> bool:
-        """List the files anew: what is read until the next call. True if they are others than before.
+        """List the files; queries read exactly these until the next call. True if the files changed.
 
         Raises `QueryFailed` and `EngineUnavailable`.
         """
@@ -58,17 +58,17 @@ class ParquetSource:
         return sum(file.size for file in self.snapshot.files)
 
     def urls(self) -> dict[str, str]:
-        """The files' URLs, and the keys by which the author of a statement may know them."""
+        """Map the files' URLs to the keys that a statement's author may see."""
         return {self.place.url(file.key): self.place.relative(file.key) for file in self.snapshot.files}
 
     def write_view(self, connection: duckdb.DuckDBPyConnection) -> str:
-        """The SELECT that reads the files. Raises DuckDB's exceptions and `QueryFailed`."""
+        """Return the SELECT that reads the files. Raises DuckDB's exceptions and `QueryFailed`."""
         groups, _ = self._group(connection, trusting=True)
         columns = unite([shape for shape, _ in groups], self._registered_columns(), self.snapshot)
         return write_view(columns, [(shape, self._urls(files)) for shape, files in groups], self.snapshot)
 
     def look(self, connection: duckdb.DuckDBPyConnection) -> Looked:
-        """Everything that registration wants to know, by the footers of all files. Raises as `write_view` does."""
+        """Read the footers of all files for registration. Raises the errors of `write_view`."""
         snapshot = self.snapshot
         if snapshot.differing:
             one, other = ("/".join(f"{name}=" for name in names) for names in snapshot.differing)
@@ -97,9 +97,9 @@ class ParquetSource:
     def _group(
         self, connection: duckdb.DuckDBPyConnection, *, trusting: bool
     ) -> tuple[list[tuple[Shape, list[StoredFile]]], list[StoredFile]]:
-        """The files by shape, and those without a footer that can be read.
+        """Group the files by shape. Files with an unreadable footer join the first shape.
 
-        These stay with the first shape: a query that their folders leave out does not run into them.
+        A query whose filter excludes their partitions then never reads them.
         """
         unreadable = self._look_at_footers(connection, trusting=trusting)
         by_fingerprint: dict[str, list[StoredFile]] = {}
@@ -107,7 +107,7 @@ class ParquetSource:
             if file.key in self._fingerprints:
                 by_fingerprint.setdefault(self._fingerprints[file.key], []).append(file)
         if not by_fingerprint:
-            # DuckDB says what is wrong with it; the caller names the file.
+            # DuckDB raises the error of this file; the caller adds its name.
             read_shape(connection, self.place.url(unreadable[0].key), unreadable[0].key)
             raise QueryFailed(ErrorCode.QUERY_ERROR, FILE_UNREADABLE, self.place.relative(unreadable[0].key))
         for fingerprint, files in by_fingerprint.items():
@@ -119,12 +119,12 @@ class ParquetSource:
         return groups, unreadable
 
     def _look_at_footers(self, connection: duckdb.DuckDBPyConnection, *, trusting: bool) -> list[StoredFile]:
-        """Know the fingerprint of every file; returns those that have none."""
+        """Read the missing fingerprints; returns the files without a readable footer."""
         files = self.snapshot.files
         unknown = [file for file in files if file.key not in self._fingerprints]
         until = self._registered.alike_until if self._registered is not None and trusting else None
         alike = [file for file in unknown if until is not None and file.modified < until]
-        # One stands for all that registration has seen to be alike.
+        # Registration saw that these files have equal schemas, so one footer is enough.
         leader = alike[0] if alike else None
         trusted = {file.key for file in alike[1:]}
         looked_at = [file for file in unknown if file.key not in trusted]
@@ -152,7 +152,7 @@ class ParquetSource:
 
 
 def _look_at(column: ShapeColumn, groups: Sequence[tuple[Shape, Sequence[StoredFile]]]) -> LookedColumn:
-    """A column with how its files have it, where they differ."""
+    """Describe a column; if its files have different types, list them."""
     counts: dict[str, int] = {}
     for shape, files in groups:
         own = next((str(each.type) for each in shape.columns if each.name.lower() == column.name.lower()), "missing")

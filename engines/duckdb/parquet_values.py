@@ -1,27 +1,27 @@
-"""Expressions whose values Parquet holds exactly. docs/results.md lists every type."""
+"""SQL expressions whose values Parquet stores exactly. docs/results.md lists every type."""
 
 from engines.duckdb.sql_text import literal, quote
 from queryd.column_types import ColumnType, make_unique, name_fields
 
-# What Parquet has no type for, or one that loses a part of the value. Text is exact, also of a negative interval.
+# Types that Parquet lacks, or whose Parquet type loses a part of the value. Text is exact, even for negative intervals.
 _TEXTS = frozenset({"INTERVAL", "TIME WITH TIME ZONE", "TIME_NS", "BIT", "BIGNUM", "GEOMETRY"})
 _WHOLE_NUMBERS = frozenset({"HUGEINT", "UHUGEINT"})
 WHOLE_NUMBER = "DECIMAL(38,0)"
 
-# Raised by an expression of ours where a value has no place in Parquet.
+# queryd's own expression raises this text for a value that Parquet can't store.
 LAST_MOMENT = "__queryd: 24:00:00 in Parquet"
 
 
 def write_parquet(place: str, type_: ColumnType, depth: int = 0) -> str:
-    """An expression whose value Parquet holds exactly; `place` itself where it does that already.
+    """Return an expression whose value Parquet stores exactly; `place` itself if that already is exact.
 
-    It raises DuckDB's error at a whole number of more than 38 digits, and `LAST_MOMENT` at the time 24:00:00.
+    In DuckDB it raises an error at an integer of more than 38 digits, and `LAST_MOMENT` at the time 24:00:00.
     """
     match type_.name:
         case "LIST":
             written = _write_each(place, type_.element, depth) or place
         case "ARRAY":
-            # Parquet has arrays as lists too, and the CASE around a struct can't have them.
+            # Parquet stores arrays as lists, and arrays can't be inside the CASE around a struct.
             written = _write_each(place, type_.element, depth) or f"list_transform({place}, lambda x{depth}: x{depth})"
         case "MAP":
             written = _write_map(place, type_, depth)
@@ -60,14 +60,14 @@ def _write_map(place: str, type_: ColumnType, depth: int) -> str:
 
 
 def _write_union(place: str, type_: ColumnType, depth: int) -> str:
-    """A struct of the member's name and of all members, of which the others are NULL."""
+    """Write a struct with the member's name and all members; every member but the set one is NULL."""
     tag = f"CAST(union_tag({place}) AS VARCHAR)"
     members = [write_parquet(f"union_extract({place}, {literal(name)})", part, depth + 1) for name, part in type_.parts]
     return _pack(place, name_fields(type_), [tag, *members])
 
 
 def _write_each(of_list: str, element: ColumnType, depth: int) -> str | None:
-    """The list with every element rewritten; None if its elements need nothing."""
+    """Rewrite every element of the list; None if no element needs it."""
     name = f"x{depth}"
     written = write_parquet(name, element, depth + 1)
     return None if written == name else f"list_transform({of_list}, lambda {name}: {written})"

@@ -175,7 +175,7 @@ class DuckDBEngine:
             return Inspected(frozenset(answer["relations"]), frozenset(answer["parameters"]))
 
     async def look(self, relation: Relation, timeout_seconds: float) -> Looked:
-        """What a relation holds and how its columns are read. Raises what `execute` raises."""
+        """Return what a relation holds and how its columns are read. Raises the errors of `execute`."""
         deadline = asyncio.get_running_loop().time() + timeout_seconds
         worker = await self._take_until(deadline, None)
         message = {"look": _relation_fields(relation), "seconds": timeout_seconds}
@@ -417,7 +417,7 @@ def _ports(settings: DuckDBSettings) -> Iterator[int]:
 
 
 def _uses_local_socket(settings: DuckDBSettings) -> bool:
-    """Whether the datasets' Postgres is reached by a socket in the file system, or by libpq's default, which is one."""
+    """Whether the engine reaches the datasets' Postgres by a Unix socket, which is also libpq's default."""
     if settings.postgres_url is None:
         return False
     given = conninfo_to_dict(settings.postgres_url)

@@ -1,7 +1,7 @@
-"""How the columns of a Postgres table are read: exactly, by a cast, or not at all.
+"""How queryd reads the columns of a Postgres table: exactly, by a cast, or not at all.
 
-The scanner of DuckDB 1.5.5 rounds numerics that no DECIMAL holds, reads NaN as 0, takes domains for text, and pushes
-comparisons with texts down to columns that are texts here alone.
+The scanner of DuckDB 1.5.5 rounds numerics that do not fit a DECIMAL, reads NaN as 0 and reads domains as text. It also
+pushes comparisons with text down to columns that are text in DuckDB but not in Postgres.
 """
 
 import re
@@ -19,7 +19,7 @@ NO_TABLE = "The dataset's table or view is missing."
 
 _MAX_DIGITS = 38
 
-# Postgres's names of the types that the scanner reads as they are, with DuckDB's names, by which domains are cast.
+# Types that the scanner reads exactly, by Postgres's names. A domain over one of them is cast to DuckDB's type.
 _PLAIN = {
     "bool": "BOOLEAN",
     "int2": "SMALLINT",
@@ -50,10 +50,10 @@ _PLAIN = {
     "path": "STRUCT(x DOUBLE, y DOUBLE)[]",
     "polygon": "STRUCT(x DOUBLE, y DOUBLE)[]",
 }
-# As text these look otherwise than DuckDB would read them.
+# Types whose text in Postgres DuckDB would parse differently, so a domain over them can't be cast.
 _NO_DOMAINS = frozenset({"bytea", "interval", "point", "line", "lseg", "box", "circle", "path", "polygon"})
 
-# One row a column, its type traced to what its domains stand for. `parts` is what else the scanner remembers of it.
+# One row per column, with its domains resolved to base types. `parts` is the other metadata that the scanner caches.
 _CATALOG = """
 WITH RECURSIVE traced AS (
     SELECT c.oid AS relation, a.attnum, a.attname, a.attndims, format_type(a.atttypid, a.atttypmod) AS declared,
@@ -87,8 +87,11 @@ ORDER BY d.attnum
 
 @dataclass(frozen=True, slots=True)
 class CatalogColumn:
-    """A column as Postgres's catalog has it. `declared` is its type as Postgres writes it; `type`, `kind` and
-    `modifier` are those of what its domains stand for, if any; `element` is what an array is of."""
+    """A column in Postgres's catalog.
+
+    `declared` is its type as Postgres writes it. `type`, `kind` and `modifier` are those of the base type, behind any
+    domains; `element` is an array's element type.
+    """
 
     relation: str
     name: str
@@ -107,8 +110,8 @@ class CatalogColumn:
 class ReadColumn:
     """How a column is read: `expression` in SQL, `how` for people, and `declared`, its type as Postgres writes it.
 
-    `digits` are those of a numeric in which a NaN is looked for; `trouble` is why it can't be read, as it goes on
-    behind its name.
+    `digits` are a numeric's precision and scale, if the view must check it for NaN. `trouble` is the reason why it
+    can't be read, as the predicate of a sentence that starts with the column's name.
     """
 
     name: str
@@ -122,14 +125,14 @@ class ReadColumn:
 def read_catalog(
     connection: duckdb.DuckDBPyConnection, attached: str, schema: str, table: str
 ) -> tuple[CatalogColumn, ...]:
-    """The columns of a table or view; none if there is none of that name. Raises DuckDB's exceptions."""
+    """Return the columns of a table or view; none if it does not exist. Raises DuckDB's exceptions."""
     asked = _CATALOG.format(schema=literal(schema), table=literal(table))
     rows = connection.execute(f"FROM postgres_query({literal(attached)}, {literal(asked)})").fetchall()
     return tuple(CatalogColumn(*row) for row in rows)
 
 
 def read_columns(catalog: Sequence[CatalogColumn]) -> tuple[ReadColumn, ...]:
-    """How each column is read. Raises `QueryFailed` where no column can be, or two can't be told apart."""
+    """Decide how to read each column. Raises `QueryFailed` if none is readable or SQL can't distinguish two."""
     if not catalog:
         raise QueryFailed(ErrorCode.QUERY_ERROR, NO_TABLE)
     check_names([column.name for column in catalog])
@@ -148,8 +151,9 @@ def write_select(columns: Sequence[ReadColumn], source: str) -> str:
 def write_view(columns: Sequence[ReadColumn], source: str) -> str:
     """The SELECT that reads `source` by these columns, and fails on a NaN.
 
-    The scanner reads a NaN as 0. In Postgres NaN is greater than every number, so that a scan of its own for each
-    numeric column, pushed down with the statement's own filters, finds none where all is well.
+    The scanner reads a NaN as 0. In Postgres NaN is greater than every number. So the view adds one scan per numeric
+    column for values above the type's maximum; it finds rows only if there is a NaN. The statement's filters are pushed
+    down to these scans too.
     """
     select = write_select(columns, source)
     guards = [
@@ -161,8 +165,8 @@ def write_view(columns: Sequence[ReadColumn], source: str) -> str:
     return " UNION ALL ".join([*guards, select])
 
 
-_HAS_NAN = "holds NaN, which no DECIMAL can"
-_TO_CAST = "; a view that casts it can be registered instead"
+_HAS_NAN = "holds NaN, which DECIMAL can't store"
+_TO_CAST = "; register a view that casts it instead"
 
 
 def _read_column(column: CatalogColumn) -> ReadColumn:
@@ -180,24 +184,27 @@ def _read_column(column: CatalogColumn) -> ReadColumn:
 
 
 def _read_numeric(column: CatalogColumn) -> ReadColumn:
-    # As numeric_typmod_precision and _scale in Postgres's numeric.c; the scale is a number of 11 bits with a sign.
+    # Decodes as numeric_typmod_precision and _scale in Postgres's numeric.c do; the scale has 11 signed bits.
     packed = column.modifier - 4
     precision, scale = packed >> 16 & 0xFFFF, (packed & 0x7FF ^ 0x400) - 0x400
     if column.modifier < 0:
         return _refuse(column, f"is {column.declared} without a precision, which can't be read exactly")
     if precision > _MAX_DIGITS or not 0 <= scale <= precision:
-        return _refuse(column, f"is {_say(column, precision, scale)}, which no DECIMAL of {_MAX_DIGITS} digits holds")
+        return _refuse(
+            column,
+            f"is {_format_numeric(column, precision, scale)}, which does not fit a DECIMAL of {_MAX_DIGITS} digits",
+        )
     name, type_ = quote(column.name), f"DECIMAL({precision},{scale})"
     how = f"{column.declared}; a NaN is an error"
     if not column.domains:
         return ReadColumn(column.name, name, how, column.declared, (precision, scale))
-    # The server casts a domain to text, so that a NaN shows.
+    # The scanner reads a domain as text, so a NaN is visible.
     nan = f"CAST({refusal(column.name, _HAS_NAN)} AS {type_})"
     cast = f"CASE WHEN {name} = 'NaN' THEN {nan} ELSE CAST({name} AS {type_}) END"
     return ReadColumn(column.name, cast, f"{column.declared}, as {type_}; a NaN is an error", column.declared)
 
 
-def _say(column: CatalogColumn, precision: int, scale: int) -> str:
+def _format_numeric(column: CatalogColumn, precision: int, scale: int) -> str:
     return f"{column.declared} ({f'numeric({precision},{scale})'})" if column.domains else column.declared
 
 
@@ -221,7 +228,7 @@ def _read_array(column: CatalogColumn) -> ReadColumn:
 
 
 def _as_text(column: CatalogColumn) -> ReadColumn:
-    """What is text here alone must not be compared by the server, which has other operators for it."""
+    """Read a column as text. The concatenation keeps comparisons away from the server, which would not compare text."""
     return ReadColumn(column.name, f"{quote(column.name)} || ''", f"{column.declared}, as text", column.declared)
 
 
@@ -236,7 +243,7 @@ def _greatest(precision: int, scale: int) -> str:
 
 
 def explain_column(error: duckdb.Error) -> str | None:
-    """Why a column can't be read, as it goes on behind its name; None for what is no column's fault."""
+    """Return why a column can't be read, as the predicate of a sentence; None if no column caused the error."""
     text = str(error)
     if isinstance(error, duckdb.InterruptException | duckdb.OutOfMemoryException) or _NO_COLUMNS_FAULT.search(text):
         return None
@@ -248,9 +255,9 @@ def explain_column(error: duckdb.Error) -> str | None:
     return f"can't be read: {said[1].strip()}" if said else "can't be read"
 
 
-# The connection, the role's rights and the server's time limit.
+# Errors of the connection, the role's rights and the server's time limit.
 _NO_COLUMNS_FAULT = re.compile(
     r"Unable to connect|permission denied|statement timeout|FATAL: |server closed|connection", re.IGNORECASE
 )
-# Inside of JSON, where the end of a line is two characters.
+# The text is inside JSON, so a backslash starts an escaped newline.
 _SERVER_SAID = re.compile(r"ERROR: +([^\\\"\n]+)")

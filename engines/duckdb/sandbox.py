@@ -38,7 +38,7 @@ _RESOLVERS = ("/run/systemd/resolve", "/run/resolvconf", "/run/NetworkManager")
 _RESOLV_CONF = Path("/etc/resolv.conf")
 _TLS_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 
-# Of a child's arguments: its Postgres is reached by a socket in the file system.
+# A child's argument: it reaches the datasets' Postgres by a Unix socket.
 LOCAL_SOCKETS = "--local-sockets"
 
 # Answers that don't fit into a datagram are asked for again by TCP.
@@ -60,7 +60,7 @@ class Layers:
 def confine(home: Path, ports: tuple[int, ...], files: tuple[Path, ...] = (), *, local_sockets: bool = False) -> Layers:
     """Take everything from the process but its home, what it runs on, reading `files`, and TCP to `ports`; for good.
 
-    With `local_sockets` it may also connect to any socket in the file system that its user may connect to.
+    With `local_sockets` it may also connect to every Unix socket that its user may connect to.
 
     To be called while there is one thread: Landlock holds for the calling one and those it starts. A layer that the
     kernel lacks is left out, and the answer says so. Raises `OSError` where one that it has can't be entered.

@@ -31,10 +31,10 @@ _CLONE_THREAD = 0x10000
 _AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK = 1, 2, 10, 16
 _SOCK_STREAM, _SOCK_DGRAM = 1, 2
 _SOCK_TYPE = 0xF
-# Landlock's rule for TCP ports binds no other protocol: MPTCP, SCTP and their like would pass it.
+# Landlock's rule for TCP ports does not bind other protocols: MPTCP and SCTP, for example, would bypass it.
 _IPPROTO_TCP, _IPPROTO_UDP = 6, 17
-# Nor does it see a connection that is made by sending: by a flag of that call, or of the socket. A socket with another
-# upper layer (ULP) may become one of SMC.
+# Landlock does not see a connection that a send opens, by a flag of the call or an option of the socket. A socket with
+# an upper layer protocol (ULP) may become an SMC socket.
 _MSG_FASTOPEN = 0x20000000
 _TCP_FASTOPEN, _TCP_FASTOPEN_CONNECT, _TCP_ULP = 23, 30, 31
 # FS_IOC_SETFLAGS, FS_IOC32_SETFLAGS, FS_IOC_FSSETXATTR, FS_IOC_SETVERSION, FS_IOC_ENABLE_VERITY: attributes of files
@@ -55,9 +55,9 @@ class _Machine:
     prlimit: int
     ioctl: int
     setsockopt: int
-    # Their first argument is a process.
+    # The first argument of these calls is a process.
     signals: tuple[int, ...]
-    # The calls that send, each with the index of its flags.
+    # The sending calls, each with the index of its flags argument.
     sending: tuple[tuple[int, int], ...]
 
 
@@ -334,8 +334,8 @@ def refused_calls() -> dict[str, int]:
 def restrict(*, local_sockets: bool = False) -> bool:
     """Refuse those calls to the whole process for good. False where the system or the architecture has no such filter.
 
-    `local_sockets` lets it connect to sockets in the file system, whichever: no filter sees their names. Raises
-    `OSError` where the kernel has seccomp and refuses the filter.
+    `local_sockets` allows connections to every Unix socket, since a filter can't see their paths. Raises `OSError` if
+    the kernel has seccomp and refuses the filter.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -392,7 +392,7 @@ def _program(machine: _Machine, pid: int, *, local_sockets: bool) -> list[bytes]
 
 
 def _judge_socket(*, local_sockets: bool) -> list[bytes]:
-    """IP as stream or datagram with TCP or UDP; of netlink what `getaddrinfo` asks: addresses and routes."""
+    """Allow plain TCP and UDP, and the netlink protocol for addresses and routes, which `getaddrinfo` needs."""
     allow, refuse = _step(_RETURN, _ALLOW), _refuse(errno.EAFNOSUPPORT)
 
     def protocols(*allowed: int) -> list[bytes]:
@@ -402,7 +402,7 @@ def _judge_socket(*, local_sockets: bool) -> list[bytes]:
         return [*steps, refuse]
 
     def block(value: int, then: list[bytes]) -> list[bytes]:
-        """Steps for one value, which end in a verdict."""
+        """Return the steps for one value; they end in a verdict."""
         return [_jump(_EQUAL, value, 0, len(then)), *then]
 
     by_type = [
@@ -423,18 +423,18 @@ def _judge_socket(*, local_sockets: bool) -> list[bytes]:
 
 
 def _judge_flags(index: int) -> list[bytes]:
-    """No connection is made by sending."""
+    """Refuse flags with which a send opens a connection."""
     return [_load(_argument(index)), _jump(_ANY_BIT, _MSG_FASTOPEN, 0, 1), _refuse(errno.EPERM)]
 
 
 def _judge_option() -> list[bytes]:
-    """No option of TCP that connects without a call of `connect`."""
+    """Refuse TCP options that connect without a call of `connect`."""
     refused = _refuse_any(2, (_TCP_FASTOPEN, _TCP_FASTOPEN_CONNECT, _TCP_ULP))
     return [_load(_argument(1)), _jump(_EQUAL, _IPPROTO_TCP, 0, len(refused)), *refused]
 
 
 def _refuse_any(index: int, values: Sequence[int]) -> list[bytes]:
-    """Refuse the call if that argument is one of these."""
+    """Refuse the call if the argument is one of the values."""
     steps = [_load(_argument(index))]
     for value in values:
         steps += [_jump(_EQUAL, value, 0, 1), _refuse(errno.EPERM)]
@@ -442,7 +442,7 @@ def _refuse_any(index: int, values: Sequence[int]) -> list[bytes]:
 
 
 def _unless(index: int, value: int) -> list[bytes]:
-    """Refuse the call unless that argument is this."""
+    """Refuse the call unless the argument is the value."""
     return [_load(_argument(index)), _jump(_EQUAL, value, 1, 0), _refuse(errno.EPERM)]
 
 

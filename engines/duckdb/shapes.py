@@ -1,7 +1,7 @@
 """The columns of a dataset's Parquet files, and a view that reads them as one table.
 
-Files with the same schema have one shape. A view reads each shape by a `read_parquet` of its own and unites them by
-name, so that no value is cast to a narrower type, and that only footers which are not known yet are read.
+Files with the same schema have one shape. A view reads each shape with a separate `read_parquet` and unites them by
+name. So no value is cast to a narrower type, and queryd reads only unknown footers.
 """
 
 from collections.abc import Iterable, Sequence
@@ -29,7 +29,7 @@ _NO_FILES_FAULT = (
     duckdb.ParserException,
     duckdb.FatalException,
 )
-# What tells two schemas apart, in the order of the columns.
+# A hash of everything in which two schemas can differ, in the order of the columns.
 _FINGERPRINTS = """
 SELECT file_name, md5(string_agg(
     row(name, type, repetition_type = 'REPEATED', num_children, converted_type, scale, precision, logical_type,
@@ -44,7 +44,7 @@ ORDER BY column_id
 
 @dataclass(frozen=True, slots=True)
 class ShapeColumn:
-    """One column. `trouble` is why it can't be read, as it goes on behind its name."""
+    """One column. `trouble` is why it can't be read, as the predicate of a sentence."""
 
     name: str
     type: DuckDBPyType
@@ -74,9 +74,9 @@ class _Field:
 
 
 def read_fingerprints(connection: duckdb.DuckDBPyConnection, urls: Sequence[str]) -> dict[str, str | None]:
-    """What tells the schemas of these files apart; None for a file that can't be read.
+    """Return each file's schema hash; None for an unreadable file.
 
-    Raises DuckDB's exceptions where the store is at fault.
+    Raises DuckDB's exceptions if the store fails.
     """
     if not urls:
         return {}
@@ -93,13 +93,13 @@ def read_fingerprints(connection: duckdb.DuckDBPyConnection, urls: Sequence[str]
 
 
 def is_transfer(error: Exception) -> bool:
-    """True for an error of the connection to the store, which says nothing about a file."""
+    """True for a failed transfer, which does not mean that a file is bad."""
     text = str(error)
     return " error for HTTP " in text or "Short read for HTTP" in text
 
 
 def read_shape(connection: duckdb.DuckDBPyConnection, url: str, key: str) -> Shape:
-    """The columns of one file, as DuckDB reads them. Raises DuckDB's exceptions, and `QueryFailed`."""
+    """Return the columns of one file, as DuckDB reads them. Raises DuckDB's exceptions, and `QueryFailed`."""
     listed = file_list([url])
     rows = connection.execute(_FIELDS.format(files=listed)).fetchall()
     fields, _ = _gather(rows, 1, int(rows[0][1]))
@@ -111,19 +111,19 @@ def read_shape(connection: duckdb.DuckDBPyConnection, url: str, key: str) -> Sha
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Raises `QueryFailed` where SQL could not tell two columns apart."""
+    """Raises `QueryFailed` if two names are equal or differ only in case."""
     seen: dict[str, str] = {}
     for name in names:
         other = seen.setdefault(_fold(name), name)
         if other is not name:
             both = _name([other, name])
-            differ = "have the same name" if other == name else "differ in case only"
-            sentence = f"The dataset's columns{both} {differ}, so that SQL can't tell them apart."
+            differ = "have the same name" if other == name else "differ only in case"
+            sentence = f"The dataset's columns{both} {differ}, so SQL can't distinguish them."
             raise QueryFailed(ErrorCode.QUERY_ERROR, sentence, f"{quote(other)} and {quote(name)} {differ}.")
 
 
 def unite(shapes: Sequence[Shape], registered: Sequence[ShapeColumn], snapshot: Snapshot) -> tuple[ShapeColumn, ...]:
-    """The columns of the whole dataset without its partition columns. Raises `QueryFailed` where files differ."""
+    """Unite the shapes' columns, without partition columns. Raises `QueryFailed` if types are incompatible."""
     united: dict[str, tuple[ShapeColumn, str | None]] = {_fold(each.name): (each, None) for each in registered}
     for shape in shapes:
         for column in shape.columns:
@@ -145,17 +145,17 @@ def unite(shapes: Sequence[Shape], registered: Sequence[ShapeColumn], snapshot: 
 def write_view(
     columns: Sequence[ShapeColumn], groups: Sequence[tuple[Shape, Sequence[str]]], snapshot: Snapshot
 ) -> str:
-    """The SELECT that reads each shape's files, whose URLs come with it, as the united columns."""
+    """Return the SELECT that reads the files of all shapes as the united columns; each shape comes with its URLs."""
     return " UNION ALL ".join(_write_part(columns, shape, urls, snapshot) for shape, urls in groups)
 
 
 def file_list(urls: Iterable[str]) -> str:
-    """Files as DuckDB's table functions take them, in SQL."""
+    """Write a list of files for DuckDB's table functions, in SQL."""
     return f"[{', '.join(map(literal, urls))}]"
 
 
 def refusal(name: str, trouble: str) -> str:
-    """An expression that fails with a sentence about its column where it is used, and nowhere else."""
+    """Return an expression that raises a sentence about its column, only if the statement uses the column."""
     sentence = f"{REFUSED}The dataset's column{_name([name])} {trouble}."
     return f"CAST(error({literal(sentence)}) AS VARCHAR)"
 
@@ -184,7 +184,7 @@ def _write_column(wanted: ShapeColumn, own: ShapeColumn | None) -> str:
 
 def _differ(before: ShapeColumn, where: str | None, column: ShapeColumn, key: str, snapshot: Snapshot) -> QueryFailed:
     relative = snapshot.place.relative
-    one, other = _say_type(before.type), _say_type(column.type)
+    one, other = _format_type(before.type), _format_type(column.type)
     name = _name([before.name])
     if where is None:
         message = f"The dataset's files differ from what was registered: column{name} was {one} and is {other}."
@@ -198,7 +198,7 @@ def _differ(before: ShapeColumn, where: str | None, column: ShapeColumn, key: st
 
 
 def _gather(rows: Sequence[tuple[str, int, int, str | None]], start: int, count: int) -> tuple[list[_Field], int]:
-    """The next `count` fields with their own, of a schema written depth first; and where the row behind them is."""
+    """Read `count` fields and their nested fields from a depth-first schema; also return the index of the next row."""
     fields = []
     for _ in range(count):
         name, children, digits, type_ = rows[start]
@@ -218,14 +218,14 @@ def _to_column(field: _Field, name: str, type_: DuckDBPyType) -> ShapeColumn:
         return ShapeColumn(name, type_, "is a VARIANT, which can't be read")
     if any(leaf.digits > _MAX_DIGITS for leaf in field.leaves()):
         return ShapeColumn(name, type_, f"has more than {_MAX_DIGITS} digits, which can't be read exactly")
-    # A column of NULLs alone, as pyarrow writes it, says nothing about its type.
+    # pyarrow writes a column of only NULLs with an arbitrary type, so any type fits it.
     if all(leaf.type == '"NULL"' for leaf in field.leaves()):
         return ShapeColumn(name, duckdb.sqltype('"NULL"'))
     return ShapeColumn(name, type_)
 
 
 def has_variant(type_: DuckDBPyType) -> bool:
-    """True for a VARIANT, and for what holds one."""
+    """True for a VARIANT, and for a type that contains one."""
     if type_.id == "variant":
         return True
     if type_.id not in ("list", "array", "map", "struct", "union"):
@@ -233,13 +233,13 @@ def has_variant(type_: DuckDBPyType) -> bool:
     return any(has_variant(part) for _, part in type_.children if isinstance(part, DuckDBPyType))
 
 
-def _say_type(type_: DuckDBPyType) -> str:
-    """A type in a sentence: nested ones by their kind alone."""
+def _format_type(type_: DuckDBPyType) -> str:
+    """Format a type for a sentence: a nested type as its kind only."""
     return type_.id.upper() if type_.id in ("struct", "list", "map") else str(type_)
 
 
 def _name(names: Sequence[str]) -> str:
-    """Names of columns in a sentence, with a blank in front; nothing where one is no word or two."""
+    """Format columns' names for a sentence, with a leading space; empty if a name is not one or two plain words."""
     if all(name.isprintable() and len(name) <= _MAX_TOLD_NAME for name in names):
         return f" {' and '.join(names)}"
     return ""

@@ -1,4 +1,4 @@
-"""Which files of a Parquet location are a dataset's: its pattern, what is not data, and partition columns."""
+"""Select a dataset's files at a Parquet location, by its pattern, hidden names and partition columns."""
 
 import datetime
 import fnmatch
@@ -12,9 +12,9 @@ from engines.duckdb.listing import ObjectLister, StoredFile
 
 _WILDCARD = re.compile(r"[*\[]")
 _SCHEME = "s3://"
-# As DuckDB takes a path apart: one `=`, and nothing that it reads as the end of a path.
+# DuckDB's rule for a partition folder: one `=`, and no character that DuckDB reads as the end of a path.
 _PARTITION = re.compile(r"(?P<name>[^=?\n\\]+)=(?P<value>[^=?\n\\]*)")
-# What stands for NULL in a partition's folder.
+# The value of a partition folder that means NULL.
 _NULLS = frozenset({"", "__HIVE_DEFAULT_PARTITION__"})
 _INTEGER = re.compile(r"-?\d{1,19}")
 _BIGINTS = range(-(2**63), 2**63)
@@ -22,7 +22,7 @@ _BIGINTS = range(-(2**63), 2**63)
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A Parquet location taken apart. `prefix` is what is listed, `base` how many leading parts have no wildcard."""
+    """A parsed Parquet location. `prefix` is the key prefix to list, `base` the number of parts before a wildcard."""
 
     bucket: str
     prefix: str
@@ -31,7 +31,7 @@ class Place:
 
     @classmethod
     def of(cls, location: str) -> "Place":
-        """The place of `s3://bucket/key`, of a folder (every `.parquet` below it) or of a pattern."""
+        """Parse `s3://bucket/key`, a folder (every `.parquet` below it) or a pattern."""
         bucket, _, path = location.removeprefix(_SCHEME).partition("/")
         pattern = f"{path}**/*.parquet" if path.endswith("/") or not path else path
         parts = tuple(pattern.split("/"))
@@ -49,21 +49,21 @@ class Place:
         return self.url(self.prefix[: self.prefix.rfind("/") + 1])
 
     def url(self, key: str) -> str:
-        """An object's URL as DuckDB takes it, once it takes no part of it for settings or wildcards."""
+        """Return an object's URL, escaped so that DuckDB reads no part of it as settings or wildcards."""
         return f"{_SCHEME}{self.bucket}/{key}"
 
     def relative(self, key: str) -> str:
-        """A key as somebody may know it who does not know where the dataset lies."""
+        """Return a key without the dataset's location, which authors must not see."""
         return key[self.prefix.rfind("/") + 1 :]
 
     def matches(self, key: str) -> bool:
-        """True if a listed key fits the pattern, whatever its names begin with."""
+        """True if a listed key matches the pattern, including hidden names."""
         return _matches(self.parts[self.base :], key.split("/")[self.base :])
 
     def is_hidden(self, key: str) -> bool:
-        """True if a part of the key begins with `_` or `.` where the location does not say so itself."""
+        """True if a part of the key begins with `_` or `.` and the location does not name that part."""
         asked = [part for part in self.parts[self.base :] if part[:1] in ("_", ".")]
-        # HTTP takes `..` for the folder above: such a key would be asked for by another name, outside of the location.
+        # HTTP resolves `..` to the parent folder, so a request for such a key would leave the location.
         return any(
             name in (".", "..")
             or (name[:1] in ("_", ".") and not any(fnmatch.fnmatchcase(name, part) for part in asked))
@@ -75,9 +75,9 @@ class Place:
 class Snapshot:
     """The files that an attempt reads, by key, with their partition columns' names and types.
 
-    `hidden` and `outside` are keys that fit the pattern and are not read: names that begin with `_` or `.`, and files
-    that don't lie in folders of the partition columns. `differing` are two sets of partition columns' names, where
-    there are several: then there are no partition columns.
+    `hidden` and `outside` are keys that match the pattern and are not read: names that begin with `_` or `.`, and files
+    outside the folders of the partition columns. `differing` are two different sets of partition columns' names; if the
+    files have several sets, the dataset has no partition columns.
     """
 
     place: Place
@@ -89,7 +89,7 @@ class Snapshot:
 
 
 def take_snapshot(lister: ObjectLister, place: Place, partitions: Sequence[tuple[str, str]] | None) -> Snapshot:
-    """List a location. `partitions` are the registered partition columns; None: they are found in the folders.
+    """List a location. `partitions` are the registered partition columns; if None, the folders' names give them.
 
     Raises `QueryFailed` and `EngineUnavailable`.
     """
@@ -112,7 +112,7 @@ def take_snapshot(lister: ObjectLister, place: Place, partitions: Sequence[tuple
 
 
 def partition_values(key: str) -> dict[str, str | None]:
-    """The partition columns that a key's folders name, with their values as text; None is NULL."""
+    """Return the partition columns that a key's folders name, with their values as text; None is NULL."""
     values: dict[str, str | None] = {}
     for folder in key.split("/")[:-1]:
         if found := _PARTITION.fullmatch(folder):
@@ -124,9 +124,9 @@ def partition_values(key: str) -> dict[str, str | None]:
 def find_partitions(
     files: Sequence[dict[str, str | None]],
 ) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, ...], ...]]:
-    """Names and types of the partition columns of these files, and two sets of names where there are several.
+    """Return the files' partition columns with their types, and two sets of names if the files have different sets.
 
-    Files in no partition folder count only where they are the greater part: then the folders mean nothing.
+    If most files are in no partition folder, the dataset has no partition columns.
     """
     counts = Counter(tuple(sorted(values)) for values in files)
     if not counts or counts[()] > len(files) - counts[()]:
@@ -143,14 +143,15 @@ def _find_type(values: Sequence[str | None]) -> str:
     if not texts:
         return "VARCHAR"
     if all(_is_bigint(text) for text in texts):
-        # Digits of one length that begin with a zero are codes or padded; beside others they are numbers.
+        # Values with leading zeros and equal length are codes or padded numbers, so they are text. With different
+        # lengths they are numbers.
         padded = any(text.lstrip("-").startswith("0") and len(text.lstrip("-")) > 1 for text in texts)
         return "VARCHAR" if padded and len({len(text) for text in texts}) == 1 else "BIGINT"
     return next((type_ for type_ in ("DATE", "TIMESTAMP") if all(_is_of(text, type_) for text in texts)), "VARCHAR")
 
 
 def _fits(values: dict[str, str | None], partitions: Sequence[tuple[str, str]]) -> bool:
-    """A dataset without partition columns takes folders as they are."""
+    """Whether a file's folders match the partition columns; without partition columns every folder matches."""
     if not partitions:
         return True
     if values.keys() != {name for name, _ in partitions}:

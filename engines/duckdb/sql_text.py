@@ -1,11 +1,11 @@
-"""Names and strings inside SQL of ours."""
+"""Quote names and strings for SQL that queryd writes."""
 
 
 def quote(name: str) -> str:
-    """An identifier in SQL."""
+    """Quote an identifier."""
     return '"' + name.replace('"', '""') + '"'
 
 
 def literal(text: str) -> str:
-    """A string in SQL."""
+    """Quote a string."""
     return "'" + text.replace("'", "''") + "'"

@@ -1,7 +1,7 @@
-"""What DuckDB says of the datasets' store, of the datasets' Postgres and of the scratch disk, in terms of ours.
+"""Translate DuckDB's errors about the datasets' store, the datasets' Postgres and the scratch disk.
 
-The lists of outages are closed: an error that is in none of them is no outage and ends its query at once. Each entry is
-proven by a situation in tests/integration/test_engine_outages.py; docs/reliability.md lists them.
+The lists of outages are complete: an error in none of them is no outage and ends its query at once. Each entry has a
+test in tests/integration/test_engine_outages.py; docs/reliability.md lists the situations.
 """
 
 import errno
@@ -14,9 +14,9 @@ from queryd.events import ErrorCode
 
 Ours = QueryFailed | EngineUnavailable
 
-# The store's answers that mean "later".
+# HTTP statuses after which a retry may succeed.
 _STATUSES_OF_OUTAGES = frozenset({408, 429, 500, 502, 503, 504})
-# curl's texts of failed transfers. A server that restarts may cut a TLS handshake, so that this one is an outage too.
+# curl's texts of failed transfers. A restarting server may cut a TLS handshake, so its error is an outage too.
 _TRANSFERS_OF_OUTAGES = frozenset(
     {
         "Could not resolve hostname",
@@ -29,19 +29,18 @@ _TRANSFERS_OF_OUTAGES = frozenset(
         "Failure when receiving data from the peer",
     }
 )
-# A store signs nothing that is a quarter of an hour off; it answers 403, which is nobody's fault but a clock's.
+# A store refuses a signature that is 15 minutes off with 403. The cause is a clock, not the credentials.
 _CLOCK_WRONG = "RequestTimeTooSkewed"
 
 _STATUS = re.compile(r"\(HTTP (\d{3})|returned HTTP (\d{3}) ")
 _TRANSFER = re.compile(r"(.+?) error for HTTP [A-Z]+ to '")
 _SHORT = "Short read for HTTP GET"
 _CHANGED = "ETag on reading file"
-# Offsets in a file that lead beyond its end.
+# Errors about an offset beyond the end of a file.
 _BEYOND = ("This could mean the file was changed.", "Content-Length from server mismatches requested range")
 _NO_FILES = "No files found that match"
 
-# The Postgres scanner's errors: the server's or libpq's own words stand at their end, behind a quoted connection string
-# or statement.
+# The Postgres scanner's errors. They quote the connection string or the statement, then the server's or libpq's text.
 _CONNECTING = re.compile(r"Unable to connect to Postgres at(?: \".*\")?: (.*)", re.DOTALL)
 _SCANNING = re.compile(r"Failed to (?:prepare|execute|fetch|initiate|read|send|copy)\b|Error during PQ")
 _SAID = re.compile(r"[^\":]*(?: \".*\")?:\s*(.*)", re.DOTALL)
@@ -54,7 +53,7 @@ _POSTGRES_OUTAGES = re.compile(
     r"|could not (?:receive data from|send data to) server"
     r"|FATAL:  sorry, too many clients already|FATAL:  too many connections for|FATAL:  remaining connection slots"
     r"|FATAL:  the database system is |FATAL:  terminating connection"
-    # A long scan of a replica is cancelled when it is in the way of replication.
+    # A replica cancels a long scan that blocks replication.
     r"|ERROR:  canceling statement due to conflict with recovery"
 )
 _POSTGRES_TIMEOUT = "canceling statement due to statement timeout"
@@ -62,14 +61,14 @@ _POSTGRES_DENIED = re.compile(
     r"authentication failed|no password supplied|no pg_hba\.conf entry|ERROR:  permission denied for"
     r"|FATAL:  permission denied for|is not permitted to log in|role \".*\" does not exist"
 )
-# DuckDB wants as many dimensions in every row as the column's type has.
+# DuckDB requires the same number of dimensions in every row.
 _DIMENSIONS = re.compile(r"Expected an array with \d+ dimensions?, but this array has \d+")
 
 _DISK_FULL_NUMBERS = frozenset({str(errno.ENOSPC), str(errno.EDQUOT)})
 _DISK_FULL = re.compile(r": (?:No space left on device|Disk quota exceeded)\s*$")
 _FILE_TOO_LARGE = re.compile(r": File too large\s*$")
 
-# What the Parquet reader says of a file that it can't read. Some texts name no file.
+# The Parquet reader's errors about an unreadable file. Some texts do not name the file.
 _UNREADABLE = re.compile(
     r"File '.*' too small to be a Parquet file"
     r"|No magic bytes found at end of file"
@@ -91,23 +90,23 @@ _UNREADABLE = re.compile(
 _DIFFERING = re.compile(r"schema mismatch in glob|column count mismatch")
 
 FILE_UNREADABLE = "A file of the dataset can't be read."
-# In front of the sentences of columns that can't be read, which our views raise where such a column is used.
+# The prefix of the errors that queryd's views raise if a statement uses an unreadable column.
 REFUSED = "__queryd_refused: "
 
 
 def read_disk_error(kind: type[Exception], text: str, number: str = "") -> Ours | None:
-    """The meaning of an error of the scratch disk; None where it is none. `number` is the errno, if DuckDB tells it."""
+    """Translate an error of the scratch disk; None for other errors. `number` is the errno, if DuckDB gives it."""
     if not issubclass(kind, duckdb.IOException):
         return None
     if number in _DISK_FULL_NUMBERS or _DISK_FULL.search(text):
         return EngineUnavailable(Outage.SCRATCH)
     if number == str(errno.EFBIG) or _FILE_TOO_LARGE.search(text):
-        return QueryFailed(ErrorCode.RESULT_TOO_LARGE, "The result is larger than a result may be.")
+        return QueryFailed(ErrorCode.RESULT_TOO_LARGE, "The result exceeds the size limit.")
     return None
 
 
 def read_store_error(kind: type[Exception], text: str) -> Ours | None:
-    """The meaning of an error of the datasets' store; None where it is none. Only httpfs raises these texts."""
+    """Translate an error of the datasets' store; None for other errors. Only httpfs raises these texts."""
     if issubclass(kind, duckdb.HTTPException):
         found = _STATUS.search(text)
         return read_status(int(found[1] or found[2]) if found else 0, text)
@@ -126,7 +125,7 @@ def read_store_error(kind: type[Exception], text: str) -> Ours | None:
 
 
 def read_status(status: int, text: str) -> Ours:
-    """The meaning of an answer of the datasets' store that is no success; `text` holds its body."""
+    """Translate an error response of the datasets' store; `text` contains its body."""
     if _CLOCK_WRONG in text:
         return EngineUnavailable(Outage.CLOCKS)
     if status in _STATUSES_OF_OUTAGES:
@@ -147,9 +146,9 @@ def _read_status_of_file(status: int, text: str) -> QueryFailed:
 
 
 def read_postgres_error(text: str) -> Ours | None:
-    """The meaning of an error of the datasets' Postgres; None where it is none.
+    """Translate an error of the datasets' Postgres; None for other errors.
 
-    Its errors come as several kinds of exceptions, so that the text decides. No text of an author's begins like them.
+    DuckDB raises these errors with several classes, so the text decides. An author's text can't begin like them.
     """
     if _DIMENSIONS.match(text):
         message = "A column of the dataset holds arrays with several dimensions, which can't be read."
@@ -157,7 +156,7 @@ def read_postgres_error(text: str) -> Ours | None:
     connecting = _CONNECTING.match(text)
     if connecting is None and not _SCANNING.match(text):
         return None
-    # A text ends where the statement that it quotes has a NUL.
+    # DuckDB cuts the text at a NUL in the statement that it quotes.
     found = connecting or _SAID.match(text)
     said = found[1] if found else ""
     if _POSTGRES_DENIED.search(said):
@@ -172,15 +171,17 @@ def read_postgres_error(text: str) -> Ours | None:
 
 def _read_scan_error(said: str) -> QueryFailed:
     if _POSTGRES_TIMEOUT in said:
-        return QueryFailed(ErrorCode.QUERY_TIMEOUT, "A scan of the datasets' Postgres took longer than it may.")
-    # A view that divides by zero, a column that was dropped meanwhile.
+        return QueryFailed(
+            ErrorCode.QUERY_TIMEOUT, "A scan of the datasets' Postgres exceeded the server's time limit."
+        )
+    # For example, a view divides by zero, or a column was dropped during the scan.
     return QueryFailed(ErrorCode.QUERY_ERROR, "The datasets' Postgres could not read the dataset.")
 
 
 def read_file_error(text: str) -> QueryFailed | None:
-    """The meaning of an error of a dataset's file; None where it is none. The detail is the caller's to add."""
+    """Translate an error of a dataset's file; None for other errors. The caller adds the detail."""
     if _DIFFERING.search(text):
-        return QueryFailed(ErrorCode.QUERY_ERROR, "The files of the dataset differ in their columns.")
+        return QueryFailed(ErrorCode.QUERY_ERROR, "The dataset's files have different columns.")
     if _UNREADABLE.match(text):
         return QueryFailed(ErrorCode.QUERY_ERROR, FILE_UNREADABLE)
     return None

@@ -1,24 +1,24 @@
-"""The type that holds the values of two: how columns of files that differ are read as one."""
+"""Find one type for a column whose files have different types."""
 
 import duckdb
 from duckdb.sqltypes import DuckDBPyType
 
 _SIGNED = {"tinyint": 8, "smallint": 16, "integer": 32, "bigint": 64, "hugeint": 128}
 _UNSIGNED = {"utinyint": 8, "usmallint": 16, "uinteger": 32, "ubigint": 64, "uhugeint": 128}
-# What the largest integer of so many bits takes of a decimal's digits; 128 bits take more than there are.
+# The decimal digits that an integer of so many bits needs; 128 bits need more than DECIMAL has.
 _DIGITS = {8: 3, 16: 5, 32: 10, 64: 20}
 _MAX_DIGITS = 38
 _FLOATS = ("float", "double")
-# Each holds the instants of those before it.
+# Each type can store the instants of the types before it.
 _DATES = ("date", "timestamp_s", "timestamp_ms", "timestamp", "timestamp_ns")
-# A double has 15 digits for certain.
+# A double stores 15 decimal digits exactly.
 _DOUBLE_DIGITS = 15
 
 
 def unify(one: DuckDBPyType, other: DuckDBPyType) -> DuckDBPyType | None:
-    """The narrowest type to which both can be cast; None where one is text and the other a number, and the like.
+    """Return the narrowest type to which both can be cast; None if there is none, as for text and a number.
 
-    Integers beside floating point become DOUBLE, which holds integers up to 2**53 exactly.
+    An integer and a floating-point type become DOUBLE, which holds integers up to 2**53 exactly.
     """
     if str(one) == str(other) or other.id == "null":
         return one
@@ -63,7 +63,7 @@ def _bits(name: str) -> int:
 
 
 def _digits(type_: DuckDBPyType) -> tuple[int, int]:
-    """Digits before and behind the point."""
+    """Return the digits before and after the decimal point."""
     if type_.id != "decimal":
         return _DIGITS[_bits(type_.id)], 0
     numbers = dict(type_.children)
@@ -91,7 +91,7 @@ def _unify_maps(one: DuckDBPyType, other: DuckDBPyType) -> DuckDBPyType | None:
 
 
 def _unify_structs(one: DuckDBPyType, other: DuckDBPyType) -> DuckDBPyType | None:
-    """By name, as DuckDB casts structs: what one lacks is NULL in it."""
+    """Unify fields by name, as DuckDB casts structs: a missing field is NULL."""
     fields: dict[str, tuple[str, DuckDBPyType]] = {}
     for name, type_ in (*one.children, *other.children):
         assert isinstance(type_, DuckDBPyType)

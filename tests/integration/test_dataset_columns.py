@@ -124,7 +124,7 @@ async def test_a_nan_is_an_error_of_its_column(database: Database, declared: str
         f"CREATE TABLE t (id int, m {declared}, other numeric(5,0))",
         "INSERT INTO t VALUES (1, 'NaN', 1)",
     )
-    assert await database.fail(sql) == "The dataset's column m holds NaN, which no DECIMAL can."
+    assert await database.fail(sql) == "The dataset's column m holds NaN, which DECIMAL can't store."
     database.run("INSERT INTO t VALUES (2, 1.5, 1)")
     # Rows that a filter leaves out are nobody's error.
     assert await database.ask("SELECT m FROM d WHERE id = 2") == [{"m": Decimal("1.5")}]
@@ -184,8 +184,8 @@ async def test_rows_of_several_dimensions_are_told_as_such(database: Database) -
 
 async def test_names_that_differ_in_case_only_are_refused(database: Database) -> None:
     database.run('CREATE TABLE t ("Id" int, id int)', "INSERT INTO t VALUES (1, 2)")
-    assert "columns Id and id differ in case only" in await database.fail("SELECT id FROM d")
-    with pytest.raises(InvalidRegistration, match="columns Id and id differ in case only"):
+    assert "columns Id and id differ only in case" in await database.fail("SELECT id FROM d")
+    with pytest.raises(InvalidRegistration, match="columns Id and id differ only in case"):
         await database.look()
 
 

@@ -157,7 +157,7 @@ def test_a_text_of_duckdb_that_is_no_unicode_is_read_all_the_same() -> None:
         with pytest.raises(UnicodeDecodeError) as caught:
             connection.execute("SELECT unhex('ä')")
     failure = _failed(caught.value, Placed("SELECT unhex('ä')", "SELECT unhex('ä')", 0))
-    assert failure.message == "A function or a subquery was given something that it can't work with."
+    assert failure.message == "A function or a subquery got a value that it can't use."
     assert failure.detail is not None
     assert "hex digit" in failure.detail
 

@@ -21,7 +21,7 @@ _SIZED = {
     "list_resize": 1,
     "lpad": 1,
     "repeat": 1,
-    # How many values the sample keeps; it is allocated at once.
+    # The number of values in the sample. DuckDB allocates all of it at once.
     "reservoir_quantile": 2,
     "rpad": 1,
 }
@@ -82,9 +82,9 @@ class Amounts:
             raise rejected(f"it makes more than {thresholds.MAX_AMPLIFICATION:,} rows or characters out of one call")
 
     def judge_offset(self, window: _Node) -> None:
-        """Raises `QueryFailed` for LEAD or LAG over all rows, in no order, unless the offset is a number in bounds.
+        """Raises `QueryFailed` if LEAD or LAG without PARTITION BY and ORDER BY has an unbounded offset.
 
-        There the least BIGINT as an offset kills the process (DuckDB 1.5.5), however it is computed.
+        In such a window the smallest BIGINT as an offset crashes the process (DuckDB 1.5.5), even if it is computed.
         """
         if "offset_expr" not in window or window.get("partitions") or window.get("orders"):
             return

@@ -54,8 +54,10 @@ def judge_call(node: _Node) -> None:
 
 
 def judge_coordinate_system(node: _Node) -> None:
-    """Raises `QueryFailed` for a coordinate system that is no plain string: DuckDB reads a value of any other type as
-    one, and meets a fault of its own."""
+    """Raises `QueryFailed` unless the coordinate system is a plain string.
+
+    DuckDB reads a value of any other type as a string and fails with an internal error.
+    """
     if fold(node["function_name"]) != "st_setcrs":
         return
     for argument in arguments_of(node)[1:]:
@@ -81,7 +83,7 @@ def called_on(node: _Node) -> tuple[str, ...] | None:
 
 
 def arguments_of(node: _Node) -> list[_Node]:
-    """What a call is given, in order; the column that it stands behind comes first."""
+    """The arguments of a call, in order. For `column.f(x)` the column comes first."""
     given: list[_Node] = node.get("children", [])
     column = called_on(node)
     return given if column is None else [{"class": "COLUMN_REF", "column_names": list(column)}, *given]

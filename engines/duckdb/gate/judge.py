@@ -34,7 +34,7 @@ _PIVOT = re.compile(r"\bpivot", re.IGNORECASE)
 
 _Node = dict[str, Any]
 
-# Where a tree has names that a statement gives: `t(a, b)`, `WITH t(a, b)`, `UNPIVOT … INTO NAME a VALUE b`.
+# The tree's fields with names that a statement gives: `t(a, b)`, `WITH t(a, b)`, `UNPIVOT … INTO NAME a VALUE b`.
 _LISTS_OF_NAMES = ("column_name_alias", "aliases", "unpivot_names")
 
 
@@ -48,7 +48,7 @@ class Judged:
     text: str
     references: frozenset[str]
     reads: tuple[Read, ...] = ()
-    # The names that the statement itself gives, to columns and to fields of structs; and whether PIVOT makes others.
+    # The names that the statement gives to columns and to fields of structs; and whether PIVOT makes more names.
     names: frozenset[str] = frozenset()
     has_pivot: bool = False
 
@@ -192,7 +192,7 @@ def _unfit(message: str, text: str) -> str:
 
 
 def _read_names(root: _Node) -> tuple[frozenset[str], bool]:
-    """The names that a tree gives by aliases and lists of names, and whether a PIVOT in it makes names of values."""
+    """Read the names that aliases and name lists give, and whether a PIVOT makes names from values."""
     names: set[str] = set()
     has_pivot = False
     ahead: list[Any] = [root]
@@ -208,7 +208,7 @@ def _read_names(root: _Node) -> tuple[frozenset[str], bool]:
             names.update(renamed["value"] for renamed in node.get("rename_list", ()))
             if node.get("type") == "PIVOT" and not node.get("unpivot_names"):
                 has_pivot = True
-            # What stands in a pivot's entries are values, or names in their place.
+            # A pivot's entries are values, or aliases that replace them.
             ahead += (value for key, value in node.items() if key != "entries")
     return frozenset(names), has_pivot
 
@@ -235,7 +235,7 @@ def _check_parameters(expected: Mapping[str, str], given: Mapping[str, Parameter
 
 
 def _is_unicode(text: str) -> bool:
-    """False for a text with half of a surrogate pair, which DuckDB can't bind."""
+    """False for a text with a lone surrogate, which DuckDB can't bind."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -14,17 +14,17 @@ def rejected(reason: str) -> QueryFailed:
 
 
 class UnknownRelation(QueryFailed):
-    """SQL_REJECTED for a relation that is not granted. The detail, for the author alone, says which and where."""
+    """SQL_REJECTED for a relation that is not granted. The detail, for the author only, has its name and place."""
 
     def __init__(self, name: str, location: int | None, where: str = "") -> None:
         failure = rejected(NO_SUCH_RELATION)
         super().__init__(failure.code, failure.message, f"There is no relation {name} that you may read{where}.")
         self._name = name
-        # In bytes of the text that was parsed.
+        # A byte offset in the parsed text.
         self.location = location
 
     def at(self, line: int, column: int) -> "UnknownRelation":
-        """The same with its place."""
+        """Return the same error with its line and column."""
         return UnknownRelation(self._name, self.location, f" (line {line}, column {column})")
 
 

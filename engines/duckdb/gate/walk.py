@@ -16,8 +16,8 @@ from engines.duckdb.gate.refusals import TOO_DEEP, UnknownRelation, rejected, un
 
 _Node = dict[str, Any]
 
-# Names that mean a function where no column has them, and tell what the session is connected to. The names of users
-# (`user`, `current_user`, `current_role`, `session_user`) are not among them: each stands for the constant 'duckdb'.
+# Names that DuckDB reads as a function if no column has them, and that show what the session is connected to. The names
+# of users (`user`, `current_user`, `current_role`, `session_user`) are harmless: each is the constant 'duckdb'.
 _REFUSED_COLUMNS = frozenset({"current_catalog", "current_schema"})
 
 # WITH RECURSIVE … USING KEY calls all rows so far by this schema.
@@ -165,7 +165,7 @@ class Walk:
             functions.judge_table_call(node["function"])
             self._amounts.judge(node["function"])
         elif node["type"] == "PIVOT":
-            # In the tree these are texts; the binder makes columns of them, or calls of functions.
+            # The tree has these as texts; the binder turns them into columns or function calls.
             for name in node.get("groups", ()):
                 judge_column((name,))
 
@@ -226,7 +226,7 @@ def see_cte(ctes: frozenset[str], name: str) -> frozenset[str]:
 
 
 def written_name(node: _Node) -> str:
-    """What the author calls a table."""
+    """The table's name as the author wrote it."""
     parts = (node.get("catalog_name"), node.get("schema_name"), node.get("table_name"))
     return ".".join(str(part) for part in parts if part)
 
