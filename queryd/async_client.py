@@ -52,7 +52,7 @@ class AsyncQueryHandle(KnownQuery):
             yield batch
 
     async def links(self, timeout: float | None = None) -> list[str]:  # noqa: ASYNC109
-        """URLs of an hour at most; see `QueryHandle.links`."""
+        """Presigned URLs, valid for at most one hour; see `QueryHandle.links`."""
         await self.wait(timeout)
         return await asyncio.to_thread(self._query.session.reader.links, self._query.succeeded())
 

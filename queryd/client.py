@@ -56,7 +56,9 @@ class QueryHandle(KnownQuery):
         return self._query.session.reader.read_batches(self._query.succeeded())
 
     def links(self, timeout: float | None = None) -> list[str]:
-        """URLs by which anybody may read the result's files for an hour, or until it expires, waiting for it.
+        """Wait for the result, then return presigned URLs of its files.
+
+        Anybody may read the files by these URLs for one hour, or until the result expires.
 
         Raises `ResultInline` for a result that lies in its event, and as `result` does.
         """
@@ -83,10 +85,10 @@ class QueryClient:
         return cls(read_kafka())
 
     def submit(self, sql: str | None = None, **options: Unpack[SubmitOptions]) -> QueryHandle:
-        """Publish a request and return once the broker has it.
+        """Publish a request; return when the broker has acknowledged it.
 
-        Raises `TypeError` for an option that there is not, `Invalid` for a value that the field can't have,
-        `NotSubmitted`, and `ClientStopped` after `close` and in a fork of the process that made the client.
+        Raises `TypeError` for an unknown option, `Invalid` for a wrong value, `NotSubmitted`, and `ClientStopped` after
+        `close` and in a fork of the process that created the client.
 
         Submitting again under the same `query_id` with the same content is the same request: the handle tells what has
         come of the first. With other content it is refused into `query.requests.dead`, and the first stays.

@@ -1,4 +1,4 @@
-"""DuckDB's types, as an event names a column's: their parts, and what of Arrow's a reader makes of them."""
+"""Parse the DuckDB types of an event's columns, and map them to Arrow types."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ _NUMBERS = {
     "USMALLINT": pa.uint16(),
     "UINTEGER": pa.uint32(),
     "UBIGINT": pa.uint64(),
-    # What a sum of integers is. It has up to 39 digits; decimal128 ends at 38.
+    # The type of a sum of integers. It has up to 39 digits; decimal128 has 38.
     "HUGEINT": pa.decimal256(39, 0),
     "UHUGEINT": pa.decimal256(39, 0),
     "FLOAT": pa.float32(),
@@ -33,7 +33,7 @@ _TIMES = {
     "TIMESTAMP_NS": pa.timestamp("ns"),
     "TIMESTAMP WITH TIME ZONE": pa.timestamp("us", "UTC"),
 }
-# Arrow has no counterpart, or one that lacks some of the values: its time of day ends before 24:00:00.
+# Arrow has no matching type, or its type lacks some values: its time of day can't be 24:00:00.
 _TEXTS = {
     "VARCHAR",
     "BIT",
@@ -59,15 +59,15 @@ _MOST_DEEP = 50
 
 
 class NoCounterpart(ValueError):
-    """The text is no type that a result can have."""
+    """A result can't have a type with this text."""
 
 
 @dataclass(frozen=True, slots=True)
 class ColumnType:
-    """A type of DuckDB's. `name` is its own words, or LIST or ARRAY.
+    """A DuckDB type. `name` is DuckDB's name for it, or LIST or ARRAY.
 
-    `parts` are fields and members with their names ("" where a field has none), a map's key and value, or a list's
-    element; `numbers` a decimal's width and scale.
+    `parts` are fields and members with their names ("" for an unnamed field), a map's key and value, or a list's
+    element; `numbers` are a decimal's width and scale.
     """
 
     name: str
@@ -76,7 +76,7 @@ class ColumnType:
 
     @property
     def is_nested(self) -> bool:
-        """Whether its values have parts."""
+        """Whether its values contain other values."""
         return self.name in _NESTED
 
     @property
@@ -85,27 +85,27 @@ class ColumnType:
         return self.parts[0][1]
 
     def walk(self) -> Iterator["ColumnType"]:
-        """This type and all within it."""
+        """Yield this type and all types inside it."""
         yield self
         for _, part in self.parts:
             yield from part.walk()
 
     def holds(self, *names: str) -> bool:
-        """Whether it is one of these types, or has one within it."""
+        """Whether this type, or a type inside it, is one of these."""
         return any(each.name in names for each in self.walk())
 
 
 def parse_type(text: str) -> ColumnType:
-    """The type that DuckDB describes by that text. Raises `NoCounterpart`."""
+    """Parse DuckDB's text of a type. Raises `NoCounterpart`."""
     if text in _SCALARS:
         return ColumnType(text)
     return _Parser(text).parse_all()
 
 
 def write_type(type_: ColumnType, name_field: Callable[[str, int], str] = lambda name, _: name) -> str:
-    """The type as DuckDB writes it, but for what may be data: the values of an ENUM, the system of a GEOMETRY.
+    """Write the type as DuckDB does, but without possible data: an ENUM's values and a GEOMETRY's coordinate system.
 
-    `name_field` gives the name that stands for a field's own, by that and its number from 1.
+    `name_field` maps a field's name and its number (from 1) to the name to write.
     """
     parts = [
         (name_field(name, number) if type_.name in ("STRUCT", "UNION") and name else name, write_type(part, name_field))
@@ -127,8 +127,7 @@ def write_type(type_: ColumnType, name_field: Callable[[str, int], str] = lambda
 
 
 def name_fields(type_: ColumnType) -> list[str]:
-    """The names under which the values of a STRUCT, or of a UNION behind its tag, are written: `field_N`, N from 1, for
-    one that has none."""
+    """The names of a STRUCT's fields, or of a UNION's members, in a result; an unnamed one is `field_N`, N from 1."""
     own = [name for name, _ in type_.parts]
     named = [name or f"field_{number}" for number, name in enumerate(own, 1)]
     if type_.name == "UNION":
@@ -137,7 +136,7 @@ def name_fields(type_: ColumnType) -> list[str]:
 
 
 def make_unique(names: Sequence[str]) -> list[str]:
-    """Names that differ in more than case, each as near to the original as may be: `a`, `A_1`."""
+    """Make names unique, ignoring case, by a suffix where needed: `a`, `A` become `a`, `A_1`."""
     taken = {name.lower() for name in names}
     seen: set[str] = set()
     unique = []
@@ -152,7 +151,7 @@ def make_unique(names: Sequence[str]) -> list[str]:
 
 
 def to_arrow(type_: ColumnType) -> pa.DataType:
-    """What a reader of JSON makes of the type's values."""
+    """Return the Arrow type for the type's values in a JSON result."""
     match type_.name:
         case "LIST" | "ARRAY":
             return pa.list_(to_arrow(type_.element))
@@ -173,7 +172,7 @@ def _quote(name: str) -> str:
 
 
 class _Parser:
-    """By descent: a type is a scalar, a STRUCT, a UNION or a MAP, and a list for each pair of brackets behind it."""
+    """Recursive descent: a scalar, STRUCT, UNION or MAP, then one list level for each pair of brackets."""
 
     def __init__(self, text: str) -> None:
         self._tokens = _split(text)
@@ -219,23 +218,23 @@ class _Parser:
                 width, scale = self._parse_all_of(self._parse_number)
                 return ColumnType("DECIMAL", numbers=(width, scale))
             case "ENUM" | "GEOMETRY" as name:
-                # An event leaves what stands there out.
+                # An event omits the arguments.
                 if self._next() == "(":
                     self._parse_all_of(self._take)
                 return ColumnType(name)
             case '"NULL"':
-                # Of a list or a map that is empty: no value has it.
+                # The element type of an empty list or map literal; no value has it.
                 return ColumnType("INTEGER")
             case name if name in _SCALARS:
                 return ColumnType(name)
         raise NoCounterpart
 
     def _parse_field(self, depth: int) -> tuple[str, ColumnType]:
-        """A name and a type, or a type alone."""
+        """Parse a name and a type, or only a type."""
         start = self._place
         words = self._take_words()
         self._place = start
-        # No type's own first word is a name before another type, but `TIMESTAMP WITH TIME ZONE` is four words.
+        # Several words are a name and a type, unless they are one type, such as `TIMESTAMP WITH TIME ZONE`.
         if len(words) <= 1 or " ".join(words) in _SCALARS:
             return "", self._parse(depth + 1)
         name = self._take()

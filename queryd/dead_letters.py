@@ -1,4 +1,4 @@
-"""What a dead letter says about itself: headers that are added to those of the record."""
+"""The headers that queryd adds to a record's own when it becomes a dead letter."""
 
 from enum import StrEnum
 

@@ -197,7 +197,7 @@ class AsyncFeed(Generic[_Item]):
             status = read_status(record)
         except Unreadable as error:
             where = {"topic": record.topic, "partition": record.partition, "offset": record.offset}
-            _log.warning("a record is passed over: %s", error, extra=where)
+            _log.warning("skipping a record: %s", error, extra=where)
             subscription.finish(record)
             return None
         item = self._choose(status)

@@ -1,8 +1,8 @@
-"""What happens to a client whose process forks: its threads stay in the parent.
+"""Protect a client in a forked process. Its threads exist only in the parent.
 
-In the child its calls would wait for those threads for ever. The destructor of librdkafka's clients joins them as well:
-a child that only drops the client, or ends, would hang. So each owner of such a client notes the process that made it;
-in a child its calls raise `ClientStopped`, and it is never destroyed.
+In the child its calls would wait for these threads forever. The destructor of librdkafka's clients joins them too, so a
+child that drops the client, or exits, would hang. So each owner of such a client records the process that created it.
+In a child its calls raise `ClientStopped`, and its destructor never runs.
 """
 
 import ctypes
@@ -15,24 +15,24 @@ _owners: "weakref.WeakSet[object]" = weakref.WeakSet()
 
 
 class Origin:
-    """The process in which its owner was made."""
+    """The process that created the owner."""
 
     def __init__(self, owner: object) -> None:
         self._pid = os.getpid()
         _owners.add(owner)
 
     def check(self) -> None:
-        """Raises `ClientStopped` in any other process."""
+        """Raises `ClientStopped` in another process."""
         if os.getpid() != self._pid:
             raise ClientStopped(
-                f"the client was made in process {self._pid}, and process {os.getpid()} is its fork: make the client "
+                f"process {self._pid} created the client and process {os.getpid()} is a fork of it: create the client "
                 "after the fork, in each worker"
             )
 
 
 def _keep_alive() -> None:
     for owner in list(_owners):
-        # One reference that nobody gives back: not even the interpreter's end runs the destructor.
+        # Leak one reference, so that the destructor never runs, not even at the interpreter's exit.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(owner))
 
 

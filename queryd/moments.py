@@ -1,4 +1,4 @@
-"""Dates and timestamps from DuckDB's text, all of them: infinities, years before Christ and beyond 9999."""
+"""Parse DuckDB's text of dates and timestamps, including infinities, years BC and years after 9999."""
 
 import re
 
@@ -11,7 +11,7 @@ _MOMENT = re.compile(
 _INFINITIES = {"infinity": 1, "-infinity": -1}
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _DAY_SECONDS = 86_400
-# Days from the first of March of the year 0 to 1970.
+# Days from 0000-03-01 to 1970-01-01.
 _EPOCH_DAYS = 719_468
 _CYCLE_YEARS, _CYCLE_DAYS = 400, 146_097
 
@@ -22,12 +22,12 @@ def is_moment(type_: pa.DataType) -> bool:
 
 
 def parse(texts: pa.Array, target: pa.DataType) -> pa.Array:
-    """The moments that the texts say. An infinity is the largest number of its type, as DuckDB has it in Parquet.
+    """Parse texts as dates or timestamps. An infinity is the type's largest number, as in DuckDB's Parquet files.
 
-    Raises `ValueError` for what is no moment, and pyarrow's errors for one outside of the type.
+    Raises `ValueError` for another text, and pyarrow's errors for a value outside the type's range.
     """
     try:
-        # Arrow reads the years from 0 to 9999, and is fast.
+        # Arrow's parser is fast, but it reads only the years 0 to 9999.
         return pc.cast(texts, target)
     except pa.ArrowInvalid:
         bits = 32 if pa.types.is_date32(target) else 64
@@ -36,12 +36,12 @@ def parse(texts: pa.Array, target: pa.DataType) -> pa.Array:
 
 
 def _count(text: str, target: pa.DataType, bits: int) -> int:
-    """Units of the type since 1970."""
+    """Return the number of the type's units since 1970."""
     if text in _INFINITIES:
         return _INFINITIES[text] * ((1 << (bits - 1)) - 1)
     found = _MOMENT.fullmatch(text)
     if found is None:
-        raise ValueError("a text that is no moment")
+        raise ValueError("the text is no date or timestamp")
     year = 1 - int(found[1]) if found[4] else int(found[1])
     days = _count_days(year, int(found[2]), int(found[3]))
     if pa.types.is_date(target):
@@ -53,8 +53,8 @@ def _count(text: str, target: pa.DataType, bits: int) -> int:
 
 
 def _count_days(year: int, month: int, day: int) -> int:
-    """Days since 1970 of a date of the proleptic Gregorian calendar; the year 0 is the first before Christ."""
-    # The year begins in March, so that a leap day is its last.
+    """Return a date's days since 1970, in the proleptic Gregorian calendar; the year 0 is 1 BC."""
+    # Count years from March, so that a leap day is a year's last day.
     year -= month <= 2
     cycle, of_cycle = divmod(year, _CYCLE_YEARS)
     of_year = (153 * ((month + 9) % 12) + 2) // 5 + day - 1

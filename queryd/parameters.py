@@ -1,7 +1,7 @@
-"""A query's parameters as the wire has them: null, boolean, 64-bit integer, double and text.
+"""Convert a query's parameters to the schema's types: null, boolean, 64-bit integer, double and text.
 
-What SQL has a type for and the wire has not travels as text in the form that DuckDB casts exactly; the query says
-the type: `CAST($day AS DATE)`. What has no such form is refused by its name.
+Other SQL values are sent as text that DuckDB casts exactly; the query names the type: `CAST($day AS DATE)`. A value
+without such a text is an error that names the parameter.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from uuid import UUID
 
 from queryd.events import Invalid, Parameter
 
-# What a caller may give; numpy's scalars of these kinds as well.
+# The values that a caller may give, and numpy's scalars of these kinds.
 ParameterValue = None | bool | int | float | str | date | datetime | time | timedelta | Decimal | UUID
 
 _LONG = range(-(2**63), 2**63)
@@ -22,9 +22,9 @@ _MAY_BE = "it may be None, bool, int, float, str, date, datetime, time, timedelt
 
 
 def to_wire(parameters: object) -> dict[str, Parameter]:
-    """The parameters of a request by their names, without the `$`.
+    """Convert a request's parameters; the names have no `$`.
 
-    Raises `Invalid` that names the parameter and says what it may be, and never its value.
+    Raises `Invalid`. The error names the parameter and the allowed types, never the value.
     """
     if parameters is None:
         return {}
@@ -35,9 +35,9 @@ def to_wire(parameters: object) -> dict[str, Parameter]:
 
 def _check_name(name: object) -> str:
     if not isinstance(name, str) or not name:
-        raise Invalid("parameters must have names that are text: 'name' binds $name")
+        raise Invalid("parameter names must be text: 'name' binds $name")
     if name.startswith("$"):
-        raise Invalid(f"the parameter {name!r} is named without the $: {name.lstrip('$')!r}")
+        raise Invalid(f"the name of the parameter {name!r} must not start with $: use {name.lstrip('$')!r}")
     return name
 
 
@@ -45,7 +45,7 @@ def _convert(name: str, value: object) -> Parameter:
     value = _from_numpy(name, value)
     if value is None or isinstance(value, bool):
         return value
-    # Text and numbers of a subclass, such as those of an enum, are sent as what they are on the wire.
+    # Convert subclasses of text and numbers, such as enum members, to the plain type.
     if isinstance(value, str):
         return _check_text(name, str.__str__(value))
     if isinstance(value, int):
@@ -59,13 +59,13 @@ def _convert(name: str, value: object) -> Parameter:
 
 
 def _from_numpy(name: str, value: object) -> object:
-    """The Python value of a numpy scalar. Found by its module: numpy is no dependency."""
-    # An array and a text have a length.
+    """Convert a numpy scalar to a Python value. The module's name identifies it, since numpy is no dependency."""
+    # Arrays and texts have a length; scalars do not.
     if type(value).__module__ != "numpy" or not hasattr(value, "item") or hasattr(value, "__len__"):
         return value
     kind = type(value).__name__
     if kind in ("datetime64", "timedelta64"):
-        # Their own conversion is an integer where they are finer than a microsecond.
+        # `item()` returns an integer if the unit is finer than a microsecond.
         raise _refuse(name, f"is a numpy.{kind}: convert it, value.astype('{kind}[us]').item()")
     converted = value.item()
     if type(converted) is type(value):
@@ -77,7 +77,7 @@ def _check_text(name: str, text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise _refuse(name, "is text that has no UTF-8 form: it holds a lone surrogate") from None
+        raise _refuse(name, "is text that can't be encoded as UTF-8: it contains a lone surrogate") from None
     return text
 
 
@@ -88,9 +88,9 @@ def _check_long(name: str, number: int) -> int:
 
 
 def _write_moment(name: str, moment: datetime) -> str:
-    # pandas' NaT is a datetime that equals nothing.
+    # pandas' NaT is a datetime that is not equal to itself.
     if moment != moment:  # noqa: PLR0124
-        raise _refuse(name, "is NaT: give None for a time that is not known")
+        raise _refuse(name, "is NaT: give None for an unknown time")
     if getattr(moment, "nanosecond", 0):
         raise _refuse(name, "has nanoseconds: round it to microseconds, or give text and cast it to TIMESTAMP_NS")
     return datetime.isoformat(moment, sep=" ")
@@ -102,7 +102,7 @@ def _write_interval(_name: str, span: timedelta) -> str:
 
 def _write_decimal(name: str, number: Decimal) -> str:
     if not number.is_finite():
-        raise _refuse(name, "is no finite Decimal: give a float")
+        raise _refuse(name, "is not a finite Decimal: give a float")
     _, digits, exponent = number.as_tuple()
     assert isinstance(exponent, int)
     if max(len(digits) + max(exponent, 0), -exponent) > _DECIMAL_DIGITS:
@@ -110,7 +110,7 @@ def _write_decimal(name: str, number: Decimal) -> str:
     return format(number, "f")
 
 
-# A datetime is a date as well, so it stands first.
+# datetime is a subclass of date, so it comes first.
 _WRITERS: tuple[tuple[type, Callable[[str, Any], str]], ...] = (
     (datetime, _write_moment),
     (date, lambda _name, day: date.isoformat(day)),

@@ -62,7 +62,7 @@ class BlockingStore(Protocol):
 def tell_unreadable(record: Record, reason: str) -> None:
     """What a projector does by default with a record that holds no event, besides passing it over."""
     where = {"topic": record.topic, "partition": record.partition, "offset": record.offset}
-    _log.error("a record is passed over: %s", reason, extra=where)
+    _log.error("skipping a record: %s", reason, extra=where)
 
 
 def tell_lost(error: SubscriptionLost) -> None:

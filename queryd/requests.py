@@ -30,9 +30,9 @@ _Word = TypeVar("_Word", bound=StrEnum)
 class SubmitOptions(TypedDict, total=False):
     """What a request says beside its SQL.
 
-    `query_id` is the idempotency key, made up where it is not given; `parameters` bind as `$name`, see
-    `queryd.parameters`; a request has `saved_query_id` or SQL. Ids are UUIDs or their text. Limits are in seconds, rows
-    and bytes, and clamped to the service's own.
+    `query_id` is the idempotency key; a random one is generated if it is missing. `parameters` bind as `$name`, see
+    `queryd.parameters`. A request has `saved_query_id` or SQL. Ids are UUIDs or their text. Limits are in seconds, rows
+    and bytes; the service reduces them to its own limits.
     """
 
     org_id: Required[str | UUID]
@@ -50,7 +50,7 @@ class SubmitOptions(TypedDict, total=False):
     max_bytes_scanned: SupportsIndex | None
 
 
-# What other clients call them, where the spelling is not near.
+# Names in other clients that are not similar enough to the option's name to be found by spelling.
 _OTHER_NAMES = {
     "format": "output_format",
     "id": "query_id",
@@ -65,26 +65,26 @@ _OTHER_NAMES = {
     "timeout": "timeout_seconds",
     "user": "user_id",
 }
-# Of the schema's int and long.
+# The maximum of the schema's int and long.
 _MOST_INT = 2**31 - 1
 _MOST_LONG = 2**63 - 1
 
 
 def make_request(sql: str | None, **options: Unpack[SubmitOptions]) -> QueryRequested:
-    """The request for some SQL, or for the saved query of the options.
+    """Build the request for SQL, or for the saved query in the options.
 
     Raises:
-        TypeError: for an option that there is not; the sentence names the one that may be meant.
-        Invalid: for a value that a request can't have; the sentence names the field.
+        TypeError: for an unknown option; the error suggests a similar one.
+        Invalid: for a wrong value; the error names the field.
     """
     check_options(options)
     if options.get("org_id") is None:
-        raise Invalid("org_id is missing: it says whose query this is")
+        raise Invalid("org_id is missing: give the org that the query belongs to")
     saved = _optional_id(options, "saved_query_id")
     if sql is not None:
         _check_text(sql, "sql")
     if (sql is None) == (saved is None):
-        raise Invalid("give sql or saved_query_id, one of them and not both")
+        raise Invalid("give exactly one of sql and saved_query_id")
     return QueryRequested(
         query_id=QueryId(_optional_id(options, "query_id") or str(uuid.uuid4())),
         org_id=OrgId(parse_uuid(options["org_id"], "org_id")),
@@ -105,12 +105,12 @@ def make_request(sql: str | None, **options: Unpack[SubmitOptions]) -> QueryRequ
 
 
 def check_options(options: Mapping[str, object]) -> None:
-    """Raise `TypeError` for an option that there is not."""
+    """Raise `TypeError` for an unknown option."""
     for name in options:
         if name not in SubmitOptions.__annotations__:
             near = difflib.get_close_matches(name, SubmitOptions.__annotations__, n=1)
             meant = _OTHER_NAMES.get(name) or (near[0] if near else None)
-            raise TypeError(f"submit() has no option {name!r}" + ("" if meant is None else f": {meant} is one"))
+            raise TypeError(f"submit() has no option {name!r}" + ("" if meant is None else f": did you mean {meant}?"))
 
 
 def _optional_id(options: Mapping[str, Any], name: str) -> str | None:
@@ -121,7 +121,7 @@ def _optional_id(options: Mapping[str, Any], name: str) -> str | None:
 def _read_roles(roles: object) -> tuple[str, ...]:
     if roles is None:
         return ()
-    # Text is a sequence too, of its letters.
+    # A string is a sequence of letters, so it must be refused explicitly.
     if isinstance(roles, str) or not isinstance(roles, Iterable):
         raise Invalid('roles must be a list of names: roles=["analysts"]')
     listed = tuple(roles)
@@ -132,11 +132,11 @@ def _read_roles(roles: object) -> tuple[str, ...]:
 
 def _check_text(value: object, name: str) -> None:
     if not isinstance(value, str):
-        raise Invalid(f"{name} must be text, and is {type(value).__name__}")
+        raise Invalid(f"{name} must be text, not {type(value).__name__}")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise Invalid(f"{name} has no UTF-8 form: it holds a lone surrogate") from None
+        raise Invalid(f"{name} can't be encoded as UTF-8: it contains a lone surrogate") from None
 
 
 def _read_word(words: type[_Word], options: Mapping[str, Any], name: str, default: _Word) -> _Word:
@@ -153,7 +153,7 @@ def _optional_amount(options: Mapping[str, Any], name: str, most: int) -> int | 
     if value is None:
         return None
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise Invalid(f"{name} must be a whole number, and is {type(value).__name__}")
+        raise Invalid(f"{name} must be an integer, not {type(value).__name__}")
     amount = operator.index(value)
     if not 0 < amount <= most:
         raise Invalid(f"{name} must be above 0 and at most {most}")

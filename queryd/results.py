@@ -23,12 +23,12 @@ from queryd.events import QueryStatusChanged, ResultFile
 from queryd.tables import open_batches
 
 _LINK_SECONDS = 3600
-# A store that is away is told of within a minute or so, three tries included; boto3's own limits come to five minutes.
+# With three tries a read of an unreachable store fails within about a minute; boto3's defaults take five minutes.
 _CONNECT_SECONDS = 5
 _READ_SECONDS = 20
 # As much as a boto3 client copies at a time without being slowed by the number of its calls.
 _CHUNK_BYTES = 1024 * 1024
-# A result up to this size is read from memory: as large as a single PUT.
+# Read a result of up to this size into memory. The size is that of a single PUT.
 _MEMORY_BYTES = 16 * 1024 * 1024
 
 
@@ -53,13 +53,13 @@ class ResultReader:
         return body
 
     def link(self, location: str, key: str, *, expires_at: datetime | None = None, file_name: str | None = None) -> str:
-        """A presigned URL, good for one hour or until `expires_at`, whichever is earlier.
+        """Return a presigned URL, valid for one hour or until `expires_at`, whichever is earlier.
 
         Args:
             location: Any URL of the object's bucket.
             key: The object's key.
-            expires_at: When the object is removed, with its zone.
-            file_name: What a browser names the file that it saves: printable ASCII without `"`.
+            expires_at: When retention deletes the object; a timezone-aware time.
+            file_name: The name under which a browser saves the file: printable ASCII without `"`.
 
         Raises:
             ResultExpired: `expires_at` has passed.
@@ -76,8 +76,10 @@ class ResultReader:
         return url
 
     def links(self, event: QueryStatusChanged) -> list[str]:
-        """A presigned URL of each of the result's files, good for one hour, or until the result expires if that is
-        earlier; nothing is looked at. A browser saves the files under the names of `download_names`.
+        """Return a presigned URL for each of the result's files. Makes no request to the store.
+
+        The URLs are valid for one hour, or until the result expires if that is earlier. A browser saves the files under
+        the names from `download_names`.
 
         Raises `ResultInline` for a result that lies in its event, and `ResultExpired`.
         """
@@ -136,8 +138,10 @@ class ResultReader:
 
 
 def download_names(event: QueryStatusChanged) -> list[str]:
-    """A name for each of the result's files that tells it from others: `query-2026-11-30-0c7f3a52.csv`, by the day on
-    which the query ended (UTC) and the beginning of its id."""
+    """Return a distinct name for each of the result's files, such as `query-2026-11-30-0c7f3a52.csv`.
+
+    It contains the day (UTC) on which the query ended and the beginning of the query's id.
+    """
     stem = f"query-{event.occurred_at.astimezone(UTC):%Y-%m-%d}-{event.query_id[:8]}"
     many = len(event.files) > 1
     return [

@@ -45,8 +45,8 @@ class Sender:
     def send(self, request: QueryRequested | QueryCancelRequested) -> "Future[None]":
         """Begin to publish; the future is done once the broker has it, and raises `NotSubmitted` after 30 s.
 
-        Raises `NotSubmitted` where it can't even begin, `ClientStopped` after `close` and in a fork of the process,
-        `Invalid` and `EventTooLarge` for what does not fit its schema.
+        Raises `NotSubmitted` if the send can't start, `ClientStopped` after `close` and in a fork of the process, and
+        `Invalid` and `EventTooLarge` for an event that does not fit its schema.
         """
         self._origin.check()
         answer: Future[None] = Future()

@@ -56,7 +56,7 @@ class Session:
         return Query(self, track, None if org_id is None else OrgId(parse_uuid(org_id, "org_id")))
 
     def check_process(self) -> None:
-        """Raises `ClientStopped` in a fork of the process that made the client."""
+        """Raises `ClientStopped` in a fork of the process that created the client."""
         self._tracking.origin.check()
 
     @property

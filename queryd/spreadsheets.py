@@ -1,4 +1,4 @@
-"""A CSV result for people who open it in a spreadsheet, which takes some texts for formulas."""
+"""Make a CSV result safe for spreadsheets, which read some texts as formulas."""
 
 import csv
 import io
@@ -6,23 +6,24 @@ import re
 import sys
 from typing import IO
 
-# With what a formula begins in Excel, LibreOffice or Google Sheets, after whatever spaces; some take the wide forms.
+# The characters that start a formula in Excel, LibreOffice or Google Sheets, after any spaces. Some of these programs
+# also accept the full-width forms.
 _FORMULA = re.compile("[\\s\ufeff\0]*[=+\\-@\t\r＝＋－＠]")
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?|[+-](inf|nan)")
 
 
 def write_for_spreadsheet(source: IO[bytes], target: IO[bytes]) -> None:
-    """Copy a CSV file, row by row, as a spreadsheet shows it without running anything.
+    """Copy a CSV file row by row, so that a spreadsheet runs no formula from it.
 
-    A field, or a name in the header, that would be a formula gets an apostrophe before it; numbers stay as they are.
-    The copy begins with a byte order mark, without which Excel does not read UTF-8. It is for people: NULL and the
-    empty text look alike in it, and a program should read the result itself.
+    A field or a header name that would be a formula gets a leading apostrophe; numbers do not change. The copy starts
+    with a byte order mark, which Excel needs to read UTF-8. The copy is for people: NULL and empty text look the same
+    in it. Programs should read the result itself.
 
     Args:
-        source: The result's file, in bytes, at its beginning.
-        target: Where the copy is written, in bytes.
+        source: The result's file, opened in binary mode, at its start.
+        target: The file for the copy, opened in binary mode.
     """
-    # A field may be as long as a row of a result.
+    # The csv module's default limit is smaller than a result's longest field.
     csv.field_size_limit(sys.maxsize)
     read = io.TextIOWrapper(source, encoding="utf-8", newline="")
     written = io.TextIOWrapper(target, encoding="utf-8-sig", newline="")

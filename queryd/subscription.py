@@ -159,7 +159,7 @@ class Subscription:
         self._consumer_turn = threading.Lock()
         self._first_assignment = asyncio.Event()
         self._outages = OutageLog("the consumer")
-        # A fork of the process must not destroy the consumer.
+        # In a forked process the consumer's destructor would hang.
         self._origin = Origin(self)
         self._consumer = Consumer(
             _consumer_config(config)
@@ -537,7 +537,7 @@ def _or_beginning(committed: int | None) -> int:
 
 
 def _fields(partitions: Iterable[Partition]) -> dict[str, Any]:
-    """What a log line about partitions says in fields: their numbers by topic."""
+    """Return the log fields for partitions: their numbers by topic."""
     by_topic: dict[str, list[int]] = {}
     for topic, partition in sorted(partitions):
         by_topic.setdefault(topic, []).append(partition)
@@ -550,7 +550,7 @@ def _headers(message: Message) -> tuple[tuple[str, bytes | None], ...]:
     except (SystemError, UnicodeError):
         # A name that is not UTF-8 is beyond the binding. The record's key and value say all that matters.
         where = {"topic": message.topic(), "partition": message.partition(), "offset": message.offset()}
-        _log.warning("a record's headers can't be read, going on without them", extra=where)
+        _log.warning("can't read a record's headers; continuing without them", extra=where)
         return ()
     return tuple((name, _bytes(value)) for name, value in headers)
 

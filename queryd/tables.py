@@ -1,8 +1,8 @@
 """A result's file as record batches, with the types that its event says.
 
-Parquet has its own types. In CSV and JSON the event's types decide, and not what the values look like: docs/results.md
-says what becomes of each. A type that Arrow has no counterpart of stays text; lists, structs, maps and unions are text
-in CSV.
+A Parquet file contains its types. For CSV and JSON the event's types decide, never the look of the values;
+docs/results.md lists the Arrow type of each. A type without a matching Arrow type stays text. In CSV lists, structs,
+maps and unions are text.
 """
 
 import csv as text_csv
@@ -23,7 +23,7 @@ from queryd.events import Column, OutputFormat, QueryStatusChanged
 
 # A row must fit into a block; queries make rows of megabytes at times, and a block costs its size in memory.
 _BLOCK_BYTES = 16 * 1024 * 1024
-# How much of a file of lines is read at once: as Python's own objects it is ten times larger.
+# Read files of lines in blocks of this size; as Python objects a block is ten times larger.
 _LINES_BYTES = 1024 * 1024
 
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -53,7 +53,7 @@ def open_batches(body: IO[bytes], event: QueryStatusChanged) -> pa.RecordBatchRe
 
 def _open_csv(body: IO[bytes], columns: Sequence[Column]) -> pa.RecordBatchReader:
     names = _read_header(body)
-    # A column that the event does not know, as of a release that told 200 at most, is text.
+    # Events of old releases list at most 200 columns. Later columns are text.
     types = [_type_in_csv(column) for column in columns[: len(names)]] + [pa.string()] * (len(names) - len(columns))
     reader = csv.open_csv(
         body,
@@ -78,7 +78,7 @@ def _type_in_csv(column: Column) -> pa.DataType:
 
 
 def _read_header(body: IO[bytes]) -> list[str]:
-    """The names of the columns, which the event tells only where they are no data."""
+    """Read the columns' names; the event replaces names that may contain data."""
     text = io.TextIOWrapper(body, encoding="utf-8", newline="")
     names = next(text_csv.reader(text), [])
     text.detach()
@@ -92,10 +92,10 @@ def _read_header(body: IO[bytes]) -> list[str]:
 def _open_json(body: IO[bytes], columns: Sequence[Column]) -> pa.RecordBatchReader:
     first = body.readline()
     body.seek(0)
-    # Every row has all of them. No rows have not even names: the event's.
+    # Every row has all names. If there are no rows, take the event's names.
     names = list(text_json.loads(first)) if first else [column.name for column in columns]
     if len(names) != len(columns):
-        raise _unreadable("a result of more columns than its event tells")
+        raise _unreadable("a file with more columns than its event lists")
     row = ColumnType("STRUCT", tuple(zip(names, map(_parse, columns), strict=True)))
     target = pa.schema([(name, to_arrow(type_)) for name, type_ in row.parts])
     return pa.RecordBatchReader.from_batches(target, _read_lines(body, row, target))
@@ -109,9 +109,9 @@ def _read_lines(body: IO[bytes], row: ColumnType, target: pa.Schema) -> Iterator
 
 
 def _find_taken(row: ColumnType, target: pa.Schema) -> pa.Schema | None:
-    """The types by which pyarrow's own reader, which is a hundred times faster than Python, reads the values exactly.
+    """Return types with which pyarrow's JSON reader reads the values exactly; it is 100 times faster than Python.
 
-    None where it can't: it knows no maps, no bytes, nothing that is any JSON, and no fields but by their names.
+    Returns None if it can't: it does not read maps, bytes or arbitrary JSON, and it finds fields only by name.
     """
     if any(part.holds("MAP", "UNION", "JSON", "BIGNUM", "BLOB", "HUGEINT", "UHUGEINT") for _, part in row.parts):
         return None
@@ -134,13 +134,13 @@ def _is_read_as_is(type_: pa.DataType) -> bool:
 
 
 def _read_as(type_: pa.DataType) -> pa.DataType:
-    """The type by which pyarrow is to read a column: text where it does not know all that DuckDB writes."""
+    """Return the type with which pyarrow reads a column: text if pyarrow can't parse every value that DuckDB writes."""
     is_text = moments.is_moment(type_) or pa.types.is_binary(type_) or pa.types.is_decimal256(type_)
     return pa.string() if is_text else type_
 
 
 def _read_plain(lines: list[bytes], taken: pa.Schema) -> pa.RecordBatch | None:
-    """The lines by pyarrow; None where one holds what it can't read, as a NaN that is a text."""
+    """Read lines with pyarrow; None if it can't read a value, such as NaN, which is a JSON string."""
     text = b"".join(lines)
     try:
         table = json.read_json(
@@ -176,8 +176,8 @@ def _build(values: list[Any], type_: ColumnType) -> pa.Array:
         case "STRUCT":
             _check_all(values, dict)
             if any(value is not None and len(value) != len(type_.parts) for value in values):
-                raise ValueError("an object of another number of fields than its type")
-            # By place: an event leaves out some names.
+                raise ValueError("an object has more or fewer fields than its type")
+            # Match fields by position, since an event omits some names.
             rows = [[None] * len(type_.parts) if value is None else list(value.values()) for value in values]
             parts = [_build([row[at] for row in rows], part) for at, (_, part) in enumerate(type_.parts)]
             return _build_struct(values, type_, parts)
@@ -186,7 +186,7 @@ def _build(values: list[Any], type_: ColumnType) -> pa.Array:
 
 
 def _build_map(values: list[Any], type_: ColumnType) -> pa.Array:
-    """From an object, or from an array of keys and values where a key has parts."""
+    """Build maps from objects, or from arrays of keys and values if keys are nested."""
     (_, key), (_, value) = type_.parts
     _check_all(values, list if key.is_nested else dict)
     given = [each for each in values if each is not None]
@@ -195,15 +195,15 @@ def _build_map(values: list[Any], type_: ColumnType) -> pa.Array:
     else:
         entries = [entry for each in given for entry in each.items()]
     keys, items = [key for key, _ in entries], [item for _, item in entries]
-    # A key that is any JSON is text.
+    # A key of the type JSON is text.
     return pa.MapArray.from_arrays(_offsets(values), _build(keys, key), _build(items, value))
 
 
 def _build_union(values: list[Any], type_: ColumnType) -> pa.Array:
-    """From an object of one member: a struct of its name and of all members, of which the others are NULL."""
+    """Build structs from objects with one member: the member's name, then all members; unset members are NULL."""
     members = [name for name, _ in type_.parts]
     if any(value is not None and (len(value) != 1 or next(iter(value)) not in members) for value in values):
-        raise ValueError("an object that is no member of its union")
+        raise ValueError("an object names no member of its union")
     tags = pa.array([None if value is None else next(iter(value)) for value in values], pa.string())
     parts = [_build([value.get(name) if value else None for value in values], part) for name, part in type_.parts]
     return _build_struct(values, type_, [tags, *parts])
@@ -237,18 +237,18 @@ def _to_text(value: Any) -> str | None:
     raise ValueError("an object where a scalar is expected")
 
 
-# Numbers stay the text that they are, and lose nothing on their way to their type.
+# Keep numbers as text, so that the conversion to their type loses no digits.
 _DECODER = text_json.JSONDecoder(parse_int=str, parse_float=str)
 
 
 def _scan_known(text: str, place: int, _type: ColumnType) -> tuple[Any, int]:
-    """The value that begins at that place, and where it ends."""
+    """Return the value that starts at `place`, and the position of its end."""
     value, end = _DECODER.raw_decode(text, _skip(text, place))
     return value, end
 
 
 def _scan(text: str, place: int, type_: ColumnType) -> tuple[Any, int]:
-    """The same, but that values of the type JSON stay the text that they are."""
+    """Like `_scan_known`, but keep values of the type JSON as text."""
     place = _skip(text, place)
     if text.startswith("null", place) or not type_.holds("JSON"):
         return _scan_known(text, place, type_)
@@ -276,7 +276,7 @@ def _scan_parts(text: str, place: int, type_: ColumnType) -> tuple[Any, int]:
 
 
 def _part_of(type_: ColumnType, place: int, keys: list[str]) -> ColumnType:
-    """The type of a value's part, by its place, or by the last of the keys where that is the name of a member."""
+    """Return the type of a value's part, by its position; for a union by the last key, which names the member."""
     match type_.name:
         case "LIST" | "ARRAY":
             return type_.element
@@ -303,7 +303,7 @@ def _convert_batch(batch: pa.RecordBatch, target: pa.Schema) -> pa.RecordBatch:
 
 
 def _convert(array: pa.Array, target: pa.DataType) -> pa.Array:
-    """Values of that type, of what was read as text."""
+    """Convert values that were read as text to `target`."""
     if array.type == target:
         return array
     if pa.types.is_binary(target):
@@ -314,7 +314,7 @@ def _convert(array: pa.Array, target: pa.DataType) -> pa.Array:
 
 
 def _to_bytes(text: str) -> bytes:
-    """What DuckDB writes of bytes: `a` or `\\x61`."""
+    """Parse DuckDB's text of bytes: `a` or `\\x61`."""
     return _BYTE.sub(lambda found: bytes([int(found[1], 16)]), text.encode())
 
 
@@ -322,7 +322,7 @@ def _parse(column: Column) -> ColumnType:
     try:
         return parse_type(column.type)
     except NoCounterpart:
-        raise _unreadable("a column whose type its event does not tell in full") from None
+        raise _unreadable("a column whose full type is not in its event") from None
 
 
 def _read_each(reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
@@ -339,10 +339,10 @@ class _Reading:
     def __exit__(self, _kind: object, raised: BaseException | None, _trace: object) -> None:
         wrong = (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError, LookupError, TypeError, RecursionError)
         if isinstance(raised, wrong):
-            raise _unreadable("a file with values that are not of its columns' types") from None
+            raise _unreadable("a file with values that do not fit its columns' types") from None
 
 
 def _unreadable(what: str) -> ResultUnreadable:
     return ResultUnreadable(
-        f"the result is {what}, so it can't be read as a table: ask for parquet, or read the file itself by its link"
+        f"the result is {what}, so it can't be read as a table: ask for parquet, or read the file by its link"
     )

@@ -174,8 +174,10 @@ class Tracking:
         self._follower.start()
 
     def take(self, query_id: QueryId) -> Track:
-        """The track of a query; what is published from now on will be heard. Raises `ClientStopped` in a fork of the
-        process."""
+        """Track a query; the track receives all events published from now on.
+
+        Raises `ClientStopped` in a fork of the process.
+        """
         self.origin.check()
         with self._lock:
             track = self._tracks.get(query_id.encode())

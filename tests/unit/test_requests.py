@@ -200,9 +200,9 @@ def test_the_queries_that_were_heard_of_last_are_remembered() -> None:
         ("max_bytes_scaned", "max_bytes_scanned"),
     ],
 )
-def test_an_option_that_there_is_not_is_named_with_the_one_that_is_meant(option: str, meant: str) -> None:
+def test_an_unknown_option_is_an_error_that_suggests_a_similar_one(option: str, meant: str) -> None:
     options: Any = {"org_id": ORG_ID, option: 1}
-    with pytest.raises(TypeError, match=f"no option '{option}': {meant} is one"):
+    with pytest.raises(TypeError, match=f"no option '{option}': did you mean {meant}\?"):
         make_request("SELECT 1", **options)
 
 

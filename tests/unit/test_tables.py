@@ -177,12 +177,12 @@ def test_a_nested_type_that_the_event_cuts_short_is_not_guessed(described: str) 
         _read(b'{"x":["2020-01-01"]}\n', [Column("x", described)], OutputFormat.JSON)
 
 
-def test_columns_that_the_event_does_not_tell_are_not_guessed() -> None:
-    """As of a release that told 200 at most."""
+def test_columns_that_the_event_does_not_list_are_not_guessed() -> None:
+    """Events of old releases list at most 200 columns."""
     told = [Column("known", "VARCHAR")]
     table = _read(b"known,unknown\r\n1,00249\r\n", told, OutputFormat.CSV)
     assert table.to_pylist() == [{"known": "1", "unknown": "00249"}]
-    with pytest.raises(ResultUnreadable, match="more columns than its event tells"):
+    with pytest.raises(ResultUnreadable, match="more columns than its event lists"):
         _read(b'{"known":"1","unknown":2}\n', told, OutputFormat.JSON)
 
 
