@@ -202,7 +202,7 @@ def test_the_queries_that_were_heard_of_last_are_remembered() -> None:
 )
 def test_an_unknown_option_is_an_error_that_suggests_a_similar_one(option: str, meant: str) -> None:
     options: Any = {"org_id": ORG_ID, option: 1}
-    with pytest.raises(TypeError, match=f"no option '{option}': did you mean {meant}\?"):
+    with pytest.raises(TypeError, match=rf"no option '{option}': did you mean {meant}\?"):
         make_request("SELECT 1", **options)
 
 
