@@ -1,4 +1,4 @@
-"""How many cores this process may use: its affinity, and the CPU quota of its cgroup and of every one above it."""
+"""Count the cores that this process may use, by its affinity and the CPU quotas of its cgroup and the parents."""
 
 import os
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ _ROOT = Path("/")
 
 
 def count_cores(root: Path = _ROOT) -> float:
-    """Cores, a fraction where a quota says so. `root` holds `proc` and `sys`."""
+    """Return the number of cores, a fraction if a quota is one. `root` contains `proc` and `sys`."""
     return min([float(_count_usable()), *_find_quotas(root)])
 
 
@@ -36,14 +36,14 @@ def _find_quotas(root: Path) -> Iterator[float]:
 
 
 def _folders(mount: Path, path: str) -> Iterator[Path]:
-    """The cgroup's folder and those above it: in a container only the mount may be there, and the path the host's."""
+    """Yield the folders of the cgroup and its parents. In a container only `mount` may exist; `path` is the host's."""
     parts = [part for part in path.split("/") if part not in ("", "..")]
     for count in range(len(parts), -1, -1):
         yield mount.joinpath(*parts[:count])
 
 
 def _read(file: Path, words: int) -> list[str]:
-    """So many words of a file; empty ones where it is not there, as in the root cgroup."""
+    """Read this many words of a file; they are empty if the file is missing, as in the root cgroup."""
     try:
         found = file.read_text(encoding="utf-8").split()
     except OSError:
@@ -52,6 +52,6 @@ def _read(file: Path, words: int) -> list[str]:
 
 
 def _divide(quota: str, period: str) -> Iterator[float]:
-    # Without a quota version 2 says `max`, and version 1 says -1.
+    # Without a quota, cgroup version 2 has `max` and version 1 has -1.
     if quota.isdigit() and period.isdigit() and int(quota) > 0 and int(period) > 0:
         yield int(quota) / int(period)

@@ -76,12 +76,12 @@ def explain_postgres(variable: str, url: str, error: psycopg.Error) -> str:
 
 
 def _explain_statement(variable: str, error: psycopg.Error) -> str:
-    """Of an error that the server gave to a statement."""
+    """Explain the server's error for a statement."""
     match error:
         case psycopg.errors.InsufficientPrivilege():
-            return f"the role may not do that: give it the rights, or name the owner of the tables in {variable}"
+            return f"the role lacks a privilege: grant it, or name the tables' owner in {variable}"
         case psycopg.errors.ReadOnlySqlTransaction():
-            return f"the server takes no writes: does {variable} name a replica?"
+            return f"the server is read-only: name the primary, not a replica, in {variable}"
         case _:
             return f"the server refuses a statement: {type(error).__name__} {error.sqlstate}"
 
@@ -132,7 +132,7 @@ def explain_store(error: BotoCoreError | ClientError) -> str:
 def _explain_refusal(error: ClientError) -> str:
     status = status_of(error)
     if error.response.get("Error", {}).get("Code") == "NoSuchKey":
-        return "the object is gone: it has expired, or was removed behind queryd's back"
+        return "the object does not exist: it has expired, or another program deleted it"
     if error.response.get("Error", {}).get("Code") in _WRONG_KEYS:
         return "the keys are wrong: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     if status == 403:
@@ -144,16 +144,16 @@ def _explain_refusal(error: ClientError) -> str:
 
 PRECONDITION_FAILED = 412
 OVERWRITES = (
-    "the S3 server ignores If-None-Match and overwrites an object that is there: a late attempt could replace a "
-    "result; use a server with conditional writes"
+    "the S3 server ignores If-None-Match and overwrites existing objects, so a late attempt could replace a result: "
+    "use a server with conditional writes"
 )
 
 
 def explain_write(error: ClientError) -> str:
-    """What S3's refusal of a conditional PUT into the results bucket means."""
+    """Explain S3's error for a conditional PUT into the results bucket."""
     if status_of(error) == 501 or error.response.get("Error", {}).get("Code") == "NotImplemented":
         return (
-            "the S3 server can't create an object only where none is (If-None-Match): no result can be stored; use a "
+            "the S3 server does not support conditional writes (If-None-Match), so queryd can't store results: use a "
             "server with conditional writes"
         )
     return explain_store(error)

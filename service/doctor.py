@@ -49,7 +49,7 @@ class Finding:
 
 
 def examine(settings: Settings) -> list[Finding]:
-    """Look at everything, whatever the first finding is. What is wrong stands first."""
+    """Run all checks, even if one fails. Problems come first."""
     checks: list[Callable[[Settings], Iterator[Finding]]] = [
         _examine_environment,
         examine_kafka,
@@ -72,7 +72,7 @@ def _examine_environment(_settings: Settings) -> Iterator[Finding]:
 
 
 def examine_kafka(settings: Settings) -> Iterator[Finding]:
-    """Does some broker let us in, and are the topics there?"""
+    """Check that a broker accepts the connection, and that the topics exist."""
     try:
         missing = find_missing(find_topics(settings.kafka))
     except NoBroker as error:
@@ -93,7 +93,7 @@ def _examine_relay(settings: Settings) -> Iterator[Finding]:
 
 
 def examine_registry(_settings: Settings) -> Iterator[Finding]:
-    """Does the schema registry take our schemas?"""
+    """Check that the schema registry accepts queryd's schemas."""
     registry = registry_in_use()
     if registry is None:
         return
@@ -110,12 +110,12 @@ def examine_registry(_settings: Settings) -> Iterator[Finding]:
 
 
 def examine_data(settings: Settings) -> Iterator[Finding]:
-    """Does Postgres data let us in, and does it hold our tables in this version?"""
+    """Check the login to Postgres data, and the version of its tables."""
     yield _examine_database("postgres data", "QUERYD_DATA_URL", settings.data_url.get_secret_value(), DATA)
 
 
 def examine_state(settings: Settings) -> Iterator[Finding]:
-    """The same of Postgres state."""
+    """Check the login to Postgres state, and the version of its tables."""
     yield _examine_database("postgres state", "QUERYD_STATE_URL", settings.state_url.get_secret_value(), STATE)
 
 
@@ -130,7 +130,7 @@ def _examine_database(what: str, variable: str, url: str, schema: Schema) -> Fin
 
 
 def examine_datasets(settings: Settings) -> Iterator[Finding]:
-    """Does the datasets' Postgres let us in, and is it a server of its own?"""
+    """Check the login to the datasets' Postgres, and that it is a separate server."""
     if settings.datasets_pg_url is None:
         yield Finding("datasets in postgres", "warning", "QUERYD_DATASETS_PG_URL is not set: only parquet can be read")
         return
@@ -155,7 +155,7 @@ def examine_datasets(settings: Settings) -> Iterator[Finding]:
 
 
 def examine_store(settings: Settings) -> Iterator[Finding]:
-    """Is the results bucket there for our keys?"""
+    """Check that the results bucket exists and that the credentials may use it."""
     try:
         client = _try_bucket(settings.bucket)
         yield Finding("s3", "well", f"bucket {settings.bucket}")
@@ -171,10 +171,10 @@ def examine_store(settings: Settings) -> Iterator[Finding]:
 
 
 def _try_conditional_put(client: Any, bucket: str) -> Iterator[Finding]:
-    """Put an object where there is none, which must succeed, and there again, which must not; then remove it.
+    """Put an object at a free key, which must succeed, and again, which must fail; then delete it.
 
-    Its key is that of a result of a query that nobody knows: credentials may be for these keys alone, and retention
-    removes what is left of an interrupted try.
+    The key is that of a result of a random query: the credentials may allow only such keys, and retention deletes the
+    object if the check is interrupted.
     """
     org, query, token = (str(uuid.uuid4()) for _ in range(3))
     target = {"Bucket": bucket, "Key": f"{prefix(OrgId(org), QueryId(query), 1, token)}doctor"}
@@ -187,7 +187,7 @@ def _try_conditional_put(client: Any, bucket: str) -> Iterator[Finding]:
         client.put_object(**target, Body=b"queryd doctor", IfNoneMatch="*")
     except ClientError as error:
         if status_of(error) == PRECONDITION_FAILED:
-            yield Finding("s3 writes", "well", "an object that is there is not overwritten")
+            yield Finding("s3 writes", "well", "an existing object is not overwritten")
         else:
             yield Finding("s3 writes", "wrong", explain_write(error))
     else:
@@ -197,7 +197,7 @@ def _try_conditional_put(client: Any, bucket: str) -> Iterator[Finding]:
 
 
 def _try_bucket(bucket: str) -> Any:
-    """A client of the bucket's store, which has answered."""
+    """Return a client of the bucket's store, after a first successful request."""
     client = boto3.client(
         "s3",
         region_name=os.environ.get("AWS_REGION"),
@@ -227,7 +227,7 @@ def _examine_sandbox(settings: Settings) -> Iterator[Finding]:
     try:
         layers = asyncio.run(_ask_child(settings))
     except EngineUnavailable as error:
-        yield Finding("sandbox", "wrong", f"{error} Look for free memory, and space in the temporary folder")
+        yield Finding("sandbox", "wrong", f"{error} Check the free memory, and the space in the temporary folder")
         return
     lacking = [
         *(["Landlock (Linux 5.13 and newer): files are kept by DuckDB's own settings alone"] * (layers.landlock == 0)),

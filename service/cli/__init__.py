@@ -30,7 +30,7 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-# What starts a stack or a service; each waits for its servers by itself.
+# Commands that start a stack or a service. They wait for their servers themselves.
 _STARTING = frozenset({"up", "demo", "run"})
 
 
@@ -64,11 +64,11 @@ app.add_typer(replay.app, name="replay")
 
 
 def main() -> None:
-    """Run the command line. Whatever goes wrong is one line on stderr, and an exit code of docs/operations.md."""
-    # What happens on the way is told by the command, in its one line; services and `up` set theirs up anew.
+    """Run the command line. Every error is one line on stderr and an exit code from docs/operations.md."""
+    # A command reports its errors itself, so libraries log only errors. Services and `up` configure logging again.
     set_up_logs("ERROR")
     try:
-        # What is asked wrongly is one line as well, and no box of six.
+        # Without standalone mode a usage error is one line too, not typer's box of six lines.
         code = app(standalone_mode=False)
     except typer.TyperException as error:
         _complain_of_usage(error)
@@ -82,7 +82,7 @@ def main() -> None:
         raise
     except OSError as error:
         where = "" if error.filename is None else f" {error.filename}"
-        complain(f"the system refuses{where}: {error.strerror or type(error).__name__}")
+        complain(f"operating system error{where}: {error.strerror or type(error).__name__}")
     except Exception as error:
         if os.environ.get("QUERYD_LOG_LEVEL") == "DEBUG":
             raise
@@ -93,7 +93,7 @@ def main() -> None:
 def _complain_of_usage(error: typer.TyperException) -> NoReturn:
     sentence = error.format_message().removesuffix(".").replace("Value error, ", "")
     if not sentence.strip():
-        # A group without a command has printed its help.
+        # The text is empty if a group was called without a command; typer has printed the help.
         sys.exit(WRONGLY_ASKED)
     context = getattr(error, "ctx", None)
     command = "queryd" if context is None else context.command_path

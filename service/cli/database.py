@@ -18,7 +18,7 @@ _Answer = TypeVar("_Answer")
 
 
 def with_data(work: Callable[[DataPool], Awaitable[_Answer]]) -> _Answer:
-    """The answer of `work`; exits with 2 for what was asked wrongly."""
+    """Run `work` and return its result; exits with 2 for a usage error."""
     settings = load_settings()
 
     async def run() -> _Answer:

@@ -45,7 +45,7 @@ class Kind(StrEnum):
 # What a person looks for; `--json` has everything.
 _SHOWN = ("name", "org_id", "kind", "location", "visibility", "pii_columns")
 
-# A folder may hold any number of files that are not read; a few tell which kind they are.
+# A folder may contain many unread files; a few examples show their kind.
 _MAX_KEYS = 5
 
 Name = Annotated[str, typer.Argument(help="What SQL calls it: name or schema.name, without quotes.")]
@@ -70,8 +70,8 @@ def add(
 ) -> None:
     """Register a dataset, or replace the org's dataset of that name and delete its grants.
 
-    Prints how each column is read. Columns and partition columns are kept as they are now: files that are added later
-    must fit them. Asks before it deletes grants.
+    Prints how queryd reads each column. Registration fixes the columns and partition columns: later files must match
+    them. Asks before it deletes grants.
     """
     settings = load_settings()
     dataset = NewDataset(
@@ -135,7 +135,7 @@ def list_(
 
 @app.command()
 def show(name: Name, org: Owner, check: Check = True, as_json: Json = False) -> None:
-    """Show one dataset: its columns and how they are read, which files are not, and who may read it."""
+    """Show one dataset: how queryd reads its columns, which files it does not read, and who may read the dataset."""
     org_id = uuid_argument(org, "--org")
     dataset, grants = with_data(lambda pool: find_dataset(pool, org_id, name))
     looked = None
@@ -192,7 +192,7 @@ def _change(
 
 
 def _ask_for_grants(dataset: NewDataset) -> None:
-    """Ask before grants of a dataset that is replaced are deleted. Exits where nobody agrees."""
+    """Ask before a replacement deletes a dataset's grants. Exits unless the user agrees."""
 
     async def read_grants(pool: DataPool) -> list[str]:
         try:
@@ -203,10 +203,10 @@ def _ask_for_grants(dataset: NewDataset) -> None:
     grants = with_data(read_grants)
     if not grants:
         return
-    sentence = f"{dataset.name} is replaced and its grants are deleted ({', '.join(grants)})"
+    sentence = f"this replaces {dataset.name} and deletes its grants ({', '.join(grants)})"
     if not sys.stdin.isatty():
-        complain(f"{sentence}: give --yes", 2)
-    if not typer.confirm(f"{sentence}. Go on?", err=True):
+        complain(f"{sentence}: confirm with --yes", 2)
+    if not typer.confirm(f"{sentence}. Continue?", err=True):
         complain("nothing was changed")
 
 
@@ -245,9 +245,9 @@ def _list_lines(dataset: Dataset, looked: Looked) -> Iterator[str]:
         return
     yield f"files: {looked.files}, {looked.bytes} bytes"
     if looked.hidden:
-        yield f"not read, for names that begin with _ or . are not data: {_say_keys(looked.hidden)}"
+        yield f"not read, because a name begins with _ or .: {_say_keys(looked.hidden)}"
     if looked.outside:
-        yield f"not read, for they lie outside the partition folders: {_say_keys(looked.outside)}"
+        yield f"not read, because they are outside the partition folders: {_say_keys(looked.outside)}"
     if looked.unreadable:
         yield f"can't be read: {_say_keys(looked.unreadable)}"
 

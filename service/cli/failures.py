@@ -1,6 +1,6 @@
-"""What a dependency did wrong, in one sentence: the one place of the command line that knows the libraries' errors.
+"""Describe a dependency's failure in one sentence. Only this module of the command line knows the libraries' errors.
 
-A command lets such an error pass. Where it has something to add, it takes the sentence from here.
+A command does not catch such an error, unless it adds something to the sentence.
 """
 
 import traceback
@@ -46,11 +46,11 @@ FAILURES = (*DATABASE_FAILURES, *KAFKA_FAILURES, *STORE_FAILURES, *REGISTRY_FAIL
 
 
 def describe_failure(error: Exception) -> str:
-    """Which dependency is to blame and what to do, found out by asking it again as `queryd doctor` does.
+    """Describe which dependency failed and what to do, by the checks of `queryd doctor`.
 
-    Where it answers by now, what the error says itself.
+    If the checks find no problem, return the error's own text.
     """
-    # The engine's and boto3's imports take half a second.
+    # Imported here, since the engine and boto3 take half a second to import.
     from service.doctor import examine_data, examine_kafka, examine_state, examine_store  # noqa: PLC0415
 
     settings = load_settings()
@@ -74,12 +74,12 @@ def describe_failure(error: Exception) -> str:
 
 
 def describe_defect(error: Exception) -> str:
-    """Where queryd's own code failed. The error's text may quote anything, so its class must do."""
+    """Describe an error in queryd's own code, by its class and place: its text may contain SQL or credentials."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     place = f" in {'/'.join(Path(last.filename).parts[-2:])}:{last.lineno}"
     return (
         f"this is a defect of queryd: {type(error).__name__}{place}. Please report it; with QUERYD_LOG_LEVEL=DEBUG the "
-        "command prints its traceback, which may hold SQL and credentials"
+        "command prints its traceback, which may contain SQL and credentials"
     )
 
 

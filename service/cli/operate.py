@@ -51,7 +51,7 @@ def upgrade(as_json: Json = False) -> None:
     apart = settings.data_url != settings.state_url
     for name, url, schema, run in both:
         try:
-            # One database may hold both schemas, but then both variables name it.
+            # One database may contain both schemas, but only if both variables name it.
             if apart and asyncio.run(is_others(url, schema)):
                 complain(f"{name}: {SWAPPED}")
             run(url)
@@ -113,7 +113,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
-    """Through a pipe one line each; on a terminal the advice below what it is about, within the terminal's width."""
+    """Print one line per finding to a pipe; on a terminal print the advice on separate lines within its width."""
     if not sys.stdout.isatty():
         print_rows("findings", [{"state": each.state, "what": each.what, "advice": each.advice} for each in findings])
         return

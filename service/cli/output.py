@@ -12,7 +12,7 @@ from rich.table import Table
 
 from service.sizes import read_size
 
-# Exit codes; 0 is done. docs/operations.md has the table.
+# Exit codes; 0 is success. docs/operations.md has the table.
 FAILED = 1
 WRONGLY_ASKED = 2
 DEFECT = 70
@@ -85,7 +85,7 @@ def complain(sentence: str, code: int = FAILED) -> NoReturn:
 
 
 def read_size_option(text: str, name: str) -> int:
-    """A size given on the command line; exits with 2 for anything else."""
+    """Parse a size from the command line; exits with 2 if it is invalid."""
     try:
         return read_size(text)
     except ValueError as error:
@@ -93,7 +93,7 @@ def read_size_option(text: str, name: str) -> int:
 
 
 def read_time(text: str | None, name: str) -> datetime | None:
-    """A time in UTC given on the command line; exits with 2 for anything else."""
+    """Parse a UTC time from the command line; exits with 2 if it is invalid."""
     if text is None:
         return None
     try:
@@ -101,5 +101,5 @@ def read_time(text: str | None, name: str) -> datetime | None:
     except ValueError:
         complain(f"{name} must be a time in UTC, such as 2026-11-23T10:00:00Z", 2)
     if moment.tzinfo is None or moment.utcoffset() != UTC.utcoffset(None):
-        complain(f"{name} must say that it is UTC, with a Z at its end: 2026-11-23T10:00:00Z", 2)
+        complain(f"{name} must end with Z for UTC: 2026-11-23T10:00:00Z", 2)
     return moment

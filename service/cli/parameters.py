@@ -1,4 +1,4 @@
-"""A query's parameters on the command line: guessed by JSON's rules, or text."""
+"""Read a query's parameters from the command line: typed by JSON's rules, or as text."""
 
 import json
 import math
@@ -13,15 +13,15 @@ from service.cli.output import complain
 Param = Annotated[
     list[str] | None,
     typer.Option(
-        help='name=value. What JSON reads as a number, true, false, null or "text" is that (94105, 1e5 and 1.10 are '
-        "numbers); everything else is text, NaN and Infinity too. For text in any case: --param-text."
+        help='name=value. A JSON number, true, false, null or "text" has its JSON type (94105, 1e5, 1.10: numbers). '
+        "Every other value is text, including NaN and Infinity. --param-text always sends text."
     ),
 ]
-ParamText = Annotated[list[str] | None, typer.Option(help="name=value; the value is text, whatever it looks like.")]
+ParamText = Annotated[list[str] | None, typer.Option(help="name=value; the value is always text.")]
 
 
 def read_parameters(guessed: Iterable[str], texts: Iterable[str]) -> dict[str, Parameter]:
-    """The parameters of both options; exits with 2 for one that is given twice."""
+    """Merge the parameters of both options; exits with 2 if a name occurs twice."""
     parameters: dict[str, Parameter] = {}
     given: list[tuple[str, str, Callable[[str, str], Parameter]]]
     given = [(*_split(each, "--param"), _guess) for each in guessed]
@@ -36,7 +36,7 @@ def read_parameters(guessed: Iterable[str], texts: Iterable[str]) -> dict[str, P
 def _split(text: str, option: str) -> tuple[str, str]:
     name, separator, value = text.partition("=")
     if not separator or not name:
-        complain(f"{option} wants name=value", 2)
+        complain(f"{option} must be name=value", 2)
     return name, value
 
 
@@ -45,7 +45,7 @@ def _as_text(_name: str, value: str) -> str:
 
 
 def _guess(name: str, value: str) -> Parameter:
-    """Only what a parameter may be: a JSON list or object was meant as text, and so was a number that is none."""
+    """Read a JSON scalar. Lists, objects and NaN are no parameter types, so they are text."""
     try:
         parsed = json.loads(value)
     except (ValueError, RecursionError):

@@ -30,18 +30,20 @@ from service.topics import require_topics
 
 # How often a waiting submit asks for the row besides listening for events.
 _LOOK_SECONDS = 2.0
-# How soon it shows an event: a person sees no difference, and it costs nothing.
+# The delay before an event is shown: too short for a person to notice, and cheap.
 _SHOW_SECONDS = 0.05
-# How long a cancel looks for what is known of its query: the client begins after a second and reads one partition.
+# The time limit to find a cancelled query's status: the client starts in about a second and reads one partition.
 _KNOWN_SECONDS = 5.0
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON line and nothing else.")]
 Timeout = Annotated[int | None, typer.Option(help="Time limit in seconds.", min=1, max=2**31 - 1)]
 MaxRows = Annotated[int | None, typer.Option(help="Fail when the result has more rows.", min=1, max=2**63 - 1)]
-MaxBytesScanned = Annotated[str | None, typer.Option(help="Fail when the query reads more: bytes, or 512MiB, 10GB.")]
+MaxBytesScanned = Annotated[
+    str | None, typer.Option(help="Fail when the query reads more than this: bytes, or 512MiB, 10GB.")
+]
 
 
-# What a person looks for; `--json` has everything.
+# The columns that people need most; `--json` has all.
 _LISTED = ("query_id", "status", "mode", "created_at", "duration_ms", "row_count", "bytes", "error_code")
 
 
@@ -78,8 +80,10 @@ def submit(
     wait: Annotated[bool, typer.Option(help="Wait until the query is finished.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Publish a request. With --wait its id is printed at once, and its states on stderr as they come; exit code 1 when
-    it failed."""
+    """Publish a request and print its query id.
+
+    With --wait, print each status on stderr; exit code 1 if the query fails.
+    """
     settings = load_settings()
     if (sql is None) == (saved is None):
         complain("give the SQL, or --saved with a saved query's id; one of them and not both", 2)
@@ -131,8 +135,10 @@ def cancel(
     wait: Annotated[bool, typer.Option(help="Wait until the query has ended.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Ask for a query to stop, and say what is known of it. A finished one stays as it is; exit code 1 when it was
-    waited for and had succeeded."""
+    """Request a query's cancel and print its status. A finished query does not change.
+
+    With --wait, exit code 1 if the query succeeded.
+    """
     settings = load_settings()
     wanted, org_id = uuid_argument(query_id, "the id"), uuid_argument(org, "--org")
     user_id = optional_uuid(user, "--user")
@@ -167,18 +173,18 @@ def status(query_id: Annotated[str, typer.Argument(help="The query's id.")], as_
 
 def list_(
     *,
-    org: Annotated[str, typer.Option(help="The org whose queries.", envvar="QUERYD_ORG")],
-    user: Annotated[str | None, typer.Option(help="Only this user's.")] = None,
+    org: Annotated[str, typer.Option(help="Org the queries belong to.", envvar="QUERYD_ORG")],
+    user: Annotated[str | None, typer.Option(help="Only queries of this user.")] = None,
     since: Annotated[
-        str | None, typer.Option(help="Only from this time or later, in UTC: 2026-11-23T10:00:00Z.")
+        str | None, typer.Option(help="Only queries created at this UTC time or later: 2026-11-23T10:00:00Z.")
     ] = None,
-    until: Annotated[str | None, typer.Option(help="Only from before this time, in UTC.")] = None,
+    until: Annotated[str | None, typer.Option(help="Only queries created before this UTC time.")] = None,
     status: Annotated[list[Status] | None, typer.Option(help="Only queries with this status; may be repeated.")] = None,
-    mode: Annotated[Mode | None, typer.Option(help="Only this lane's.")] = None,
-    limit: Annotated[int, typer.Option(help="How many at most.", min=1, max=10_000)] = 20,
+    mode: Annotated[Mode | None, typer.Option(help="Only queries of this mode.")] = None,
+    limit: Annotated[int, typer.Option(help="Maximum number of queries.", min=1, max=10_000)] = 20,
     as_json: Json = False,
 ) -> None:
-    """List an org's queries, the newest first."""
+    """List an org's queries, newest first."""
     wanted = QueryFilter(
         org_id=uuid_argument(org, "--org"),
         user_id=optional_uuid(user, "--user"),
@@ -205,7 +211,8 @@ def fetch(
     link: Annotated[bool, typer.Option(help="Print presigned links of one hour instead.")] = False,
     why: Annotated[bool, typer.Option("--error", help="The engine's own words on why the query failed.")] = False,
     csv_safe: Annotated[
-        bool, typer.Option("--csv-safe", help="For a spreadsheet: no text becomes a formula. For results in csv.")
+        bool,
+        typer.Option("--csv-safe", help="Make a csv result safe to open in a spreadsheet: no text becomes a formula."),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -239,7 +246,7 @@ def fetch(
 
 
 def _read_event(row: CanonicalRow, files: list[dict[str, Any]]) -> QueryStatusChanged:
-    """The query's last event, in which an inline result is, with its files as the row has them."""
+    """Return the query's last event, which contains an inline result, with the files from the row."""
 
     async def read(pool: DataPool) -> bytes | None:
         async with transaction(pool) as connection:
@@ -280,11 +287,11 @@ def _print_place(event: QueryStatusChanged, *, as_json: bool) -> None:
 
 
 def _write(output: Path | None, files: Iterable[IO[bytes]]) -> None:
-    """Write files one after the other; each is whole and checked before its first byte is written."""
+    """Write files one after the other; each is downloaded and verified before its first byte is written."""
     try:
         _write_files(output, files)
     except (BrokenPipeError, BotoCoreError):
-        # Some of botocore's errors are the system's as well.
+        # Some of botocore's errors are OSErrors too; they must not be reported as errors of the output file.
         raise
     except OSError as error:
         complain(f"can't write {output or 'the output'}: {error.strerror}")
@@ -297,7 +304,7 @@ def _write_files(output: Path | None, files: Iterable[IO[bytes]]) -> None:
                 shutil.copyfileobj(file, sys.stdout.buffer)
         sys.stdout.buffer.flush()
         return
-    # The whole file or none: a reader never sees half a result here either.
+    # Write a temporary file and rename it, so that a reader never sees a part of a result.
     draft = output.with_name(f"{output.name}.draft")
     try:
         with draft.open("wb") as written:
@@ -320,27 +327,27 @@ def _print_error(row: CanonicalRow, files: list[dict[str, Any]]) -> None:
 
 
 def _judge_cancelled(handle: QueryHandle, org_id: str) -> tuple[str | None, str]:
-    """What is known of a query that was just asked to stop: its status, and what that means for the cancel."""
+    """Return the status of a query after its cancel was requested, and what the status means for the cancel."""
     try:
         event = handle.latest(_KNOWN_SECONDS)
     except TimeoutError:
-        return None, f"what the query's status is could not be found out; see: queryd status {handle.query_id}"
+        return None, f"can't find the query's status; check: queryd status {handle.query_id}"
     if event is None or event.org_id != org_id:
-        return None, "the org has no query with this id so far: one that comes within a week is cancelled"
+        return None, "the org has no query with this id yet; if it arrives within a week, it is cancelled"
     if event.status is Status.FAILED and event.error_code is ErrorCode.QUERY_CANCELLED:
         return event.status.value, "the query is cancelled"
     if event.status.terminal:
-        return event.status.value, "too late: the query had ended, and stays as it is"
+        return event.status.value, "too late: the query had already ended; nothing changes"
     return (
         event.status.value,
-        f"it ends as QUERY_CANCELLED unless it is faster; see: queryd status {handle.query_id}",
+        f"it ends as QUERY_CANCELLED unless it finishes first; check: queryd status {handle.query_id}",
     )
 
 
 def _wait(handle: QueryHandle, sql_hash: str | None, *, quiet: bool) -> dict[str, Any]:
-    """How the query ended; what happens on the way is told on stderr, unless `quiet`.
+    """Wait for the query and return its outcome; print each status on stderr, unless `quiet`.
 
-    The row is asked besides the events: those of an id that was used before have gone by.
+    Read the row as well as the events: if the id was used before, the events are already in the past.
     """
     told: QueryStatusChanged | None = None
     next_look = time.monotonic() + _LOOK_SECONDS
@@ -398,7 +405,7 @@ def _show_row(row: CanonicalRow, files: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _print_submitted(query_id: str, ended: dict[str, Any] | None, output_format: OutputFormat, as_json: bool) -> None:
-    """What is left to tell behind the id."""
+    """Print the result of a submit after the query id."""
     fields: dict[str, Any] = ended or {}
     inline = None
     if ended is not None and ended["status"] == Status.SUCCEEDED and ended["output_location"] is None:

@@ -341,7 +341,7 @@ def _run(work: Coroutine[Any, Any, _Answer], resumable: str | None = None) -> _A
             await require_schema(load_settings().data_url.get_secret_value(), DATA)
             return await work
         finally:
-            # Python warns of one that was never begun.
+            # Close the coroutine, since Python warns about one that never started.
             work.close()
 
     try:
@@ -349,7 +349,7 @@ def _run(work: Coroutine[Any, Any, _Answer], resumable: str | None = None) -> _A
     except (WindowRefused, NothingMatches, PatchRefused, PlanStale, ReplayRefused) as error:
         complain(str(error))
     except FAILURES as error:
-        again = "" if resumable is None else f". If it had begun: queryd replay resume {resumable}"
+        again = "" if resumable is None else f". If it had started, continue it: queryd replay resume {resumable}"
         complain(f"{describe_failure(error)}{again}")
 
 

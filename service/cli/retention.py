@@ -92,7 +92,7 @@ def _ask(whose: str) -> None:
 
 
 def _run(settings: Settings, work: Callable[[StoreAccess], Awaitable[_Answer]]) -> _Answer:
-    """The answer of `work`, which gets access to the bucket."""
+    """Run `work` with access to the bucket and return its result."""
 
     async def run() -> _Answer:
         await require_schema(settings.data_url.get_secret_value(), DATA)

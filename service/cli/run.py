@@ -42,7 +42,7 @@ def up() -> None:
     from service.up import UpFailed, run_up  # noqa: PLC0415
 
     isolate_from_sourced_stack()
-    # stdout is for `ready` alone.
+    # Only `ready` goes to stdout.
     set_up_logs("INFO", "up")
     try:
         asyncio.run(run_up(STATE_DIRECTORY))
@@ -56,7 +56,7 @@ def demo(as_json: Json = False) -> None:
     from service.embedded.servers import EmbeddedError  # noqa: PLC0415
     from service.up import UpFailed  # noqa: PLC0415
 
-    # Always a stack of its own, whatever the shell says.
+    # The demo always starts its own stack and ignores the shell's variables.
     isolate(settings=False)
     set_up_logs("ERROR")
     try:

@@ -1,4 +1,4 @@
-"""`queryd fetch --csv-safe`: a CSV result for people who open it in a spreadsheet."""
+"""`queryd fetch --csv-safe`: a CSV result that is safe to open in a spreadsheet."""
 
 import sys
 import tempfile
@@ -13,9 +13,9 @@ from service.cli.output import complain
 def write(
     fetch_to: Callable[[Path], None], output: Path | None, output_format: str | None, *, has_other_output: bool
 ) -> None:
-    """Fetch a result into a file that is removed again, and write its copy to `output`, whole or not at all."""
+    """Fetch a result into a temporary file, and write its safe copy to `output` in one step."""
     if has_other_output:
-        complain("--csv-safe changes what is written; --link, --json and --error print: one of them at a time", 2)
+        complain("--csv-safe can't be combined with --link, --json or --error", 2)
     if output_format != OutputFormat.CSV:
         complain(f"--csv-safe is for csv, and this result is {output_format}: submit it with --format csv", 2)
     with tempfile.TemporaryDirectory(prefix="queryd-fetch-") as folder:

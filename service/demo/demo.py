@@ -31,12 +31,12 @@ from service.wiring import opened_data_pool
 # Two cores answer in some 15 s; without an answer for this long something is wrong.
 _ANSWER_SECONDS = 120.0
 _REFRESH_SECONDS = 0.1
-# From here on the places have room beside whole titles, and the lanes beside broken ones.
+# At these widths result locations fit beside full titles, and modes fit beside wrapped titles.
 _WITH_PLACES = 156
 _WITH_LANES = 76
 _NEXT = """\
-The demo's servers have stopped, so that its results can't be read any more.
-Try next: `make up`, a stack that stays; see README.md."""
+The demo's servers have stopped, so its results are no longer readable.
+Try next: `make up`, a stack that keeps running; see README.md."""
 
 _ORG = "00000000-0000-4000-8000-00000000f113"
 _USER = "00000000-0000-4000-8000-00000000da7a"
@@ -98,11 +98,11 @@ async def _run_alone(directory: Path, console: Console, *, quiet: bool) -> dict[
 
 
 def _lock(directory: Path) -> int:
-    """A lock beside `directory`, which a demo deletes at its start: a descriptor to close. Raises `DemoFailed`."""
+    """Lock a file beside `directory`, which a demo deletes at its start. Returns a descriptor. Raises `DemoFailed`."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(directory.with_name(f"{directory.name}.lock"))
     if lock is None:
-        raise DemoFailed("another demo is running here: wait for its end, or start this one in another directory")
+        raise DemoFailed("another demo is running here: wait until it ends, or start this one in another directory")
     return lock
 
 
@@ -213,7 +213,7 @@ def _summarize(asked: Sequence[Asked], events: Sequence[QueryStatusChanged]) -> 
 
 
 def _table(asked: Sequence[Asked], events: Sequence[QueryStatusChanged | None], *, width: int) -> Table:
-    """A line a query. Where there is little room titles are broken, and what matters less is left out."""
+    """Build a table with one line per query. On a narrow terminal wrap titles and omit less important columns."""
     places, lanes = width >= _WITH_PLACES, width >= _WITH_LANES
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0) if places else (0, 1, 0, 0), pad_edge=False)
     table.add_column("query")
@@ -223,7 +223,7 @@ def _table(asked: Sequence[Asked], events: Sequence[QueryStatusChanged | None], 
     for name in ("rows", "bytes", "ms"):
         table.add_column(name, justify="right", no_wrap=True)
     if places:
-        table.add_column("was stored at", no_wrap=True)
+        table.add_column("stored at", no_wrap=True)
     for each, event in zip(asked, events, strict=True):
         cells = [each.question.title]
         if lanes:
@@ -242,7 +242,7 @@ def _table(asked: Sequence[Asked], events: Sequence[QueryStatusChanged | None], 
 def _say_status(event: QueryStatusChanged, *, short: bool) -> str:
     if event.error_code is None:
         return event.status.value
-    # An error code alone says that the query has failed, too.
+    # An error code already shows that the query failed.
     return event.error_code.value if short else f"{event.status}: {event.error_code}"
 
 

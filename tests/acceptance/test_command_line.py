@@ -124,7 +124,7 @@ def test_a_cancel_says_what_is_known_of_its_query(stack: Stack) -> None:
     assert submitted.stderr == ""
     late = _queryd(stack.folder, "cancel", query_id, "--org", ORG)
     assert late.stdout == (
-        f"query id: {query_id}\nstatus: Succeeded\nnote: too late: the query had ended, and stays as it is\n"
+        f"query id: {query_id}\nstatus: Succeeded\nnote: too late: the query had already ended; nothing changes\n"
     )
     unknown = json.loads(_queryd(stack.folder, "cancel", str(uuid.uuid4()), "--org", ORG, "--json").stdout)
     assert (unknown["status"], "no query with this id so far" in unknown["note"]) == (None, True)
@@ -254,7 +254,7 @@ def test_an_id_that_was_used_for_another_query_is_no_success(stack: Stack) -> No
         (("submit", "--org", ORG), "give the SQL"),
         (("submit", " ", "--org", ORG), "the SQL is empty"),
         (("submit", "SELECT $x", "--org", ORG, "--param", f"x={2**63}"), "--param x"),
-        (("submit", "SELECT $x", "--org", ORG, "--param", "x"), "--param wants name=value"),
+        (("submit", "SELECT $x", "--org", ORG, "--param", "x"), "--param must be name=value"),
         (("datasets", "add", "x y", "--org", ORG, "--kind", "parquet", "--location", "s3://b/k"), "--user"),
         (("saved", "add", "x", "--org", ORG, "--user", ORG, "--sql", "SELECT 1", "--visibility", "x"), "visibility"),
     ],

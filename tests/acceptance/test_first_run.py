@@ -165,7 +165,7 @@ def test_a_demo_beside_a_running_stack_is_its_own_and_a_second_one_is_refused(cl
         second = clone.run("make", "demo")
         assert (second.returncode, second.stdout) == (2, "")
         assert [line for line in second.stderr.splitlines() if not line.startswith("make")] == [
-            "queryd: another demo is running here: wait for its end, or start this one in another directory"
+            "queryd: another demo is running here: wait until it ends, or start this one in another directory"
         ]
         output, errors = first.communicate(timeout=MAKE_SECONDS)
         assert_passed(subprocess.CompletedProcess([], first.returncode, output, errors))

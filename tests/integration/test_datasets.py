@@ -560,7 +560,7 @@ def test_a_replacement_that_deletes_grants_asks_first(stores: Stores) -> None:
     _json("grant", "sales", "--org", org, "--to", "role:analysts")
     code, out, err = _command(*add)
     assert (code, out) == (2, "")
-    assert err == "queryd: sales is replaced and its grants are deleted (role:analysts): give --yes\n"
+    assert err == "queryd: this replaces sales and deletes its grants (role:analysts): confirm with --yes\n"
     assert _json("show", "sales", "--org", org, "--no-check")["grants"] == ["role:analysts"]
     assert _json(*add, "--yes")["grants"] == []
     code, out, _ = _command("add", "--help")

@@ -232,8 +232,8 @@ def test_what_s3_refuses_is_told_apart(object_store: ObjectStore) -> None:
 @pytest.mark.parametrize(
     ("mode", "state", "advice"),
     [
-        (Mode.PASS, "well", "an object that is there is not overwritten"),
-        (Mode.UNCONDITIONAL, "wrong", "the S3 server can't create an object only where none is"),
+        (Mode.PASS, "well", "an existing object is not overwritten"),
+        (Mode.UNCONDITIONAL, "wrong", "the S3 server does not support conditional writes"),
         (Mode.OVERWRITING, "wrong", "the S3 server ignores If-None-Match"),
     ],
 )

@@ -41,8 +41,8 @@ def test_what_is_guessed_is_what_the_help_says(text: str, value: Parameter) -> N
     ("guessed", "texts", "sentence"),
     [
         ([f"n={2**63}"], [], "--param-text n=… sends text"),
-        (["n"], [], "--param wants name=value"),
-        ([], ["=x"], "--param-text wants name=value"),
+        (["n"], [], "--param must be name=value"),
+        ([], ["=x"], "--param-text must be name=value"),
         (["n=1"], ["n=1"], "given twice"),
         (["n=1", "n=2"], [], "given twice"),
     ],
