@@ -1,7 +1,7 @@
-"""Dead letters: records that can't be accepted, committed to the outbox with headers that say why, when and from where.
+"""Commit records that can't be accepted to the outbox as dead letters, with headers for the reason, time and origin.
 
-The relay publishes them. `dead_letters` in Postgres has the origin of each one, so that a record that is read again
-after a crash makes no second one.
+The relay publishes them. The table `dead_letters` stores the origin of each, so that a record that is read again after
+a crash does not become a second dead letter.
 """
 
 import base64
@@ -26,22 +26,22 @@ from telemetry.metrics import METRICS
 
 _log = structlog.get_logger("queryd.dead_letters")
 
-# The topic takes 16 MiB. Compressed by zlib, which the relay's zstd does not fall behind, a record must leave room for
-# headers and framing.
+# The topic accepts 16 MiB per record. zlib compresses no better than the relay's zstd, so a record that fits after zlib
+# also fits when the relay sends it. Leave room for headers and framing.
 _MAX_BYTES = 15 * 1024 * 1024
-# One transaction: a few large letters, or an admission batch of small ones.
+# The limits of one transaction: a few large dead letters, or an admission batch of small ones.
 _BATCH_BYTES = 16 * 1024 * 1024
 
 RawHeaders = list[tuple[str, bytes | None]]
 
 
 class DeadLetterTooLarge(Exception):
-    """The dead letters' topic will not take the record: the consumer stops, for nothing may be skipped."""
+    """The record is too large for the dead letters' topic. The consumer stops, because it must not skip a record."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """A record that could not be accepted, and a sentence to act on."""
+    """A record that could not be accepted, and a sentence that says why."""
 
     record: Record
     code: DeadCode
@@ -52,12 +52,12 @@ class DeadLetters:
     """Commits dead letters. A record may be finished only after `write` has returned."""
 
     def __init__(self, pool: DataPool, topics: dict[str, TopicIdentity]) -> None:
-        """`topics` are the identities of the topics that records come from, by name."""
+        """`topics` maps the names of the source topics to their identities."""
         self._pool = pool
         self._topics = topics
 
     async def write(self, letters: Sequence[DeadLetter]) -> None:
-        """Commit each once, however often it is given; waits while the database is away.
+        """Commit each dead letter exactly once, even if called again; waits while the database is unavailable.
 
         Raises `DeadLetterTooLarge`.
         """
@@ -91,7 +91,7 @@ class DeadLetters:
 
 
 def write_headers(headers: RawHeaders) -> list[list[str | None]]:
-    """Headers as JSON in base64, since names and values may hold any byte; a value may be missing."""
+    """Encode headers as base64 in JSON, since names and values may contain any byte; a value may be None."""
     return [
         [base64.b64encode(name.encode()).decode(), None if value is None else base64.b64encode(value).decode()]
         for name, value in headers

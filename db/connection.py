@@ -15,7 +15,7 @@ Connection = psycopg.AsyncConnection[tuple[Any, ...]]
 
 
 class Pool(AsyncConnectionPool[Connection]):
-    """A pool that knows why it could not connect last: its own error says only that there was no connection."""
+    """A pool that keeps the reason of its last failed connection; psycopg's own error does not contain the reason."""
 
     def __init__(self, conninfo: str, **options: Any) -> None:
         self.refusal: str | None = None
@@ -118,9 +118,9 @@ async def statement(pool: Pool) -> AsyncIterator[Connection]:
 
 @contextmanager
 def unavailable_told_apart(pool: Pool | None = None) -> Iterator[None]:
-    """Turn psycopg's errors of the connection, the server's state and of concurrency into `DatabaseUnavailable`.
+    """Turn psycopg's errors about the connection, the server's state and concurrency into `DatabaseUnavailable`.
 
-    `pool` is the one that may have no connection, for the reason why.
+    If `pool` has no connection, its `refusal` gives the reason.
     """
     try:
         yield
@@ -132,10 +132,10 @@ def unavailable_told_apart(pool: Pool | None = None) -> Iterator[None]:
 
 
 def describe(error: psycopg.Error) -> str:
-    """What may be logged of an error: a message may quote values.
+    """Describe an error for the log, without its message, which may quote values.
 
-    Its class and SQLSTATE. libpq gives no SQLSTATE for a connection that failed, so there it is said whether the server
-    refused us, by what libpq knows of the login, or could not be reached.
+    The description is the class and the SQLSTATE. libpq gives no SQLSTATE for a failed connection; then the description
+    says whether the server refused the login or did not answer.
     """
     name = type(error).__name__
     if error.sqlstate is not None:
@@ -143,7 +143,7 @@ def describe(error: psycopg.Error) -> str:
     if error.pgconn is None:
         return name
     if error.pgconn.needs_password:
-        return "the server wants a password, and the URL has none"
+        return "the server requires a password, and the URL has none"
     if error.pgconn.used_password:
         return "the server refuses the login: the password, the role or the database is wrong"
     return f"{name}: no answer from a server" if "FATAL" not in str(error) else "the server refuses the connection"

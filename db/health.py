@@ -15,9 +15,9 @@ _DB = Path(__file__).resolve().parent
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """What a database has to hold: tables that tell it from another, and alembic's table of its version.
+    """The tables that a database must contain: those that identify it, and alembic's version table.
 
-    `platform` are the tables that the platform makes, and not `queryd db upgrade`.
+    `platform` are the tables that the platform creates, not `queryd db upgrade`.
     """
 
     name: str
@@ -26,11 +26,11 @@ class Schema:
 
     @property
     def version_table(self) -> str:
-        """Where alembic writes the version."""
+        """The table in which alembic stores the version."""
         return f"queryd_{self.name}_version"
 
     def newest_version(self) -> int:
-        """The version that this queryd was written for, by the numbers of its migrations."""
+        """The schema version that this release needs: the number of its newest migration."""
         return max(int(path.name[1:5]) for path in (_DB / self.name / "versions").glob("v[0-9]*.py"))
 
 
@@ -41,15 +41,15 @@ WRITABLE = "SELECT current_setting('transaction_read_only') = 'off'"
 MISSING = "SELECT name FROM unnest(%(names)s::text[]) AS n(name) WHERE to_regclass(name) IS NULL ORDER BY name"
 
 
-# What is wrong with a database that holds the other schema.
+# The advice for a database that contains the other schema.
 SWAPPED = (
-    "it holds the tables of the other database: are QUERYD_DATA_URL and QUERYD_STATE_URL swapped? Don't run "
-    "`queryd db upgrade` before they are right"
+    "it contains the tables of the other database: check whether QUERYD_DATA_URL and QUERYD_STATE_URL are swapped. "
+    "Don't run `queryd db upgrade` until they are correct"
 )
 
 
 class SchemaMissing(Exception):
-    """The database is there and does not hold our tables; the sentence says what to do."""
+    """The database answers but does not contain queryd's tables; the message says what to do."""
 
 
 async def require_schema(url: str, schema: Schema) -> None:
@@ -61,7 +61,7 @@ async def require_schema(url: str, schema: Schema) -> None:
 
 
 async def find_problem(url: str, schema: Schema) -> str | None:
-    """What is wrong with the tables of a database, and what to do; None where nothing is. Raises psycopg's errors."""
+    """Return what is wrong with a database's tables and what to do, or None. Raises psycopg's errors."""
     async with await psycopg.AsyncConnection.connect(conninfo(url, "start")) as connection:
         if await _is_others(connection, schema):
             return SWAPPED
@@ -72,16 +72,18 @@ async def find_problem(url: str, schema: Schema) -> str | None:
     if platform:
         advice.append(
             f"the platform's tables are missing: {', '.join(platform)}; on a development machine run "
-            "`queryd db platform`, elsewhere the platform makes them"
+            "`queryd db platform`; in production the platform creates them"
         )
     newest = schema.newest_version()
     if not ours and (version or 0) < newest:
-        advice.append(f"the schema's version is {version or 0}, and {newest} is wanted; run `queryd db upgrade`")
+        advice.append(
+            f"the schema's version is {version or 0}, but this release needs {newest}; run `queryd db upgrade`"
+        )
     return "; ".join(advice) or None
 
 
 async def is_others(url: str, schema: Schema) -> bool:
-    """True when the database holds the other schema and nothing of this one. Raises psycopg's errors."""
+    """True if the database contains the other schema and no table of this one. Raises psycopg's errors."""
     async with await psycopg.AsyncConnection.connect(conninfo(url, "start")) as connection:
         return await _is_others(connection, schema)
 

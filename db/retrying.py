@@ -27,8 +27,8 @@ async def until_available(
 ) -> _Answer:
     """Repeat `work` while it raises `unavailable`, waiting 0.1 s to 5 s in between.
 
-    For ever, if need be; or for `give_up_after` seconds, then `unavailable` is raised. `dependency` is what the log
-    calls it, or finds that in the error.
+    Retries forever, or for `give_up_after` seconds; then it raises `unavailable`. `dependency` is the name for the log,
+    or a function that returns the name for an error.
     """
     try:
         return await work()

@@ -80,8 +80,8 @@ class ChildProcess:
     async def request(self, message: Message, on_told: Callable[[Message], None] | None = None) -> Message:
         """Send a message and wait for its answer. Raises `ChildDied` when there will be none.
 
-        `on_told` gets what the child tells before its answer. Cancelling the request only stops the waiting: the child
-        goes on and its answer is dropped.
+        `on_told` gets the messages that the child sends before its answer. Cancelling the request only stops the wait:
+        the child continues, and its answer is dropped.
         """
         if self._ended:
             raise ChildDied("the child has ended")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from processes import frames
 from processes.frames import Message
 
-# Says something about a request before its answer.
+# Sends a message about a request before its answer.
 Tell = Callable[[Message], None]
 Handler = Callable[[Message, Tell], Message]
 Notice = Callable[[Message], None]

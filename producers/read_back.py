@@ -18,7 +18,7 @@ SILENCE_SECONDS = 30.0
 _AT_ONCE = 500
 _ENDS_GROUP = "queryd-ends"
 _LOOK_SECONDS = 0.1
-# A fetch that only asks for the end has nothing to wait for; at 0 the embedded broker answers none.
+# A fetch that only needs the end offset should not wait, but at 0 the embedded broker does not answer.
 _FETCH_WAIT_MILLIS = 1
 
 
@@ -44,7 +44,7 @@ class Silence:
 def read_ends(config: dict[str, Any], topic: str) -> dict[int, int]:
     """The offsets behind the last records of a topic, by partition, open transactions included. Blocks.
 
-    The end that comes with a fetch is right on every broker. The embedded broker's answer to ListOffsets lags behind.
+    Every broker returns the correct end with a fetch. The embedded broker's answer to ListOffsets may be out of date.
     Raises `EndNotReached` and `KafkaException`.
     """
     # The binding gives it no types.

@@ -1,1 +1,1 @@
-"""How is a result stored and swept? Formats, where a result lies."""
+"""How is a result stored and swept? Formats and locations of results."""

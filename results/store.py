@@ -1,4 +1,4 @@
-"""Puts results into the bucket: each key once, from the executor's own event loop.
+"""Put results into the bucket, each key once, from the executor's event loop.
 
 A file of up to 16 MiB is one conditional PUT. A larger one is a multipart upload, which becomes visible when it is
 complete. Every key holds its attempt's token, so that only one process ever writes it; a repeated put after a lost
@@ -26,19 +26,19 @@ from obstore.store import S3Store
 
 from processes.failpoints import Failpoint, failpoint
 
-# One PUT up to here: it is whole or it is not there.
+# Files up to this size are one PUT, which is atomic.
 _SINGLE_PUT_BYTES = 16 * 1024 * 1024
 _PART_BYTES = 8 * 1024 * 1024
-# Four parts at once, of 8 MiB each in memory, fill a network.
+# Four concurrent parts of 8 MiB each, in memory, are enough to use a network's full bandwidth.
 _PARTS_AT_ONCE = 4
 # Reading and hashing up to this size takes less than a millisecond; larger files are read in a thread.
 _INSTANT_BYTES = 256 * 1024
 
-# A live endpoint accepts at once; an overloaded one is better asked again later.
+# A healthy endpoint accepts a connection immediately; retry an overloaded one later.
 _CONNECT_SECONDS = 3
 # The store answers a PUT when the bytes are durable: a few seconds for 16 MiB on a slow disk, never this long.
 _REQUEST_SECONDS = 30
-# One quick retry for a connection that was cut; the caller waits and retries for the rest.
+# One quick retry for a broken connection. For other failures the caller waits and retries.
 _RETRIES = 1
 # obstore asks for credentials again 5 minutes before they expire; botocore returns some that are valid for at least 10.
 _CREDENTIALS_VALID = timedelta(minutes=10)
@@ -47,19 +47,19 @@ _BOTO_CONFIG = Config(
     connect_timeout=_CONNECT_SECONDS,
     read_timeout=_REQUEST_SECONDS,
     retries={"total_max_attempts": _RETRIES + 1, "mode": "standard"},
-    # Some stores know no checksums but Content-MD5.
+    # Some stores support no checksum except Content-MD5.
     request_checksum_calculation="when_required",
     response_checksum_validation="when_required",
 )
 
 _SHA256 = "sha256"
-# What obstore says of an answer that is no success: the status, and the body, of which only S3's code is used.
+# obstore's text for an error response: the status and the body. Only S3's code in the body is used.
 _ANSWER = re.compile(r"non-2xx status code: (?P<status>\d{3})[^:]*:?(?:.*?<Code>(?P<code>\w+)</Code>)?", re.DOTALL)
 _NOT_IMPLEMENTED = 501
-# Failures that pass by waiting; from 520 on it is a proxy that reports the store behind it. Others are refusals.
+# Statuses after which a retry may succeed. From 520 on a proxy reports a failure of the store. Others are refusals.
 _TRANSIENT_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 507, 509, *range(520, 531)})
 _TRANSIENT_CODES = frozenset({"NoSuchUpload", "RequestTimeout", "SlowDown", "Throttling", "ThrottlingException"})
-# A signature carries the time, and a store refuses one that is a quarter of an hour off.
+# A signature contains the time; a store refuses one that is 15 minutes off.
 _CLOCK_WRONG = "RequestTimeTooSkewed"
 _REFUSALS = {
     "AccessDenied": "the store denies the writer access to the key",
@@ -70,16 +70,16 @@ _REFUSALS = {
 
 
 class StoreUnavailable(Exception):
-    """The store can't be reached, or did not answer: the object may be there or not. Wait and store again."""
+    """The store is unreachable or did not answer, so the object may or may not exist. Wait and retry."""
 
 
 class StoreRefused(Exception):
-    """The store will not take the object, however often it is asked; the sentence says why. Stop."""
+    """The store refuses the object and retries do not help; the message says why. Stop."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredObject:
-    """An object that is there, whole: its key, its size, the store's ETag without quotes, and its SHA-256 in hex."""
+    """A complete object in the store: its key, its size, the store's ETag without quotes, and its SHA-256 in hex."""
 
     key: str
     bytes: int
@@ -88,18 +88,18 @@ class StoredObject:
 
 
 class StoreAccess:
-    """Where S3 is and by which credentials, as boto3 finds both: variables, profiles, roles, refreshed tokens."""
+    """The S3 endpoint and credentials, as boto3 finds them: variables, profiles, roles, refreshed tokens."""
 
     def __init__(self, *, endpoint_url: str | None = None, session: boto3.session.Session | None = None) -> None:
-        """Raises botocore's errors for a profile or region that can't be found. Takes some 0.1 s."""
-        # boto3 itself takes the region from AWS_DEFAULT_REGION alone.
+        """Raises botocore's errors for an unknown profile or region. Takes about 0.1 s."""
+        # boto3 reads the region only from AWS_DEFAULT_REGION.
         session = session or boto3.session.Session(region_name=os.environ.get("AWS_REGION"))
         self.client: Any = session.client("s3", endpoint_url=endpoint_url, config=_BOTO_CONFIG)
         self._credentials = session.get_credentials()
 
     @classmethod
     def from_variables(cls, variables: Mapping[str, str]) -> "StoreAccess":
-        """Access by `AWS_*` variables given here instead of in the environment."""
+        """Create access from the given `AWS_*` variables instead of the environment."""
         session = boto3.session.Session(
             aws_access_key_id=variables.get("AWS_ACCESS_KEY_ID"),
             aws_secret_access_key=variables.get("AWS_SECRET_ACCESS_KEY"),
@@ -109,7 +109,7 @@ class StoreAccess:
         return cls(endpoint_url=variables.get("AWS_ENDPOINT_URL"), session=session)
 
     def open_bucket(self, bucket: str) -> S3Store:
-        """obstore's view of a bucket, at the endpoint and region that boto3 has resolved."""
+        """Return obstore's client of a bucket, with the endpoint and region that boto3 resolved."""
         endpoint = str(self.client.meta.endpoint_url)
         return S3Store(
             bucket,
@@ -147,9 +147,9 @@ class ResultStore:
         self._store = access.open_bucket(bucket)
 
     async def put(self, key: str, content: bytes | Path, content_type: str) -> StoredObject:
-        """Put bytes or a file at a key where nothing is yet. Repeating it with the same content is the same as once.
+        """Put bytes or a file at a free key. A repeated call with the same content changes nothing.
 
-        Raises `StoreUnavailable` and `StoreRefused`; another object at that key is refused and stays as it is.
+        Raises `StoreUnavailable` and `StoreRefused`; it never replaces another object at that key.
         """
         failpoint(Failpoint.PUT_BEFORE)
         with classified():
@@ -175,15 +175,15 @@ class ResultStore:
         except AlreadyExistsError:
             found = await self._find(key, len(body), sha256)
             if found is None:
-                # Another request for this key was under way: ours, by its key.
+                # Another request for this key was running: our own earlier PUT, since only this process writes the key.
                 raise StoreUnavailable("the store is busy with the key") from None
             return found
         return StoredObject(key, len(body), _strip(answer["e_tag"]), sha256)
 
     async def _put_in_parts(self, key: str, content: bytes | Path, size: int, content_type: str) -> StoredObject:
-        """A multipart upload. obstore completes one without a condition, so the key is looked at first."""
+        """Upload in parts. obstore can't complete an upload conditionally, so check the key first."""
         sha256 = await asyncio.to_thread(_hash_file, content) if isinstance(content, Path) else await _hash(content)
-        # A writer that may not read gets its answer from the upload, which says more than one to HEAD.
+        # If the writer may not read, the upload reports the reason; its answer has more detail than that of a HEAD.
         with contextlib.suppress(PermissionDeniedError):
             if (found := await self._find(key, size, sha256)) is not None:
                 return found
@@ -199,13 +199,13 @@ class ResultStore:
         return StoredObject(key, size, _strip(answer["e_tag"]), sha256)
 
     async def _find(self, key: str, size: int, sha256: str) -> StoredObject | None:
-        """The object at the key if it is this one; None without any. Raises `StoreRefused` for another one."""
+        """Return the object at the key if it has this content, None if there is none; else raises `StoreRefused`."""
         try:
             found = await obstore.get_async(self._store, key, options={"head": True})
         except FileNotFoundError:
             return None
         if found.meta["size"] != size or found.attributes.get(_SHA256) != sha256:
-            raise StoreRefused("another object stands at the key already")
+            raise StoreRefused("the key already has another object")
         return StoredObject(key, size, _strip(found.meta["e_tag"]), sha256)
 
 
@@ -242,7 +242,7 @@ def classified() -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         # obstore raises it for an answer of 404 too.
-        raise _classify_text(str(error)) or StoreRefused("the file to store is not there") from None
+        raise _classify_text(str(error)) or StoreRefused("the file to store does not exist") from None
     except BaseError as error:
         raise _classify_text(str(error)) or StoreUnavailable("the store can't be reached or does not answer") from None
     except ClientError as error:
@@ -251,7 +251,9 @@ def classified() -> Iterator[None]:
     except (BotoConnectionError, HTTPClientError):
         raise StoreUnavailable("the store can't be reached or does not answer") from None
     except (BotoCoreError, ValueError) as error:
-        raise StoreRefused(f"the store can't be asked ({type(error).__name__})") from None
+        raise StoreRefused(
+            f"the request to the store can't be sent ({type(error).__name__}): check the endpoint and the credentials"
+        ) from None
 
 
 def _classify_text(text: str) -> StoreUnavailable | StoreRefused | None:
@@ -260,9 +262,9 @@ def _classify_text(text: str) -> StoreUnavailable | StoreRefused | None:
 
 
 def classify_answer(status: int, code: str) -> StoreUnavailable | StoreRefused:
-    """What an error answer of the store means: its HTTP status, and S3's code or ""."""
+    """Classify an error response of the store by its HTTP status and S3's code, which may be ""."""
     if status == _NOT_IMPLEMENTED or code == "NotImplemented":
-        return StoreRefused("the store can't create an object only where none is (If-None-Match); use one that can")
+        return StoreRefused("the store does not support conditional writes (If-None-Match): use a store that does")
     if code == _CLOCK_WRONG:
         return StoreUnavailable("the store's clock and this machine's are too far apart")
     if status in _TRANSIENT_STATUSES or code in _TRANSIENT_CODES:

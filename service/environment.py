@@ -1,8 +1,8 @@
-"""The environment of the embedded stack, of `queryd up` and `queryd demo` and of commands beside them.
+"""The environment of the embedded stack, of `queryd up` and `queryd demo`, and of commands that use the stack.
 
-The user's own one is full of what other programs need: a proxy, an AWS profile, a Postgres service, another stack's
-addresses. Each would send our clients elsewhere, so that only what is named here is kept. No locale is: without one
-Python takes one with UTF-8, which it needs to read the path of an editable install.
+The user's environment contains variables for other programs: a proxy, an AWS profile, a Postgres service, another
+stack's addresses. Each would send queryd's clients to the wrong server, so queryd keeps only the variables named here.
+It keeps no locale: without one Python uses UTF-8, which it needs to read the path of an editable install.
 """
 
 import os
@@ -20,7 +20,7 @@ _KEPT = (
 )
 _SETTING_PREFIXES = ("QUERYD_", "OTEL_")
 
-# Instead of the user's files and of what the operating system knows about proxies.
+# Replaces the user's configuration files and the operating system's proxy settings.
 _OWN = {
     "AWS_CONFIG_FILE": os.devnull,
     "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
@@ -31,7 +31,7 @@ _OWN = {
     "NO_PROXY": f"{LOOPBACK},localhost",
 }
 
-# What says which stack a process works with.
+# The variables that say which stack a process uses.
 ADDRESSES = (
     *("QUERYD_KAFKA_BOOTSTRAP", "QUERYD_DATA_URL", "QUERYD_STATE_URL", "QUERYD_DATASETS_PG_URL"),
     *("QUERYD_RESULTS_URL", "AWS_ENDPOINT_URL"),
@@ -39,7 +39,7 @@ ADDRESSES = (
 
 
 def isolate(*, settings: bool) -> None:
-    """Give this process an environment of ours; with `settings`, the user's `QUERYD_*` and `OTEL_*` are kept."""
+    """Remove the user's variables from this process's environment; with `settings`, keep `QUERYD_*` and `OTEL_*`."""
     prefixes = _SETTING_PREFIXES if settings else ()
     kept = {name: value for name, value in os.environ.items() if name in _KEPT or name.startswith(prefixes)}
     os.environ.clear()
@@ -47,12 +47,12 @@ def isolate(*, settings: bool) -> None:
 
 
 def isolate_from_sourced_stack() -> None:
-    """The same for `queryd up`, which keeps settings, but none that the shell has from a stack's `.queryd/env`."""
+    """Isolate `queryd up`: keep the user's settings, except those that the shell took from a stack's `.queryd/env`."""
     folder = find_sourced_stack()
     isolate(settings=True)
     if folder is None:
         return
-    # Only a stack with the embedded broker says so: with an outside Kafka the user has named it.
+    # Only a stack with the embedded broker sets this. With an external Kafka the user set its address, so keep it.
     embedded = os.environ.get("QUERYD_RELAY_TRANSACTIONS") == "false"
     dropped = {*ADDRESSES, "QUERYD_SCRATCH", "QUERYD_DATASETS_ACCESS_KEY_ID", "QUERYD_DATASETS_SECRET_ACCESS_KEY"}
     dropped |= {"QUERYD_RELAY_TRANSACTIONS"} if embedded else set()
@@ -61,7 +61,7 @@ def isolate_from_sourced_stack() -> None:
 
 
 def find_sourced_stack() -> Path | None:
-    """The folder of the stack whose `.queryd/env` this environment was taken from; None where it is of no stack."""
+    """Return the folder of the stack whose `.queryd/env` the shell sourced; None if there is none."""
     scratch = os.environ.get("QUERYD_SCRATCH")
     if not scratch:
         return None
@@ -70,14 +70,14 @@ def find_sourced_stack() -> Path | None:
         password = (folder / "postgres" / "password").read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError):
         return None
-    # Over restarts the password stays.
+    # The password identifies the stack, since a restart does not change it.
     return folder if f":{password}@" in os.environ.get("QUERYD_DATA_URL", "") else None
 
 
 def describe_stale_stack() -> str | None:
-    """Why a command can't reach the stack that the environment names; None where nothing is known to be wrong.
+    """Return why a command can't reach the stack that the environment names; None if no problem is known.
 
-    A stack of ours listens on loopback, so that it can be asked at once.
+    An embedded stack listens on loopback, so a connection attempt answers immediately.
     """
     folder = find_sourced_stack()
     if folder is None:
@@ -91,12 +91,12 @@ def describe_stale_stack() -> str | None:
         return f"this shell has the environment of an earlier start of the stack in {folder}: run `{again}` again"
     if len(silent) == sum(_is_local(os.environ.get(name, "")) for name in ADDRESSES):
         return f"the stack in {folder} is not running: start it with `queryd up` in {folder.parent}"
-    # One of its servers is away, which the command itself says best.
+    # Only some servers are down; the command's own error names them.
     return None
 
 
 def read_env_file(path: Path) -> dict[str, str]:
-    """What `queryd up` has written, as a shell would read it; nothing where there is no file."""
+    """Read a file of `queryd up` as a shell would; empty if the file is missing."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -106,7 +106,7 @@ def read_env_file(path: Path) -> dict[str, str]:
 
 
 def write_env_lines(variables: Mapping[str, str]) -> str:
-    """The text of such a file. Only what a shell would read otherwise is quoted."""
+    """Format variables for such a file, quoting only values that a shell would change."""
     return "".join(f"{name}={shlex.quote(value)}\n" for name, value in variables.items())
 
 
@@ -114,7 +114,7 @@ def _unquote(value: str) -> str:
     try:
         return "".join(shlex.split(value))
     except ValueError:
-        # Not written by us: an unpaired quote is part of the value.
+        # queryd did not write this line; treat the unpaired quote as part of the value.
         return value
 
 
@@ -131,7 +131,7 @@ def _port(address: str) -> int:
 
 
 def _split(address: str) -> tuple[str, str]:
-    """Host and port of a URL or of `host:port`."""
+    """Split a URL or `host:port` into host and port."""
     place = urlsplit(address).netloc or address
     host, _, port = place.rpartition("@")[2].rpartition(":")
     return (host, port) if port.isdigit() else ("", "")

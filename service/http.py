@@ -96,7 +96,7 @@ def bind(settings: Settings) -> socket.socket | None:
 
 
 def check_ports(settings: Settings, count: int) -> None:
-    """Raises `WrongSetting` unless the `count` ports from `QUERYD_HTTP_PORT` on can be had now."""
+    """Raises `WrongSetting` unless `count` ports, starting with `QUERYD_HTTP_PORT`, are free."""
     if settings.http_port:
         for port in range(settings.http_port, settings.http_port + count):
             listener = bind(settings.model_copy(update={"http_port": port}))

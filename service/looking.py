@@ -19,7 +19,7 @@ from service.wiring import duckdb_settings
 # Listing a hundred thousand objects takes this long; a person waits.
 _LOOK_SECONDS = 60.0
 
-# A complaint is one line.
+# An error message is one line, so list only a few keys.
 _MAX_NAMED = 5
 
 _Answer = TypeVar("_Answer")
@@ -54,15 +54,15 @@ async def opened_looker(settings: Settings) -> AsyncIterator["Looker"]:
 
 
 class Looker:
-    """An engine that looks."""
+    """Reads datasets with an engine for registration."""
 
     def __init__(self, engine: DuckDBEngine) -> None:
         self._engine = engine
 
     async def look(self, dataset: NewDataset) -> Looked:
-        """What the dataset holds and how its columns are read; see `check_looked`.
+        """Return what the dataset holds and how its columns are read; see `check_looked`.
 
-        Raises `InvalidRegistration` where it can't be read as one table, and `CantLook`.
+        Raises `InvalidRegistration` if the dataset is not readable as one table, and `CantLook`.
         """
         relation = Relation(
             dataset.name,
@@ -91,7 +91,7 @@ class Looker:
 
 
 def check_looked(looked: Looked, location: str) -> None:
-    """Raises `InvalidRegistration` where a column or a file can't be read, with its name and the reason."""
+    """Raises `InvalidRegistration` if a column or file is unreadable, with its name and the reason."""
     if looked.unreadable:
         bucket = "/".join(location.split("/")[:3])
         keys = [f"{bucket}/{key}" for key in looked.unreadable[:_MAX_NAMED]]

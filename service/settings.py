@@ -73,7 +73,7 @@ def _read_size(size: object) -> object:
 
 
 PostgresUrl = Annotated[SecretStr, AfterValidator(_check_postgres_url)]
-# Bytes, with a suffix or without one.
+# A number of bytes, optionally with a suffix.
 Size = Annotated[int, BeforeValidator(_read_size)]
 
 
@@ -82,7 +82,7 @@ def _default_slots() -> int:
 
 
 class Settings(BaseSettings):
-    """Every setting of every service. Times in seconds; sizes in bytes, or with a suffix such as `MiB`."""
+    """Every setting of every service. Times are in seconds; sizes in bytes, or with a suffix such as `MiB`."""
 
     model_config = SettingsConfigDict(env_prefix="QUERYD_", extra="ignore", frozen=True, allow_inf_nan=False)
 
@@ -233,14 +233,14 @@ def describe_unknown(name: str, meant: str | None) -> str:
 
 
 def load_env_file() -> None:
-    """Take from `.queryd/env` what the environment does not say.
+    """Take variables that are not set from `.queryd/env`.
 
-    Where that names no other server, the process works with the stack of the file: then what the shell has for other
-    programs (`AWS_PROFILE`, a proxy, `PGSERVICE`) is not for it.
+    If the environment names no other server, the process uses the file's stack. Then remove variables for other
+    programs (`AWS_PROFILE`, a proxy, `PGSERVICE`) from the environment.
     """
     told = read_env_file(ENV_FILE)
     ours = [name for name in ADDRESSES if name in told and name.startswith(_PREFIX)]
-    # The file of a stack has them all.
+    # A stack's file contains all addresses.
     if "AWS_ENDPOINT_URL" in told and all(os.environ.get(name, told[name]) == told[name] for name in ours):
         isolate(settings=True)
         os.environ.update({name: value for name, value in told.items() if name.startswith("AWS_")})

@@ -1,4 +1,4 @@
-"""Sizes in bytes, as people write and read them: `1GB`, `512MiB`."""
+"""Parse and format sizes in bytes: `1GB`, `512MiB`."""
 
 import re
 
@@ -13,13 +13,13 @@ MUST_BE = "must be a size: bytes, or a number with kB, MB, GB, TB (powers of 100
 
 
 def read_size(text: str) -> int:
-    """The bytes of `1073741824`, `1GiB`, `1.5 GB`; raises `ValueError`."""
+    """Parse a size such as `1073741824`, `1GiB` or `1.5 GB` into bytes; raises `ValueError`."""
     matched = _SIZE.fullmatch(text.strip().lower())
     unit = None if matched is None else _UNITS.get(matched[2] or "b")
     if matched is None or unit is None:
         raise ValueError(MUST_BE)
     whole, _, part = matched[1].partition(".")
-    # In integers: a float has too few digits for the sizes at which one byte counts.
+    # Calculate with integers, since a float can't represent large sizes exactly.
     scaled: int = int(whole + part) * unit
     size, rest = divmod(scaled, int("1" + "0" * len(part)))
     if rest:
@@ -28,7 +28,7 @@ def read_size(text: str) -> int:
 
 
 def show_size(size: int) -> str:
-    """The size in the largest unit of which it is a whole number, or else in bytes: `1 GiB`, `1 GB`, `1,500 B`."""
+    """Format a size in the largest unit that gives a whole number: `1 GiB`, `1 GB`, `1,500 B`."""
     for name in _SHOWN:
         for unit in (name, name.replace("i", "").replace("K", "k")):
             if size and size % _UNITS[unit.lower()] == 0:

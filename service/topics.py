@@ -13,11 +13,11 @@ from queryd.outages import QUIET
 
 _DAY = 24 * 3600 * 1000
 _BROKER_SECONDS = 15.0
-# A broker that is well answers in milliseconds; a person waits.
+# A healthy broker answers in milliseconds, and a person waits for the command.
 _ANSWER_SECONDS = 5.0
-# How long one question takes, before it is looked at what librdkafka has told meanwhile.
+# The timeout of one metadata request, after which we check the errors that librdkafka reported.
 _LOOK_SECONDS = 0.5
-# librdkafka tries a name's next address after some tenths of a second.
+# librdkafka tries a host name's next address after a few tenths of a second.
 _OTHER_ADDRESS_SECONDS = 1.0
 
 
@@ -93,7 +93,7 @@ def days_until_forgotten(spec: TopicSpec) -> int:
 
 
 class NoBroker(Exception):
-    """No broker has answered; `codes` are librdkafka's on the way."""
+    """No broker answered; `codes` are the error codes that librdkafka reported."""
 
     def __init__(self, codes: AbstractSet[int]) -> None:
         super().__init__("no broker answers")
@@ -101,8 +101,8 @@ class NoBroker(Exception):
 
 
 def find_topics(kafka: dict[str, Any]) -> set[str]:
-    """The cluster's topics. Raises `NoBroker` as soon as that is plain, and after 5 s at the latest."""
-    # Why no broker answers is told aside: the call itself only knows that none did.
+    """Return the cluster's topics. Raises `NoBroker` as soon as the failure is certain, at the latest after 5 s."""
+    # librdkafka reports the cause in the error callback; the call's own error is only a timeout.
     told: list[KafkaError] = []
     last: list[KafkaError] = []
     deadline, noticed = time.monotonic() + _ANSWER_SECONDS, False
@@ -116,7 +116,7 @@ def find_topics(kafka: dict[str, Any]) -> set[str]:
             finally:
                 admin.poll(0)
             if told and not noticed:
-                # A name may have another address that answers; beyond that, waiting mends nothing.
+                # Another address of the name may answer; after that, waiting does not help.
                 deadline, noticed = min(deadline, time.monotonic() + _OTHER_ADDRESS_SECONDS), True
     except KafkaException as error:
         last = [error.args[0]]
@@ -124,13 +124,13 @@ def find_topics(kafka: dict[str, Any]) -> set[str]:
 
 
 def require_topics(kafka: dict[str, Any]) -> None:
-    """Raises `NoBroker`, and `TopicsRefused` where a topic is missing; a client would wait 15 s for either."""
+    """Raises `NoBroker`, or `TopicsRefused` if a topic is missing; a client would take 15 s to report either."""
     if missing := find_missing(find_topics(kafka)):
         raise TopicsRefused(missing)
 
 
 def find_missing(topics: AbstractSet[str]) -> str | None:
-    """Which topics of the contract are not among these, and what to do; None where all are."""
+    """Return which required topics are missing and what to do; None if all exist."""
     missing = sorted({topic.value for topic in Topic} - topics)
     return f"topics are missing: {', '.join(missing)}; run `queryd topics apply`" if missing else None
 

@@ -37,7 +37,7 @@ _DRAIN_SECONDS = 5.0
 _SERVICES_SECONDS = 9.0
 # A group member joins the embedded broker after half its session timeout.
 _SESSION_SECONDS = 6.0
-# What a service ends with for a setting that is wrong.
+# A service's exit code for a wrong setting.
 _WRONG_SETTING = 2
 # A service that dies at once would otherwise be started as fast as the machine can.
 _RESTART_SECONDS = 0.5
@@ -53,7 +53,7 @@ class Stack:
     """The embedded servers with queryd's databases, bucket and topics in them, and `.queryd/env` to find them by."""
 
     def __init__(self, directory: Path) -> None:
-        # Services and shells that have been elsewhere meanwhile find it too.
+        # An absolute path, so that services and shells in other folders find it too.
         self.directory = directory.resolve()
         self._lock: int | None = None
         self._outside_kafka = os.environ.get("QUERYD_KAFKA_BOOTSTRAP")
@@ -77,7 +77,7 @@ class Stack:
         _write_atomically(self.directory / "env", write_env_lines(variables))
 
     async def run_start(self) -> None:
-        """The same, on a thread. Where the task is cancelled meanwhile, what has started is killed first."""
+        """Call `start` on a thread. If the task is cancelled, kill the started servers first."""
         starting = asyncio.create_task(asyncio.to_thread(self.start))
         try:
             await asyncio.shield(starting)
@@ -85,7 +85,7 @@ class Stack:
             if self.servers is not None:
                 self.servers.kill()
             await asyncio.wait({starting})
-            # It has failed, and why is known.
+            # Retrieve the error, which the kill caused, so that asyncio does not log it.
             starting.exception()
             raise
 
@@ -106,7 +106,7 @@ class Stack:
         upgrade_data(postgres.url("data"))
         upgrade_state(postgres.url("state"))
         create_platform_tables(postgres.url("state"))
-        # Kept over restarts, as addresses are: what a shell was told stays true.
+        # Restarts keep the credentials and addresses, so that a shell's variables stay valid.
         password = read_or_make_password(self.directory / "postgres" / "reader-password")
         prepare_datasets_database(postgres.url("datasets"), password)
         variables = {
@@ -166,8 +166,10 @@ class Supervisor:
             if self._stopping.is_set():
                 return
             if code == _WRONG_SETTING:
-                # It has said which, and another start would say it again.
-                raise UpFailed(f"{service.value} can't start with these settings, see above")
+                # The service's log names the setting; a restart would fail again.
+                raise UpFailed(
+                    f"{service.value} can't start with these settings: correct the setting that its log above names"
+                )
             _log.warning(LogEvent.SERVICE_RESTARTED, service=service.value, exit_code=code)
             await asyncio.sleep(_RESTART_SECONDS)
 
@@ -185,7 +187,7 @@ class Supervisor:
             stdout=self._log or sys.stderr,
             stderr=self._log,
             pass_fds=(self._lifeline.read_end,),
-            # Ctrl-C in a terminal is for us alone: it would end a service while it still imports.
+            # Ctrl-C in a terminal must reach only `up`: it would kill a service that is still importing.
             start_new_session=True,
         )
         self._processes[service] = process
@@ -235,13 +237,13 @@ async def run_up(directory: Path) -> None:
     stack = Stack(directory)
     try:
         await stack.run_start()
-        # After the servers, which may have taken one of these ports themselves.
+        # Check after the servers' start, since a server may have taken one of these ports.
         check_ports(load_settings(), len(Service))
         async with Supervisor(stack.directory).running():
             print("ready", flush=True)
             await _until_a_server_ends(stack)
     except asyncio.CancelledError:
-        # Stopped, as it was asked.
+        # A signal stopped the stack, which is no error.
         return
     finally:
         await asyncio.to_thread(stack.stop)
@@ -249,7 +251,7 @@ async def run_up(directory: Path) -> None:
 
 async def _until_a_server_ends(stack: Stack) -> None:
     assert stack.servers is not None
-    # Nothing tells of a server's end; once a second costs nothing.
+    # A server's end sends no notification, so poll once per second.
     while not stack.servers.ended:  # noqa: ASYNC110
         await asyncio.sleep(1.0)
     logs = _shorten(stack.directory / "logs")
@@ -257,7 +259,7 @@ async def _until_a_server_ends(stack: Stack) -> None:
 
 
 def cancel_on_signals() -> None:
-    """Let the first SIGINT or SIGTERM cancel the current task; later ones change nothing, so that it can clean up."""
+    """Let the first SIGINT or SIGTERM cancel the current task; ignore later ones, so that it can clean up."""
     task = asyncio.current_task()
     assert task is not None
     signalled = False
@@ -284,7 +286,7 @@ def _as_reader(url: str, password: str) -> str:
 
 
 def lock_folder(path: Path) -> int | None:
-    """A lock on the file, made where it is missing: a descriptor to close, None where another process has it."""
+    """Lock a file and create it if it is missing. Returns a descriptor, or None if another process has the lock."""
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -295,7 +297,7 @@ def lock_folder(path: Path) -> int | None:
 
 
 def _shorten(path: Path) -> str:
-    """As a person in the working directory would write it."""
+    """Return the path relative to the working directory if it is inside."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 

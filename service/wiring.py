@@ -122,9 +122,9 @@ def make_retention(settings: Settings, access: StoreAccess) -> Retention:
 
 @asynccontextmanager
 async def opened_data_pool(settings: Settings) -> AsyncIterator[DataPool]:
-    """A small pool for a command.
+    """Open a small pool for a command.
 
-    Raises `DatabaseUnavailable` and `SchemaMissing` at once, where the pool itself would go on trying for 10 s.
+    Raises `DatabaseUnavailable` and `SchemaMissing` immediately; the pool itself would retry for 10 s.
     """
     await require_schema(settings.data_url.get_secret_value(), DATA)
     pool = DataPool(make_pool(settings.data_url.get_secret_value(), "command", 1))

@@ -5,14 +5,14 @@ import sys
 
 import structlog
 
-# What the package `queryd`, which logs by the standard library alone, says in fields: `extra=` of its calls.
+# The fields that the package `queryd` passes as `extra=`, since it logs with the standard library only.
 _FIELDS = ("topic", "partition", "offset", "partitions")
 
 
 def set_up_logs(level: str, service: str | None = None) -> None:
     """Route structlog and the standard library's loggers to stderr.
 
-    `level` is a standard level's name. `service` stands on every line, whichever thread or library writes it.
+    `level` is a standard level's name. Every line contains `service`, from every thread and library.
     """
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,

@@ -1,9 +1,9 @@
 """The names of metrics, defined once, and the one place where each is told what happened.
 
-A label is a word from a short list: never an id, an org, SQL, or anything else of a query's own. Every value of these
-lists has its series from the process's start: `increase()` does not see the first count of a series that appears with
-it, so that an alert on it would miss the first burst. A process has one `METRICS`; a test may make its own. A call
-costs some microseconds, and every query pays for some ten of them.
+A label's value comes from a short list: never an id, an org, SQL or other data of a query. A process creates the series
+of every value at its start. `increase()` ignores the first sample of a new series, so an alert would miss the first
+events. A process has one `METRICS`; a test may create another. A call takes a few microseconds, and each query makes
+about ten.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,11 +20,11 @@ LABELS = frozenset({"lane", "outcome", "topic", "partition", "code", "child"})
 
 SUCCEEDED = "Succeeded"
 
-# The values of each label, but for `topic` and `partition`, which are known once partitions are assigned.
+# The values of each label, except `topic` and `partition`, which are unknown until partitions are assigned.
 LANES = tuple(lane.value for lane in Mode)
 OUTCOMES = (SUCCEEDED, *(code.value for code in ErrorCode))
 CHILDREN = ("duckdb",)
-# `DeadCode` and `CancelOutcome`, which this package can't import; a test holds that they are the same.
+# The values of `DeadCode` and `CancelOutcome`, which this package must not import; a test checks that they are equal.
 DEAD_CODES = ("UNDECODABLE", "INVALID_REQUEST", "CONFLICT")
 CANCEL_OUTCOMES = ("accepted", "early", "finished", "other_org")
 
@@ -74,7 +74,7 @@ class Metrics:
         self._attempts = Counter("queryd_attempts", "Attempts started", ["lane"], registry=registry)
         # The worker stood still for longer than a lease, or the database's answer did.
         self._lease_losses = Counter("queryd_lease_losses", "Leases lost to another worker", registry=registry)
-        # A DuckDB child that took the place of one that died, was stopped or was recycled.
+        # A new DuckDB child that replaced one that died, was stopped or was recycled.
         self._child_restarts = Counter(
             "queryd_child_restarts", "Child processes started in another's place", ["child"], registry=registry
         )

@@ -60,11 +60,11 @@ MAX_CRASHES = 3
 
 _MOST_ROWS = 2**62
 
-# An operator has to do something about these, so the log has their sentences.
+# An operator must act on these errors, so the log contains their messages.
 _OPERATORS = frozenset({ErrorCode.INTERNAL, ErrorCode.ENGINE_UNAVAILABLE})
 
-# A process that has run out of descriptors has some again within seconds. What can't be read for this long becomes an
-# object, for it may still be read to be stored.
+# A process without free file descriptors gets some again within seconds. A result that can't be read for this long is
+# stored as an object, since the store may still be able to read it.
 _INLINE_SECONDS = 60.0
 
 _Done = TypeVar("_Done")
@@ -95,7 +95,7 @@ class Running:
     run_seconds: float
     queued_ms: int
     scratch: Path
-    # What the engine says that it reads of personal data, as soon as it says so.
+    # The reads of personal data that the engine has reported so far.
     reads: set[Read] = field(default_factory=set)
 
 
@@ -162,7 +162,7 @@ class Attempts:
                     return await self._give_up(running, stopped.why)
                 except EngineCrashed:
                     _log.warning(LogEvent.ENGINE_CHILD_DIED, **_names(running))
-                    # Where its crashes end the query, nobody knows any more what it has read.
+                    # Audit now: if this crash is the query's last, no later attempt records its reads.
                     await self._audit(running, None)
                     await self._hand_back(running, crashed=True)
                     return False
@@ -276,7 +276,7 @@ class Attempts:
 
     @in_span(SpanName.EXECUTE)
     async def _execute_when_available(self, execution: Execution, running: Running) -> Output:
-        # An outage is nobody's error, so the query is tried again until its own time is over.
+        # An outage is not the author's error, so the query is retried until its time limit.
         return await until_available(
             partial(self._engine.execute, execution),
             _name_dependency,
@@ -287,7 +287,7 @@ class Attempts:
     # Audit.
 
     async def _audit(self, running: Running, outcome: _Done) -> _Done | Failure:
-        """Record what was read of personal data before any outcome is released, for each may tell something of it."""
+        """Record the reads of personal data before the outcome is published, since any outcome may reveal data."""
         facts, token = running.query.facts, running.lease.token
         record = partial(
             record_reads, self._pool, facts.query_id, token, [_to_personal(read) for read in running.reads]
@@ -355,7 +355,7 @@ class Attempts:
             try:
                 return _read_inline(output)
             except FileNotFoundError:
-                # Storing it as an object meets the same error, and has the sentence for it.
+                # Storing the result as an object raises the same error and reports it.
                 return None
 
         reading = until_available(read, "scratch", unavailable=OSError, give_up_after=_INLINE_SECONDS)
@@ -513,7 +513,7 @@ async def make_scratch(running: Running) -> None:
 
     async def make() -> None:
         try:
-            # Takes microseconds.
+            # Blocks the event loop only for microseconds.
             running.scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -524,8 +524,8 @@ async def make_scratch(running: Running) -> None:
 
 
 def _read_inline(output: Output) -> Result | None:
-    """The result as its event will carry it; None where it is too large. Raises `OSError`."""
-    # Takes microseconds. One byte more shows that there are more, whatever the engine has said.
+    """Return the result for its event; None if it is too large. Raises `OSError`."""
+    # Blocks the event loop only for microseconds. Read one byte more than the limit to detect a larger file.
     with output.path.open("rb") as file:
         body = file.read(MAX_INLINE_BYTES + 1)
     return Result.in_event(body, output.rows) if len(body) <= MAX_INLINE_BYTES else None

@@ -13,9 +13,9 @@ from db.data.outbox import NewEvent
 from db.data.runs import INLINE_FILE, RunState
 from queryd.events import Column, ErrorCode, OutputFormat, ResultFile, Status
 
-# Of a Parquet file, which tells its own types, an event carries this many columns at most, with names of so many
-# characters and types of so many bytes. Of a file of text it carries all, of which the engine has seen to it that they
-# fit. Either way, and with an inline result, it stays well below the 512 KiB of an event.
+# For a Parquet file, which contains its types, an event carries at most this many columns, with names of so many
+# characters and types of so many bytes. For a CSV or JSON file it carries all columns; the engine has checked that they
+# fit. In both cases, even with an inline result, the event stays well below its limit of 512 KiB.
 _MAX_COLUMNS = 200
 _MAX_NAME = 128
 _MAX_TYPE = 1_000

@@ -233,7 +233,7 @@ class Executor:
                 self._schedule(verdict)
 
     async def _bury(self, refused: Sequence[tuple[Record, Refused]]) -> None:
-        """Commit dead letters before their records finish; if one can't be, the executor stops."""
+        """Commit dead letters before their records finish; if one can't be committed, the executor stops."""
         await self._dead_letters.write([DeadLetter(record, why.code, why.reason) for record, why in refused])
         for record, _ in refused:
             self.intake.finish(record)
@@ -337,7 +337,7 @@ class Executor:
     # Rebalance and shutdown.
 
     async def _forget_partitions(self, partitions: set[Partition]) -> None:
-        """What waits of these partitions is the next owner's. What runs goes on under its lease."""
+        """Drop the partitions' waiting queries: the next owner reads them. Running queries keep their leases."""
 
         def gone(query: Admitted) -> bool:
             return (query.record.topic, query.record.partition) in partitions

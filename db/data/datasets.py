@@ -15,9 +15,9 @@ from db.data.visibility import visible
 
 @dataclass(frozen=True, slots=True)
 class NewDataset:
-    """A dataset to be registered, or to replace the org's dataset of that name.
+    """A dataset to register, or a replacement of the org's dataset of that name.
 
-    `registered` is what was seen of its files, as JSON; see the column of that name.
+    `registered` is the JSON for the column of that name: what registration read from the files.
     """
 
     org_id: str
@@ -106,7 +106,7 @@ RETURNING {_COLUMNS}
 
 
 async def upsert_dataset(connection: Connection, dataset: NewDataset) -> Dataset:
-    """Register or replace. What is replaced loses its grants."""
+    """Register or replace a dataset. A replacement deletes its grants."""
     stored = await _fetch(connection, UPSERT, asdict(dataset))
     assert stored is not None
     return stored

@@ -1,4 +1,4 @@
-"""Dead letters on their way to the relay, each once by its record's origin."""
+"""Insert dead letters into the outbox, once per record's origin."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from queryd.events import Topic
 
 @dataclass(frozen=True, slots=True)
 class NewDeadLetter:
-    """A record to be published as a dead letter, and its origin.
+    """A record to publish as a dead letter, and its origin.
 
-    The topic's id tells a topic from one of the same name in another cluster. `headers` are a list of pairs in base64,
-    each of a name and a value or null.
+    The topic's id distinguishes topics with the same name in different clusters. `headers` are a list of pairs: a
+    name and a value or null, in base64.
     """
 
     topic_id: str
@@ -28,8 +28,8 @@ class NewDeadLetter:
     headers: Jsonb
 
 
-# A row without sent_at was left by a release that wrote to Kafka itself, between its note and the broker's answer: its
-# letter may be missing, so it is written again.
+# Release 0.1 published dead letters itself. It left a row without sent_at if it stopped before the broker's answer.
+# That dead letter may be missing in Kafka, so write it again.
 INSERT_DEAD_LETTERS = """
 WITH input AS (
     SELECT * FROM unnest(%(topic_id)s::text[], %(partition)s::int[], %(record_offset)s::bigint[], %(event_id)s::uuid[],
@@ -51,6 +51,6 @@ RETURNING event_id::text
 
 
 async def insert_dead_letters(connection: Connection, letters: Sequence[NewDeadLetter]) -> set[str]:
-    """Commit dead letters to the outbox; returns the event ids of those that were not there before."""
+    """Insert dead letters into the outbox; returns the event ids of the new ones."""
     arguments = to_arrays(NewDeadLetter, letters) | {"shard": DEAD_LETTER_SHARD, "topic": Topic.DEAD_LETTERS.value}
     return {row[0] for row in await (await connection.execute(INSERT_DEAD_LETTERS, arguments)).fetchall()}

@@ -12,7 +12,7 @@ from psycopg.types.json import Jsonb
 from db.connection import Connection
 
 SHARDS = 64
-# Dead letters have no query that every one of them names. A relay of release 0.1 does not look here.
+# The shard of dead letters, which may have no query id. A relay of release 0.1 does not read this shard.
 DEAD_LETTER_SHARD = 64
 # A trigger on the table notifies this channel at every insert; a notification says only "look" and carries nothing.
 CHANNEL = "queryd_outbox"
@@ -70,7 +70,7 @@ LISTEN = f"LISTEN {CHANNEL}"
 # A relay that was stopped loses its connection after this, and with it the lock and the right to delete.
 LIMIT_IDLENESS = "SET idle_session_timeout = '10s'"
 
-# As many rows as together have at most so many bytes, the first whatever its size: a batch is held in memory.
+# Limit the bytes of a batch, since the relay holds it in memory. The first row may have any size.
 READ_WAITING = """
 SELECT position, event_id::text AS event_id, query_id::text AS query_id, payload, headers, topic, key,
        extract(epoch FROM clock_timestamp() - created_at)::float8 AS age_seconds
@@ -112,7 +112,7 @@ TRY_LOCK = "SELECT pg_try_advisory_lock(711, %(shard)s)"
 async def read_waiting(
     connection: Connection, shards: Iterable[int], limit: int, max_bytes: int = 2**62
 ) -> list[WaitingEvent]:
-    """The next events of the shards, in order of position: `limit` of them, or as many as `max_bytes` hold."""
+    """Read the next events of the shards in order of position, at most `limit` events or `max_bytes` bytes."""
     async with connection.cursor(row_factory=class_row(WaitingEvent)) as cursor:
         await cursor.execute(READ_WAITING, {"shards": list(shards), "limit": limit, "max_bytes": max_bytes})
         return await cursor.fetchall()

@@ -103,7 +103,7 @@ SELECT q.id::text AS query_id, q.org_id::text AS org_id, q.user_id::text AS user
 FROM query_results q
 """
 READ_CANONICAL = _CANONICAL + "WHERE q.id = ANY(%(query_ids)s::uuid[])"
-# By the index on (org_id, created_at).
+# Uses the index on (org_id, created_at).
 LIST_CANONICAL = (
     _CANONICAL
     + """
@@ -187,7 +187,7 @@ async def read_canonical(connection: Connection, query_ids: Iterable[str]) -> di
 
 @dataclass(frozen=True, slots=True)
 class QueryFilter:
-    """Which of an org's queries: what is None narrows nothing. Times are aware; `until` is not in it itself."""
+    """Selects an org's queries. A field that is None does not filter. Times have a timezone; `until` is exclusive."""
 
     org_id: str
     user_id: str | None
@@ -198,7 +198,7 @@ class QueryFilter:
 
 
 async def list_canonical(connection: Connection, wanted: QueryFilter, limit: int) -> list[CanonicalRow]:
-    """The newest of these queries, `limit` at most."""
+    """Read the newest matching queries, at most `limit`."""
     async with connection.cursor(row_factory=class_row(CanonicalRow)) as cursor:
         await cursor.execute(LIST_CANONICAL, asdict(wanted) | {"limit": limit})
         return await cursor.fetchall()

@@ -13,7 +13,7 @@ from sqlalchemy.pool import NullPool
 
 _DB = Path(__file__).resolve().parent.parent
 
-# As long as every other connection of queryd's.
+# The same timeout as for queryd's other connections.
 _CONNECT_SECONDS = 5
 # Any fixed number that nothing else on the server uses: two processes that upgrade at once take turns.
 _UPGRADE_LOCK = 7_105_113_001
@@ -34,7 +34,7 @@ def upgrade_state(url: str) -> None:
 
 @contextmanager
 def _psycopg_errors() -> Iterator[None]:
-    """Raise the driver's own errors, and not SQLAlchemy's around them."""
+    """Raise psycopg's errors instead of SQLAlchemy's wrappers."""
     try:
         yield
     except DBAPIError as error:

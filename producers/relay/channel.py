@@ -1,4 +1,4 @@
-"""How the relay publishes: in a Kafka transaction, or, on a broker without them, at least once.
+"""Publish the relay's batches: in a Kafka transaction, or at least once on a broker without transactions.
 
 Both run in a worker thread and block; the relay uses one of them at a time.
 """
@@ -23,7 +23,7 @@ _TRANSACTION_MILLIS = 10_000
 _BROKER_SECONDS = 15.0
 
 _PRODUCER: dict[str, Any] = {
-    # A dead letter that came compressed may be far larger than its topic's limit; it leaves compressed as well.
+    # Uncompressed, a record may be far larger than its topic's limit. Its dead letter is compressed again.
     "compression.type": "zstd",
     "message.max.bytes": MESSAGE_BYTES,
 }
@@ -45,7 +45,7 @@ class Channel(Protocol):
         ...
 
     def keep(self) -> None:
-        """Keep the ledger from being forgotten by the broker. Raises `ChannelBroken`."""
+        """Refresh the ledger, so that the broker does not expire it. Raises `ChannelBroken`."""
         ...
 
     def close(self) -> None:
@@ -67,7 +67,7 @@ class TransactionalChannel:
         self._last: TopicPartition | None = None
 
     def open(self) -> Ledger | None:
-        """`init_transactions` completes or aborts what a crashed relay left open; then its ledger is stable."""
+        """`init_transactions` completes or aborts a crashed relay's open transaction; then the ledger is stable."""
         try:
             self._consumer = Consumer(
                 self._config
@@ -136,7 +136,7 @@ class TransactionalChannel:
 
 
 class PlainChannel:
-    """Produces without transactions: what a session published and did not live to delete is published again."""
+    """Produces without transactions. If a session crashes after publishing rows, the next one publishes them again."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self._config = config
@@ -144,7 +144,7 @@ class PlainChannel:
         self._producer: Producer | None = None
 
     def open(self) -> Ledger | None:
-        """Nothing tells what an earlier session has published."""
+        """Return no ledger: without transactions nothing records what an earlier session published."""
         self._producer = Producer(
             self._config
             | QUIET
@@ -164,13 +164,13 @@ class PlainChannel:
         except (KafkaException, BufferError) as error:
             raise ChannelBroken(_reason(error)) from error
         if left or failures.first is not None:
-            raise ChannelBroken(f"{left} events unacknowledged, {failures.first}")
+            raise ChannelBroken(f"the broker did not acknowledge {left} events: {failures.first}")
 
     def keep(self) -> None:
-        """The broker keeps nothing of this."""
+        """Do nothing: there is no ledger to refresh."""
 
     def close(self) -> None:
-        """Drop the producer with what it had not delivered."""
+        """Drop the producer and its undelivered records."""
         if self._producer is not None:
             self._producer.purge()
             self._producer.flush(0)
@@ -178,7 +178,7 @@ class PlainChannel:
 
 
 class _Failures:
-    """The delivery reports of one batch: the first failure is latched."""
+    """The delivery reports of one batch. It keeps the first failure."""
 
     def __init__(self) -> None:
         self.first: str | None = None

@@ -230,7 +230,7 @@ class Relay:
 
 
 def _is_full(waiting: Sequence[WaitingEvent]) -> bool:
-    """True if more rows may wait than were read."""
+    """True if the outbox may contain more rows than this batch."""
     return len(waiting) == _BATCH or sum(len(event.payload or b"") for event in waiting) > _BATCH_BYTES // 2
 
 

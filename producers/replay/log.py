@@ -132,9 +132,9 @@ def _pin_topic(config: dict[str, Any], topic: str, window: Window) -> list[Offse
 
 
 def _find_kept_since(admin: AdminClient, topic: str) -> int:
-    """From when on the topic keeps every record, in ms since the epoch.
+    """Return the time (ms since the epoch) since which the topic keeps every record.
 
-    Now, where retention also goes by size, or where the broker does not say: the embedded one lists no defaults.
+    It is now if retention is also by size, or if the broker does not report it: the embedded one lists no defaults.
     """
     resource = ConfigResource(ResourceType.TOPIC, topic)
     described = admin.describe_configs([resource], request_timeout=_BROKER_SECONDS)[resource].result()

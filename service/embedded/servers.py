@@ -26,10 +26,10 @@ _LOCK_SECONDS = 10.0
 _WARDEN_SECONDS = 3.0
 # A log longer than this is set aside at the next start; one older log is kept.
 _LOG_BYTES = 8 << 20
-# What a warden's Python may need to start. Nothing else of the user's environment reaches a server: HOME would lead it
-# to the user's own settings, and variables such as PGDATA or CLUSTER_ID would change what it does.
+# The variables that a warden's Python may need to start. A server gets no others from the user's environment: HOME
+# would make it read the user's settings, and variables such as PGDATA or CLUSTER_ID would change its behaviour.
 _PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
-# Files and sockets of a server are for the OS user that it runs as.
+# Only the OS user that runs a server may access its files and sockets.
 _UMASK = 0o077
 
 
@@ -93,8 +93,10 @@ class Recipe:
 
 
 class Server:
-    """One guarded server. Its first start picks the ports and notes them in its directory; later starts, of other
-    processes too, use them again while they are free, so that what clients were told stays true."""
+    """One guarded server. Its first start chooses the ports and writes them to its directory.
+
+    Later starts, also by other processes, reuse the ports if they are free, so that clients' addresses stay valid.
+    """
 
     def __init__(self, recipe: Recipe, lifeline: Lifeline) -> None:
         self._recipe = recipe
@@ -144,11 +146,11 @@ class Server:
         self._signal(signal.SIGUSR1, _WARDEN_SECONDS)
 
     def _choose_ports(self, *, noted: bool) -> tuple[int, ...]:
-        """The ports of an earlier start where they are `noted` and free, else others."""
+        """Return the ports of an earlier start if they are `noted` and free, else new ones."""
         picked = self._recipe.pick()
         if noted and self._note.exists():
             earlier = tuple(int(port) for port in self._note.read_text(encoding="ascii").split())
-            # Another version may want another number of them.
+            # Another version may have written a different number of ports.
             if len(earlier) == len(picked) and all(map(is_free, earlier)):
                 return earlier
         return picked
@@ -229,7 +231,7 @@ def _spawn(
 
 def _environment(recipe: Recipe) -> dict[str, str]:
     passed_on = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-    # No locale: Python then takes one with UTF-8, which it needs to read an editable install's path.
+    # Set no locale: Python then uses UTF-8, which it needs to read an editable install's path.
     return passed_on | {"HOME": str(recipe.directory), **recipe.environment}
 
 

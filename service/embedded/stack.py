@@ -45,7 +45,7 @@ class EmbeddedStack:
             self._lifeline.close()
 
     def kill(self) -> None:
-        """End all servers the hard way, also while `start` waits for them on another thread."""
+        """Kill all servers, also while `start` waits for them on another thread."""
         self._lifeline.close()
 
     @property

@@ -1,9 +1,9 @@
-"""What closes the S3 server's inner doors: keys between its parts, made anew at each start.
+"""Protect the S3 server's internal ports with keys, which each start creates anew.
 
-SeaweedFS is six servers in one process, and each listens on a port of its own and on a socket in `/tmp`. Without this
-file whoever reaches one of them reads, writes and deletes every object without a key. With it, gRPC takes only clients
-with our certificate, and the volume server's HTTP only requests with a token of ours; the HTTP of master and filer is
-switched off by `-disableHttp`.
+SeaweedFS is six servers in one process. Each listens on its own port and on a socket in `/tmp`. Without this file a
+client of one of these ports could read, write and delete every object without a key. With it, gRPC accepts only clients
+with queryd's certificate, and the volume server's HTTP only requests with a valid token. `-disableHttp` turns off the
+HTTP ports of master and filer.
 """
 
 import datetime
@@ -18,18 +18,18 @@ from cryptography.x509.oid import NameOID
 from service.embedded.private_files import write_private
 
 _FILE = "security.toml"
-# The server reads it as long as it runs, and its paths are relative to the server's working directory.
+# The server rereads this file while it runs. Its paths are relative to the server's working directory.
 _IDENTITY = "identity.pem"
-# Longer than any machine stays up; a start makes another.
+# Longer than any server runs without a restart; each start creates a new certificate.
 _VALID = datetime.timedelta(days=3650)
-# Clocks may step back a little after the certificate was made.
+# The clock may step back a little after the certificate was created.
 _BACKDATED = datetime.timedelta(days=1)
 _SIGNED = ("jwt.signing", "jwt.signing.read", "jwt.filer_signing", "jwt.filer_signing.read")
 _PARTS = ("master", "volume", "filer", "s3", "admin", "worker", "client")
 
 
 def write_security(directory: Path) -> None:
-    """Write fresh keys and what refers to them into the server's working directory, for its owner alone."""
+    """Write new keys and the configuration that uses them into the server's working directory, for its owner only."""
     write_private(directory / _IDENTITY, _make_identity())
     lines = [f'[{name}]\nkey = "{secrets.token_hex(32)}"' for name in _SIGNED]
     lines.append(f'[grpc]\nca = "{_IDENTITY}"')
@@ -38,7 +38,7 @@ def write_security(directory: Path) -> None:
 
 
 def _make_identity() -> str:
-    """A private key and its self-signed certificate: all parts are one process, so that one serves for both ends."""
+    """Create a private key and a self-signed certificate; client and server are one process, so both use them."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "queryd embedded S3")])
     now = datetime.datetime.now(datetime.UTC)

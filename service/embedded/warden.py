@@ -210,8 +210,8 @@ def _become(orders: Orders, warden: int) -> NoReturn:
 
 def _change_account(uid: int, gid: int, *, unhindered: bool) -> None:
     if unhindered:
-        # Capabilities then survive the change of user. Without it access(2) would also ignore them for a user other
-        # than root, and Postgres asks access(2) about its own programs.
+        # Keep capabilities when the user changes. Without this flag access(2) ignores them for users other than root,
+        # and Postgres calls access(2) on its own programs.
         _prctl(_PR_SET_SECUREBITS, _SECBIT_NO_SETUID_FIXUP)
     os.setgroups([])
     os.setresgid(gid, gid, gid)

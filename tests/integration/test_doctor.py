@@ -150,7 +150,7 @@ def test_databases_that_are_swapped_are_recognised_and_not_upgraded(data_url: st
         assert "are QUERYD_DATA_URL and QUERYD_STATE_URL swapped?" in _find(what).advice
     refused = CliRunner().invoke(app, ["db", "upgrade"])
     assert (refused.exit_code, refused.stdout) == (1, "")
-    assert refused.stderr.startswith("queryd: QUERYD_DATA_URL: it holds the tables of the other database")
+    assert refused.stderr.startswith("queryd: QUERYD_DATA_URL: it contains the tables of the other database")
     # One database for both is no mistake.
     os.environ |= {"QUERYD_DATA_URL": state_url, "QUERYD_STATE_URL": state_url}
     assert CliRunner().invoke(app, ["db", "upgrade"]).exit_code == 0

@@ -1,4 +1,4 @@
-"""What `datasets add` has seen of a dataset, so that new files don't change what it means."""
+"""Store a dataset's columns as `datasets add` read them, so that new files don't change its schema."""
 
 from alembic import op
 
@@ -7,9 +7,8 @@ down_revision = "data0008"
 branch_labels = None
 depends_on = None
 
-# registered: columns, partition columns and until when all files had these columns, as engines.protocol.Registered has
-# them. NULL where nobody has looked: a Postgres dataset, one that was added with --no-check or before this version.
-# Nothing changes it but another `datasets add`.
+# registered: the fields of engines.protocol.Registered as JSON. NULL if `datasets add` did not read the files: for a
+# Postgres dataset, and for one that was added with --no-check or before this version. Only `datasets add` changes it.
 _REGISTERED = "ALTER TABLE datasets ADD COLUMN registered JSONB"
 
 

@@ -8,8 +8,8 @@ branch_labels = None
 depends_on = None
 
 # topic: NULL means query.status, keyed by query_id, with headers as a JSON object of text. A dead letter has its topic,
-# its record's key, and headers as a list of pairs in base64; no query need be known by it. The relay of the release
-# before does not read the dead letters' shard.
+# its record's key, and headers as a list of pairs in base64; it may have no query_id. The previous release's relay does
+# not read the dead letters' shard.
 _OUTBOX = """
 ALTER TABLE outbox ALTER COLUMN query_id DROP NOT NULL;
 ALTER TABLE outbox ADD COLUMN topic TEXT, ADD COLUMN key BYTEA;
