@@ -164,7 +164,7 @@ class PlainChannel:
         except (KafkaException, BufferError) as error:
             raise ChannelBroken(_reason(error)) from error
         if left or failures.first is not None:
-            raise ChannelBroken(f"the broker did not acknowledge {left} events: {failures.first}")
+            raise ChannelBroken(f"publishing failed: {left} events not acknowledged, first error: {failures.first}")
 
     def keep(self) -> None:
         """Do nothing: there is no ledger to refresh."""
