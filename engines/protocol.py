@@ -21,18 +21,19 @@ class Registered:
     """The columns and partition columns that a Parquet dataset had when `datasets add` read it.
 
     All files that were last modified before `alike_until` (POSIX seconds) had exactly these columns; it is None if the
-    files differed.
+    files differed. `alike_digest` tells whether the same files are still there.
     """
 
     columns: tuple[Column, ...]
     partitions: tuple[Column, ...]
     alike_until: float | None
+    alike_digest: str
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Self:
         """What `dataclasses.asdict` made of one, as JSON carries it."""
         columns, partitions = (tuple(Column(**each) for each in fields[part]) for part in ("columns", "partitions"))
-        return cls(columns, partitions, fields["alike_until"])
+        return cls(columns, partitions, fields["alike_until"], fields["alike_digest"])
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """One Parquet relation of an instance: its current files, and the view that reads them."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 
@@ -78,11 +79,12 @@ class ParquetSource:
         united = unite([shape for shape, _ in groups], self._registered_columns(), snapshot)
         columns = [_look_at(column, groups) for column in united]
         columns += [LookedColumn(name, type_, "from the folders' names") for name, type_ in snapshot.partitions]
-        alike = len(groups) == 1 and not unreadable
+        until = max(file.modified for file in snapshot.files) if len(groups) == 1 and not unreadable else None
         registered = Registered(
             tuple(Column(column.name, column.type) for column in columns[: len(united)]),
             tuple(Column(name, type_) for name, type_ in snapshot.partitions),
-            max(file.modified for file in snapshot.files) if alike else None,
+            until,
+            digest_files(_modified_before(until, snapshot.files)),
         )
         return Looked(
             tuple(columns),
@@ -122,8 +124,8 @@ class ParquetSource:
         """Read the missing fingerprints; returns the files without a readable footer."""
         files = self.snapshot.files
         unknown = [file for file in files if file.key not in self._fingerprints]
-        until = self._registered.alike_until if self._registered is not None and trusting else None
-        alike = [file for file in unknown if until is not None and file.modified < until]
+        alike = self._find_alike() if trusting else []
+        alike = [file for file in alike if file.key not in self._fingerprints]
         # Registration saw that these files have equal schemas, so one footer is enough.
         leader = alike[0] if alike else None
         trusted = {file.key for file in alike[1:]}
@@ -142,6 +144,17 @@ class ParquetSource:
             return self._look_at_footers(connection, trusting=False)
         return unreadable
 
+    def _find_alike(self) -> Sequence[StoredFile]:
+        """The files that had equal schemas at registration; none if one was removed or another one was added.
+
+        The date alone does not tell: a store may date a file to the start of its multipart upload, or restore an older
+        version with that version's date.
+        """
+        if self._registered is None:
+            return []
+        alike = _modified_before(self._registered.alike_until, self.snapshot.files)
+        return alike if digest_files(alike) == self._registered.alike_digest else []
+
     def _urls(self, files: Sequence[StoredFile]) -> list[str]:
         return [self.place.url(file.key) for file in files]
 
@@ -149,6 +162,16 @@ class ParquetSource:
         if self._registered is None:
             return []
         return [ShapeColumn(column.name, duckdb.sqltype(column.type)) for column in self._registered.columns]
+
+
+def digest_files(files: Sequence[StoredFile]) -> str:
+    """A digest of the files' keys, sizes and ETags, whatever their order."""
+    told = sorted(f"{file.key}\n{file.size}\n{file.etag}" for file in files)
+    return hashlib.sha256("\n\n".join(told).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _modified_before(until: float | None, files: Sequence[StoredFile]) -> list[StoredFile]:
+    return [] if until is None else [file for file in files if file.modified < until]
 
 
 def _look_at(column: ShapeColumn, groups: Sequence[tuple[Shape, Sequence[StoredFile]]]) -> LookedColumn:

@@ -9,6 +9,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from contextlib import closing
 from dataclasses import asdict, replace
 from decimal import Decimal
 from pathlib import Path
@@ -23,8 +24,11 @@ import pytest
 from access.visibility import InvalidRegistration
 from db.data.datasets import NewDataset
 from engines.duckdb.instance import Instance
+from engines.duckdb.listing import ObjectLister
+from engines.duckdb.parquet_source import digest_files
 from engines.duckdb.pool import DuckDBEngine
 from engines.duckdb.settings import DuckDBSettings
+from engines.duckdb.snapshot import Place, take_snapshot
 from engines.protocol import Execution, Looked, QueryFailed, Relation, RelationKind
 from queryd.events import ErrorCode, OrgId, OutputFormat, QueryId
 from service.embedded.object_store import ObjectStore
@@ -372,6 +376,26 @@ async def test_files_come_and_go_between_queries(folder: Folder) -> None:
     assert await folder.ask(relation, "SELECT sum(n)::INT AS n FROM d") == [{"n": 3}]
     folder._s3.delete_object(Bucket=folder._store.bucket, Key=f"{folder._name}/1.parquet")
     assert await folder.ask(relation, "SELECT sum(n)::INT AS n FROM d") == [{"n": 2}]
+
+
+@pytest.mark.parametrize("key", ["3.parquet", "2.parquet"], ids=["another file", "a replaced file"])
+async def test_a_file_that_the_store_dates_before_registration_is_looked_at(
+    folder: Folder, object_store_server: ObjectStore, tmp_path: Path, key: str
+) -> None:
+    folder.put("1.parquet", {"v": [1]})
+    folder.put("2.parquet", {"v": [1]})
+    relation = await folder.register()
+    with closing(ObjectLister(_settings(object_store_server, tmp_path))) as lister:
+        listed = take_snapshot(lister, Place.of(folder.location()), [])
+    # As if everything that is in the folder now or later was older than registration.
+    fields = json.loads(relation.registered or "")
+    fields |= {"alike_until": fields["alike_until"] + 3600, "alike_digest": digest_files(listed.files)}
+    dated_back = replace(relation, registered=json.dumps(fields))
+    assert await folder.ask(dated_back, "SELECT max(v) AS v FROM d") == [{"v": 1}]
+    folder.put(key, {"v": [2.5], "c": ["x"]})
+    # In an instance that knows no footer yet.
+    cold = replace(dated_back, version="2")
+    assert await folder.ask(cold, "SELECT max(v) AS v, max(c) AS c FROM d") == [{"v": 2.5, "c": "x"}]
 
 
 @pytest.fixture
