@@ -21,7 +21,7 @@ import obstore
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 from botocore.exceptions import ConnectionError as BotoConnectionError
-from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError
+from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import S3Store
 
 from processes.failpoints import Failpoint, failpoint
@@ -126,9 +126,13 @@ class StoreAccess:
             retry_config={"max_retries": _RETRIES, "retry_timeout": timedelta(seconds=_REQUEST_SECONDS)},
         )
 
-    def _get_credentials(self) -> Any:
+    def require_credentials(self) -> None:
+        """Raises `StoreRefused` if there are none, which obstore can't tell from a failure to renew them."""
         if self._credentials is None:
-            raise ValueError("there are no credentials")
+            raise StoreRefused("there are no credentials for it: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+
+    def _get_credentials(self) -> Any:
+        self.require_credentials()
         frozen = self._credentials.get_frozen_credentials()
         return {
             "access_key_id": frozen.access_key,
@@ -153,6 +157,7 @@ class ResultStore:
         """
         failpoint(Failpoint.PUT_BEFORE)
         with classified():
+            self.access.require_credentials()
             size = _size(content)
             if size <= _SINGLE_PUT_BYTES:
                 stored = await self._put_at_once(key, await _read(content, size), content_type)
@@ -243,6 +248,8 @@ def classified() -> Iterator[None]:
     except FileNotFoundError as error:
         # obstore raises it for an answer of 404 too.
         raise _classify_text(str(error)) or StoreRefused("the file to store does not exist") from None
+    except UnauthenticatedError as error:
+        raise _classify_text(str(error)) or StoreUnavailable("the store's credentials could not be renewed") from None
     except BaseError as error:
         raise _classify_text(str(error)) or StoreUnavailable("the store can't be reached or does not answer") from None
     except ClientError as error:

@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import boto3
 import pytest
-from botocore.exceptions import ClientError
+from botocore.exceptions import ClientError, CredentialRetrievalError
 
 from queryd.events import OrgId, OutputFormat, QueryId
 from results.formats import content_type
@@ -200,6 +201,22 @@ async def test_an_error_answer_says_whether_to_try_again(code: str, status: int,
                 await store.put(_key(), bytes(size), "text/csv")
             assert str(by_obstore.value) == str(by_boto3.value)
             assert "hunter2" not in str(by_obstore.value)
+
+
+async def test_no_credentials_are_no_outage_but_credentials_that_can_not_be_renewed_are_one() -> None:
+    session = mock.Mock(wraps=boto3.session.Session(region_name="r"))
+    session.get_credentials = lambda: None
+    keyless = ResultStore("bucket", StoreAccess(endpoint_url="http://127.0.0.1:9", session=session))
+    with pytest.raises(StoreRefused, match="no credentials"):
+        await keyless.put(_key(), b"x", "text/csv")
+    expired = mock.Mock()
+    expired.get_frozen_credentials.side_effect = CredentialRetrievalError(provider="role", error_msg="hunter2")
+    session.get_credentials = lambda: expired
+    locked_out = ResultStore("bucket", StoreAccess(endpoint_url="http://127.0.0.1:9", session=session))
+    for size in (1_024, 17 * _MIB):
+        with pytest.raises(StoreUnavailable, match="credentials could not be renewed") as caught:
+            await locked_out.put(_key(), bytes(size), "text/csv")
+        assert "hunter2" not in str(caught.value)
 
 
 async def test_a_store_that_does_not_answer_is_unavailable(object_store: ObjectStore, tmp_path: Path) -> None:
