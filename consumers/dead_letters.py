@@ -29,6 +29,8 @@ _log = structlog.get_logger("queryd.dead_letters")
 # The topic accepts 16 MiB per record. zlib compresses no better than the relay's zstd, so a record that fits after zlib
 # also fits when the relay sends it. Leave room for headers and framing.
 _MAX_BYTES = 15 * 1024 * 1024
+# A few KiB may become gigabytes. The relay's producer takes 256 MiB, and jsonb as much for headers in base64.
+_MAX_UNCOMPRESSED_BYTES = 128 * 1024 * 1024
 # The limits of one transaction: a few large dead letters, or an admission batch of small ones.
 _BATCH_BYTES = 16 * 1024 * 1024
 
@@ -99,14 +101,25 @@ def write_headers(headers: RawHeaders) -> list[list[str | None]]:
 
 
 def _check_size(record: Record, headers: RawHeaders) -> None:
-    parts = [record.key or b"", record.value or b"", *(value or b"" for _, value in headers)]
-    if sum(map(len, parts)) <= _MAX_BYTES:
+    size = sum(map(len, _parts(record, headers)))
+    if size <= _MAX_BYTES:
         return
-    if sum(len(zlib.compress(part, 1)) for part in parts) > _MAX_BYTES:
+    compressed = 0
+    if size <= _MAX_UNCOMPRESSED_BYTES:
+        compressed = sum(len(zlib.compress(part, 1)) for part in _parts(record, headers))
+    if size > _MAX_UNCOMPRESSED_BYTES or compressed > _MAX_BYTES:
         raise DeadLetterTooLarge(
             f"the record {record.topic} [{record.partition}] at offset {record.offset} is too large to be a dead letter"
             " and was not skipped: move the group's offset past it, then start again"
         )
+
+
+def _parts(record: Record, headers: RawHeaders) -> Iterator[bytes]:
+    yield record.key or b""
+    yield record.value or b""
+    for name, value in headers:
+        yield name.encode()
+        yield value or b""
 
 
 def _split(letters: Sequence[DeadLetter]) -> Iterator[list[DeadLetter]]:
@@ -114,7 +127,7 @@ def _split(letters: Sequence[DeadLetter]) -> Iterator[list[DeadLetter]]:
     size = 0
     for letter in letters:
         some.append(letter)
-        size += len(letter.record.value or b"")
+        size += sum(map(len, _parts(letter.record, list(letter.record.headers))))
         if size >= _BATCH_BYTES:
             yield some
             some, size = [], 0

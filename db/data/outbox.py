@@ -75,10 +75,16 @@ READ_WAITING = """
 SELECT position, event_id::text AS event_id, query_id::text AS query_id, payload, headers, topic, key,
        extract(epoch FROM clock_timestamp() - created_at)::float8 AS age_seconds
 FROM (
-    SELECT o.*, sum(octet_length(o.payload)) OVER (ORDER BY o.position) - coalesce(octet_length(o.payload), 0) AS before
-    FROM (SELECT * FROM outbox WHERE shard = ANY(%(shards)s) ORDER BY position LIMIT %(limit)s) AS o
+    SELECT o.*, sum(o.bytes) OVER (ORDER BY o.position) - o.bytes AS before
+    FROM (
+        SELECT *, coalesce(octet_length(payload), 0)
+                  -- The headers of a status event are ours and small, those of a dead letter are anybody's.
+                  + CASE WHEN topic IS NULL THEN 0
+                         ELSE coalesce(octet_length(key), 0) + octet_length(headers::text) END AS bytes
+        FROM outbox WHERE shard = ANY(%(shards)s) ORDER BY position LIMIT %(limit)s
+    ) AS o
 ) AS first
-WHERE coalesce(before, 0) = 0 OR before + coalesce(octet_length(payload), 0) <= %(max_bytes)s
+WHERE before = 0 OR before + bytes <= %(max_bytes)s
 ORDER BY position
 """
 

@@ -14,7 +14,7 @@ from confluent_kafka import KafkaError, Message, Producer
 
 from consumers.dead_letters import DeadLetter, DeadLetters, DeadLetterTooLarge
 from db.connection import DataPool
-from db.data.outbox import DEAD_LETTER_SHARD
+from db.data.outbox import DEAD_LETTER_SHARD, read_waiting
 from db.migrations.upgrade import upgrade_data
 from producers.relay.relay import Relay, RelayRules
 from queryd.dead_letters import DeadCode
@@ -25,8 +25,10 @@ from tests.integration.queries import new_id, opened_pool
 from tests.integration.records import prepare_topics, read_topic, until
 from tests.servers.kafka import Kafka
 
+_MIB = 1024 * 1024
+
 # Beyond the 1 MiB that a broker takes unless told otherwise.
-_TOO_LARGE = 20 * 1024 * 1024
+_TOO_LARGE = 20 * _MIB
 
 # A relay's name on the shared broker is its first shard: these are nobody's shards.
 _relays = itertools.count(5_000)
@@ -199,6 +201,38 @@ async def test_a_record_that_the_topic_would_refuse_is_not_skipped(place: Place)
     await _publish(place)
     assert await _read_dead(place.kafka, refused) == []
     assert len(await _read_dead(place.kafka, small)) == 1
+
+
+@pytest.mark.parametrize("part", ["value", "key", "a header's name", "a header's value"])
+@pytest.mark.parametrize("compressible", [False, True])
+async def test_no_part_of_a_record_stops_the_relay(place: Place, part: str, compressible: bool) -> None:
+    # Zeros compress to less than any limit, but no producer takes so many.
+    size = 300 * _MIB if compressible else 20 * _MIB
+    large = bytes(size) if compressible else random.Random(7).randbytes(size)
+    if part == "a header's name":
+        large = large.translate(bytes(number % 128 for number in range(256)))
+    match part:
+        case "value":
+            letter = _make_letter(value=large)
+        case "key":
+            letter = _make_letter()
+            letter = replace(letter, record=replace(letter.record, key=large))
+        case "a header's name":
+            letter = _make_letter(headers=((large.decode(), b""),))
+        case _:
+            letter = _make_letter(headers=(("x", large),))
+    with pytest.raises(DeadLetterTooLarge):
+        await _open_dead_letters(place).write([letter])
+
+
+async def test_a_relay_holds_no_more_headers_and_keys_than_a_batch(place: Place, dead_letters: DeadLetters) -> None:
+    letters = [_make_letter(value=None, headers=(("x", bytes(_MIB)),)) for _ in range(3)]
+    keyed = _make_letter()
+    letters.append(replace(keyed, record=replace(keyed.record, key=bytes(_MIB))))
+    await dead_letters.write(letters)
+    async with place.pool.connection() as connection:
+        for max_bytes, count in ((1, 1), (3 * _MIB, 2), (20 * _MIB, 4)):
+            assert len(await read_waiting(connection, [DEAD_LETTER_SHARD], 500, max_bytes)) == count
 
 
 @pytest.mark.needs_kafka
