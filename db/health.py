@@ -63,7 +63,7 @@ async def require_schema(url: str, schema: Schema) -> None:
 async def find_problem(url: str, schema: Schema) -> str | None:
     """Return what is wrong with a database's tables and what to do, or None. Raises psycopg's errors."""
     async with await psycopg.AsyncConnection.connect(conninfo(url, "start")) as connection:
-        if await _is_others(connection, schema):
+        if await _has_other_schema(connection, schema):
             return SWAPPED
         missing = await _read_missing(connection, [*schema.tables, *schema.platform, schema.version_table])
         version = None if schema.version_table in missing else await _read_version(connection, schema)
@@ -82,13 +82,13 @@ async def find_problem(url: str, schema: Schema) -> str | None:
     return "; ".join(advice) or None
 
 
-async def is_others(url: str, schema: Schema) -> bool:
+async def has_other_schema(url: str, schema: Schema) -> bool:
     """True if the database contains the other schema and no table of this one. Raises psycopg's errors."""
     async with await psycopg.AsyncConnection.connect(conninfo(url, "start")) as connection:
-        return await _is_others(connection, schema)
+        return await _has_other_schema(connection, schema)
 
 
-async def _is_others(connection: psycopg.AsyncConnection[Any], schema: Schema) -> bool:
+async def _has_other_schema(connection: psycopg.AsyncConnection[Any], schema: Schema) -> bool:
     other = STATE if schema is DATA else DATA
     return await _read_missing(connection, [schema.version_table, other.version_table]) == {schema.version_table}
 

@@ -120,9 +120,9 @@ class _Runner:
         try:
             return {"looked": asdict(self._look(relation))}
         except QueryFailed as failure:
-            return _tell_failure(failure, known=failure.code is not ErrorCode.INTERNAL)
+            return _to_failure_message(failure, known=failure.code is not ErrorCode.INTERNAL)
         except _Failed as failure:
-            return _tell_failure(failure.ours, known=failure.known)
+            return _to_failure_message(failure.ours, known=failure.known)
         except EngineUnavailable as failure:
             return {"unavailable": failure.outage.name}
         except errors.Interrupted:
@@ -159,9 +159,9 @@ class _Runner:
                 tell({"reads": [_to_message(read) for read in judged.reads]})
             exported = self._execute(message, relations, judged)
         except QueryFailed as failure:
-            return _tell_failure(failure, known=failure.code is not ErrorCode.INTERNAL)
+            return _to_failure_message(failure, known=failure.code is not ErrorCode.INTERNAL)
         except _Failed as failure:
-            return _tell_failure(failure.ours, known=failure.known)
+            return _to_failure_message(failure.ours, known=failure.known)
         except EngineUnavailable as failure:
             return {"unavailable": failure.outage.name}
         except errors.Interrupted:
@@ -277,7 +277,7 @@ class _Runner:
             texts = _texts(message["parameters"])
             placed, cause = errors.Placed(message["sql"], judged.text, error.offset, texts), error.error
         meaning = errors.translate(cause, placed, self._confidential(), kinds)
-        if RelationKind.PARQUET in kinds and errors.may_be_a_file(meaning):
+        if RelationKind.PARQUET in kinds and errors.is_file_suspected(meaning):
             return find_file(instance, read, cause, meaning)
         return meaning
 
@@ -334,7 +334,7 @@ def _texts(parameters: Mapping[str, Parameter]) -> tuple[str, ...]:
     return tuple(str(value) for value in parameters.values() if value is not None and not isinstance(value, bool))
 
 
-def _tell_failure(failure: QueryFailed, *, known: bool) -> Message:
+def _to_failure_message(failure: QueryFailed, *, known: bool) -> Message:
     return {"failed": failure.code, "message": failure.message, "detail": failure.detail, "tainted": not known}
 
 

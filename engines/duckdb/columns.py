@@ -55,23 +55,23 @@ class Naming:
     def _sources(self) -> Collection[str]:
         return self.read_sources()
 
-    def may_tell(self, name: str) -> bool:
+    def is_public(self, name: str) -> bool:
         """Whether the name contains neither data nor a piece of the SQL."""
         if name in self.written:
             return True
         if self.has_pivot:
             return name in self._sources
-        if _is_tellable(name) and not self.is_made_of_text(name):
+        if _is_name_or_simple_call(name) and not self.has_parameter_text(name):
             return True
         # DuckDB itself makes names unique in a subquery.
         own = _NUMBERED.fullmatch(name)
         return name in self._sources or (own is not None and (own[1] in self.written or own[1] in self._sources))
 
-    def may_tell_field(self, name: str) -> bool:
+    def is_public_field(self, name: str) -> bool:
         """Whether an event may contain the name of a struct's field or a union's member."""
-        return not self.is_made_of_text(name) or name in self.written or name in self._sources
+        return not self.has_parameter_text(name) or name in self.written or name in self._sources
 
-    def is_made_of_text(self, name: str) -> bool:
+    def has_parameter_text(self, name: str) -> bool:
         """Whether the name contains a parameter's text."""
         folded = name.casefold()
         return any(
@@ -97,13 +97,13 @@ def _parse(described: str, number: int) -> ColumnType:
         ) from None
 
 
-def tell_columns(columns: Sequence[ResultColumn], naming: Naming, output_format: OutputFormat) -> tuple[Column, ...]:
+def redact_columns(columns: Sequence[ResultColumn], naming: Naming, output_format: OutputFormat) -> tuple[Column, ...]:
     """The columns for an event. `column_N` replaces a name that it may not contain, `field_N` a field's; N is from 1.
 
     Raises `QueryFailed` with RESULT_TOO_LARGE if the types of a CSV or JSON file do not fit into an event.
     """
     told = tuple(
-        Column(column.name if naming.may_tell(column.own_name) else f"column_{number}", _tell_type(column, naming))
+        Column(column.name if naming.is_public(column.own_name) else f"column_{number}", _redact_type(column, naming))
         for number, column in enumerate(columns, 1)
     )
     if output_format is not OutputFormat.PARQUET:
@@ -116,9 +116,9 @@ def tell_columns(columns: Sequence[ResultColumn], naming: Naming, output_format:
     return told
 
 
-def _tell_type(column: ResultColumn, naming: Naming) -> str:
+def _redact_type(column: ResultColumn, naming: Naming) -> str:
     def name_field(name: str, number: int) -> str:
-        return name if naming.may_tell_field(name) else f"field_{number}"
+        return name if naming.is_public_field(name) else f"field_{number}"
 
     # Rewrite the type only if it contains something that the event must not.
     if column.type.holds("ENUM", "GEOMETRY") or (naming.texts and column.type.holds("STRUCT", "UNION")):
@@ -126,5 +126,5 @@ def _tell_type(column: ResultColumn, naming: Naming) -> str:
     return column.described
 
 
-def _is_tellable(name: str) -> bool:
+def _is_name_or_simple_call(name: str) -> bool:
     return len(name) <= _MAX_TOLD_NAME and _TELLABLE.fullmatch(name) is not None

@@ -236,7 +236,7 @@ def _translate(
     return _blame_dataset(told) if kinds else Meaning(_unknown(), known=False)
 
 
-def may_be_a_file(meaning: Meaning) -> bool:
+def is_file_suspected(meaning: Meaning) -> bool:
     """Whether a dataset's file may have caused the error."""
     if not isinstance(meaning.ours, QueryFailed) or meaning.ours.code is ErrorCode.MEMORY_LIMIT_EXCEEDED:
         return False

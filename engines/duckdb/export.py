@@ -12,7 +12,7 @@ from pathlib import Path
 
 import duckdb
 
-from engines.duckdb.columns import Naming, ResultColumn, read_columns, tell_columns
+from engines.duckdb.columns import Naming, ResultColumn, read_columns, redact_columns
 from engines.duckdb.json_lines import write_json, write_json_row
 from engines.duckdb.parquet_values import LAST_MOMENT, WHOLE_NUMBER, write_parquet
 from engines.duckdb.sql_text import literal, quote
@@ -66,7 +66,7 @@ def export(
     values = parameters or None
     described = Wrapped("DESCRIBE (\n", text, "\n)").run(connection, values)
     columns = read_columns(described)
-    told = tell_columns(columns, naming, output_format)
+    told = redact_columns(columns, naming, output_format)
     source = _write_exactly(text, columns, output_format)
     copy = source.at_most(max_rows).within("COPY (", f") TO {literal(str(target))} ({_COPY_OPTIONS[output_format]})")
     try:

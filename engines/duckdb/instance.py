@@ -128,7 +128,7 @@ class Instance:
         types = {str(row[0]): str(row[1]) for row in described}
         columns = postgres_columns.read_columns(self._catalogs[name])
         troubles = {column.name: column.trouble for column in columns if column.trouble}
-        troubles |= self._touch(_table(relation), [column for column in columns if not column.trouble])
+        troubles |= self._read_first_row(_table(relation), [column for column in columns if not column.trouble])
         return Looked(
             tuple(
                 LookedColumn(column.name, types[column.name], column.how, troubles.get(column.name))
@@ -136,7 +136,7 @@ class Instance:
             )
         )
 
-    def _touch(self, table: str, columns: Sequence[ReadColumn]) -> dict[str, str]:
+    def _read_first_row(self, table: str, columns: Sequence[ReadColumn]) -> dict[str, str]:
         """Read one row, since only a read shows the server's errors; returns unreadable columns with the reasons."""
         try:
             self._read_row(table, columns)

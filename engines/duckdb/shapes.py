@@ -83,7 +83,7 @@ def read_fingerprints(connection: duckdb.DuckDBPyConnection, urls: Sequence[str]
     try:
         rows = connection.execute(_FINGERPRINTS.format(files=file_list(urls))).fetchall()
     except (duckdb.Error, UnicodeError) as error:
-        if isinstance(error, _NO_FILES_FAULT) or is_transfer(error):
+        if isinstance(error, _NO_FILES_FAULT) or is_failed_transfer(error):
             raise
         if len(urls) == 1:
             return {urls[0]: None}
@@ -92,7 +92,7 @@ def read_fingerprints(connection: duckdb.DuckDBPyConnection, urls: Sequence[str]
     return dict(rows)
 
 
-def is_transfer(error: Exception) -> bool:
+def is_failed_transfer(error: Exception) -> bool:
     """True for a failed transfer, which does not mean that a file is bad."""
     text = str(error)
     return " error for HTTP " in text or "Short read for HTTP" in text

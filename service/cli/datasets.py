@@ -218,7 +218,7 @@ def _print(dataset: Dataset, grants: list[str], looked: Looked | None, as_json: 
             fields
             | {"registered": None if registered is None else json.loads(registered)}
             | {"columns": None if looked is None else [asdict(column) for column in looked.columns]}
-            | {"files": None if looked is None or not looked.files else _tell_files(looked)}
+            | {"files": None if looked is None or not looked.files else _to_file_fields(looked)}
         )
         return
     print_fields(fields)
@@ -227,7 +227,7 @@ def _print(dataset: Dataset, grants: list[str], looked: Looked | None, as_json: 
             print(line)
 
 
-def _tell_files(looked: Looked) -> dict[str, Any]:
+def _to_file_fields(looked: Looked) -> dict[str, Any]:
     return {
         "count": looked.files,
         "bytes": looked.bytes,
@@ -245,11 +245,11 @@ def _list_lines(dataset: Dataset, looked: Looked) -> Iterator[str]:
         return
     yield f"files: {looked.files}, {looked.bytes} bytes"
     if looked.hidden:
-        yield f"not read, because a name begins with _ or .: {_say_keys(looked.hidden)}"
+        yield f"not read, because a name begins with _ or .: {_format_keys(looked.hidden)}"
     if looked.outside:
-        yield f"not read, because they are outside the partition folders: {_say_keys(looked.outside)}"
+        yield f"not read, because they are outside the partition folders: {_format_keys(looked.outside)}"
     if looked.unreadable:
-        yield f"can't be read: {_say_keys(looked.unreadable)}"
+        yield f"can't be read: {_format_keys(looked.unreadable)}"
 
 
 def _list_notes(dataset: Dataset, column: LookedColumn) -> Iterator[str]:
@@ -261,6 +261,6 @@ def _list_notes(dataset: Dataset, column: LookedColumn) -> Iterator[str]:
         yield f"({column.how})"
 
 
-def _say_keys(keys: Sequence[str]) -> str:
+def _format_keys(keys: Sequence[str]) -> str:
     more = len(keys) - _MAX_KEYS
     return ", ".join(keys[:_MAX_KEYS]) + (f" and {more} more" if more > 0 else "")

@@ -70,7 +70,7 @@ def describe_failure(error: Exception) -> str:
         case _:
             what, found = "kafka", list(examine_kafka(settings))
     wrong = _first_wrong(found)
-    return f"{what}: {_say(error)}" if wrong is None else f"{wrong.what}: {wrong.advice}"
+    return f"{what}: {_describe_error(error)}" if wrong is None else f"{wrong.what}: {wrong.advice}"
 
 
 def describe_defect(error: Exception) -> str:
@@ -87,7 +87,7 @@ def _first_wrong(findings: "Iterable[Finding]") -> "Finding | None":
     return next((finding for finding in findings if finding.state == "wrong"), None)
 
 
-def _say(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     match error:
         case KafkaException():
             sentence: str = error.args[0].str()

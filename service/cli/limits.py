@@ -103,9 +103,11 @@ def _print(org_id: str, own: OwnLimits | None, as_json: bool) -> None:
     if as_json:
         print_json({"org_id": org_id, **in_force, "own": names})
         return
-    print_fields({"org_id": org_id} | {name: _say(name, value, name in names) for name, value in in_force.items()})
+    print_fields(
+        {"org_id": org_id} | {name: _format_limit(name, value, name in names) for name, value in in_force.items()}
+    )
 
 
-def _say(name: str, value: int | None, own: bool) -> str:
+def _format_limit(name: str, value: int | None, own: bool) -> str:
     amount = "no limit" if value is None else show_size(value) if name in _SIZES else str(value)
     return amount + ("" if own else " (default)")

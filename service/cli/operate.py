@@ -10,7 +10,7 @@ import psycopg
 import typer
 from rich.console import Console
 
-from db.health import DATA, STATE, SWAPPED, is_others
+from db.health import DATA, STATE, SWAPPED, has_other_schema
 from db.migrations.upgrade import upgrade_data, upgrade_state
 from db.state.platform import create_platform_tables
 from queryd.registry import registry_in_use
@@ -52,7 +52,7 @@ def upgrade(as_json: Json = False) -> None:
     for name, url, schema, run in both:
         try:
             # One database may contain both schemas, but only if both variables name it.
-            if apart and asyncio.run(is_others(url, schema)):
+            if apart and asyncio.run(has_other_schema(url, schema)):
                 complain(f"{name}: {SWAPPED}")
             run(url)
         except psycopg.Error as error:

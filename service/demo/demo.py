@@ -231,7 +231,7 @@ def _table(asked: Sequence[Asked], events: Sequence[QueryStatusChanged | None], 
         if event is None:
             table.add_row(*cells, "requested")
             continue
-        cells.append(_say_status(event, short=not places))
+        cells.append(_format_status(event, short=not places))
         cells += ["" if value is None else f"{value:,}" for value in (event.row_count, event.bytes, event.duration_ms)]
         if places:
             cells.append(_shorten(event.output_location))
@@ -239,7 +239,7 @@ def _table(asked: Sequence[Asked], events: Sequence[QueryStatusChanged | None], 
     return table
 
 
-def _say_status(event: QueryStatusChanged, *, short: bool) -> str:
+def _format_status(event: QueryStatusChanged, *, short: bool) -> str:
     if event.error_code is None:
         return event.status.value
     # An error code already shows that the query failed.

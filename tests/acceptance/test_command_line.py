@@ -88,7 +88,7 @@ def test_an_inline_result_is_printed_at_once_and_can_be_fetched(stack: Stack, tm
 _ENDLESS = "SELECT sum(a.range * b.range) FROM range(10000000) a, range(10000000) b"
 
 
-def test_a_waiting_submit_tells_the_id_at_once_and_the_states_as_they_come(stack: Stack) -> None:
+def test_a_waiting_submit_prints_the_id_at_once_and_each_status(stack: Stack) -> None:
     waiting = subprocess.Popen(
         [sys.executable, "-m", "queryd", "submit", _ENDLESS, "--org", ORG, "--inline", "--wait"],
         cwd=stack.folder,
@@ -118,7 +118,7 @@ def test_a_waiting_submit_tells_the_id_at_once_and_the_states_as_they_come(stack
     assert (again.returncode, "note: the query is cancelled" in again.stdout) == (0, True)
 
 
-def test_a_cancel_says_what_is_known_of_its_query(stack: Stack) -> None:
+def test_a_cancel_prints_the_status_of_its_query(stack: Stack) -> None:
     submitted = _queryd(stack.folder, "submit", "SELECT 1", "--org", ORG, "--wait", "--json")
     query_id = json.loads(submitted.stdout)["query_id"]
     assert submitted.stderr == ""
@@ -172,7 +172,7 @@ def test_an_orgs_queries_are_listed_by_time_and_status(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize("change", ["gone", "longer", "other bytes"])
-def test_a_result_that_is_not_what_was_announced_is_not_written(stack: Stack, tmp_path: Path, change: str) -> None:
+def test_a_result_with_a_wrong_size_or_checksum_is_not_written(stack: Stack, tmp_path: Path, change: str) -> None:
     submitted = _queryd(stack.folder, "submit", "SELECT 42 AS a", "--org", ORG, "--format", "csv", "--wait", "--json")
     answer = json.loads(submitted.stdout)
     settings = _settings_of(stack)

@@ -142,7 +142,7 @@ def test_the_demo_passes_from_a_clean_clone_with_spaces_and_letters_in_its_path(
     assert_passed(clone.run("make", "demo"))
 
 
-def test_what_the_users_shell_has_for_other_programs_does_not_reach_the_demo(clone: Clone) -> None:
+def test_the_demo_ignores_the_shells_variables_for_other_programs(clone: Clone) -> None:
     assert_passed(clone.run("make", "demo", environment=HOSTILE))
 
 

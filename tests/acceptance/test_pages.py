@@ -82,7 +82,7 @@ def test_commands_are_as_long_as_bash_needs_them() -> None:
     ]
 
 
-def test_a_command_that_fails_is_named_with_its_line_and_what_it_said(tmp_path: Path) -> None:
+def test_a_failing_command_is_reported_with_its_line_and_output(tmp_path: Path) -> None:
     shell = PageShell(tmp_path, make_environment())
     [block] = read_page("p", "```sh\nkept=yes\ntest $kept = yes\necho out; echo lost >&2; exit 3\n```\n")
     with pytest.raises(PageBroken) as broken:

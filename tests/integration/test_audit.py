@@ -432,7 +432,7 @@ async def test_a_relation_that_is_not_there_is_named_to_the_author_alone(place: 
     assert known["detail"] == f"There is no relation {canary} that you may read (line 2, column 10)."
 
 
-async def test_a_statement_that_is_refused_for_what_it_is_leaves_no_object(place: Place) -> None:
+async def test_a_statement_that_the_gate_refuses_leaves_no_object(place: Place) -> None:
     query_id = await place.run(f"SELECT '{uuid.uuid4()}' FROM read_csv('x')")
     row = await read_row(place.pool, query_id)
     assert row is not None

@@ -150,7 +150,7 @@ async def test_a_domain_is_read_as_its_base_type(database: Database) -> None:
 
 
 @pytest.mark.parametrize("declared", ["json", "jsonb", "inet", "money", "int4range", "bit(3)"])
-async def test_what_is_text_here_alone_is_compared_here(database: Database, declared: str) -> None:
+async def test_a_column_that_is_text_only_in_duckdb_is_compared_by_duckdb(database: Database, declared: str) -> None:
     value = {"json": "{}", "jsonb": "{}", "inet": "1.2.3.4", "money": "1.5", "int4range": "[1,3)", "bit(3)": "101"}
     database.run(f"CREATE TABLE t (j {declared})", f"INSERT INTO t VALUES ('{value[declared]}')")
     [row] = await database.ask("SELECT j FROM d")
@@ -177,7 +177,7 @@ async def test_a_column_that_cannot_be_read_is_named_when_added(database: Databa
     assert "column id" not in str(caught.value)
 
 
-async def test_rows_of_several_dimensions_are_told_as_such(database: Database) -> None:
+async def test_the_error_names_a_column_of_arrays_with_several_dimensions(database: Database) -> None:
     database.run("CREATE TABLE t (a int[])", "INSERT INTO t VALUES ('{1}'), ('{{1,2},{3,4}}')")
     assert "arrays with several dimensions" in await database.fail("FROM d")
 
@@ -189,7 +189,7 @@ async def test_names_that_differ_in_case_only_are_refused(database: Database) ->
         await database.look()
 
 
-async def test_a_table_that_was_made_anew_is_read_by_its_new_types(database: Database) -> None:
+async def test_a_recreated_table_is_read_with_its_new_types(database: Database) -> None:
     for declared, value, read in (("int", "1", 1), ("text", "x", "x"), ("numeric(5,1)", "1.5", Decimal("1.5"))):
         database.run("DROP TABLE IF EXISTS t", f"CREATE TABLE t (v {declared})", f"INSERT INTO t VALUES ('{value}')")
         assert await database.ask("FROM d") == [{"v": read}]

@@ -361,7 +361,7 @@ async def test_names_that_differ_in_case_only_are_refused(folder: Folder, table:
 # What is read, and when.
 
 
-async def test_a_file_that_was_replaced_is_read_anew(folder: Folder) -> None:
+async def test_a_replaced_file_is_read_again(folder: Folder) -> None:
     for path in ("one.parquet", ""):
         for value in range(4):
             folder.put("one.parquet", {"n": [value], "x" * (value + 1): [0]})
@@ -408,7 +408,7 @@ def instance(folder: Folder, object_store_server: ObjectStore, tmp_path: Path) -
     made.close()
 
 
-async def test_what_was_pinned_is_read_and_nothing_that_comes_later(folder: Folder, instance: Instance) -> None:
+async def test_a_query_reads_only_pinned_files(folder: Folder, instance: Instance) -> None:
     folder.put("1.parquet", {"n": [1]})
 
     def count() -> Any:

@@ -53,7 +53,7 @@ def test_a_store_that_refuses_our_clock_is_missing(
         (None, 1, "postgres", "no answer from a server"),
     ],
 )
-async def test_a_refused_login_is_told_from_a_dead_network(
+async def test_the_log_distinguishes_a_refused_login_from_a_dead_network(
     postgres_server: Postgres,
     userinfo: str | None,
     port: int | None,

@@ -158,7 +158,7 @@ def test_databases_that_are_swapped_are_recognised_and_not_upgraded(data_url: st
 
 
 @pytest.mark.usefixtures("without_kafka")
-def test_an_older_schema_is_told_apart_from_this_one(data_url: str) -> None:
+def test_an_older_schema_version_is_detected(data_url: str) -> None:
     upgrade_data(data_url)
     with psycopg.connect(data_url) as connection:
         connection.execute("UPDATE queryd_data_version SET version_num = 'data0003'")
@@ -167,7 +167,7 @@ def test_an_older_schema_is_told_apart_from_this_one(data_url: str) -> None:
 
 
 @pytest.mark.usefixtures("without_kafka")
-def test_what_is_wrong_stands_first() -> None:
+def test_problems_come_first() -> None:
     states = [finding.state for finding in examine(Settings())]
     assert states == sorted(states, key=("wrong", "warning", "well").index)
     assert states[0] == "wrong"

@@ -232,7 +232,7 @@ def test_a_killed_server_is_noticed_and_starts_again_where_it_was(tmp_path: Path
         store.stop()
 
 
-def test_what_was_stored_survives_stop_and_kill_with_its_ports(tmp_path: Path) -> None:
+def test_data_and_ports_survive_stop_and_kill(tmp_path: Path) -> None:
     with EmbeddedStack(tmp_path) as first:
         _write(first, 1)
     with EmbeddedStack(tmp_path) as second:

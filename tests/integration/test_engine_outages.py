@@ -474,7 +474,7 @@ async def test_a_scan_that_is_in_the_way_of_replication_is_an_outage(
     ],
     ids=["wrong password", "no right to the table", "no such database", "no TLS"],
 )
-async def test_what_waiting_cannot_mend_ends_the_query_at_once(
+async def test_an_error_that_is_no_outage_ends_the_query_at_once(
     database: _Database, opened: Run, tmp_path: Path, given: dict[str, str], code: ErrorCode, sentence: str
 ) -> None:
     engine = await opened(None, database.as_role(**given))

@@ -84,7 +84,7 @@ def config(kafka: Kafka) -> dict[str, Any]:
     return prepare_topics(kafka)
 
 
-def test_a_fork_of_a_clients_process_is_told_to_make_its_own(config: dict[str, Any]) -> None:
+def test_a_client_in_a_fork_raises_client_stopped(config: dict[str, Any]) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore::DeprecationWarning", "-c", _PROGRAM, json.dumps(config)],
         capture_output=True,

@@ -101,7 +101,7 @@ async def test_half_of_a_surrogate_pair_as_a_parameter_ends_the_query_and_not_th
     assert "Ålesund" in await _outcome(engine, tmp_path, "SELECT name FROM shops", {})
 
 
-async def test_what_duckdb_does_not_survive_is_refused(engine: DuckDBEngine, tmp_path: Path) -> None:
+async def test_sql_that_crashes_duckdb_is_refused(engine: DuckDBEngine, tmp_path: Path) -> None:
     for sql in (
         "SELECT reservoir_quantile(1, 0.5, 2147483647) FROM shops",
         "SELECT st_setcrs('a', 'a'::ENUM('a')) FROM shops",

@@ -55,7 +55,7 @@ def _without_nulls(values: list[Any]) -> pa.Array:
 
 _convert_options = csv.ConvertOptions
 _count_days = moments._count_days
-_tell_columns = columns.tell_columns
+_redact_columns = columns.redact_columns
 
 
 def _quote_nulls(**options: Any) -> csv.ConvertOptions:
@@ -88,7 +88,7 @@ SABOTAGES = {
     ),
     "names that collide": Sabotage(_PARQUET, _swap(columns, "make_unique", list)),
     "200 columns are told": Sabotage(
-        _CSV, _swap(export, "tell_columns", lambda *arguments: _tell_columns(*arguments)[:200])
+        _CSV, _swap(export, "redact_columns", lambda *arguments: _redact_columns(*arguments)[:200])
     ),
     "a type loses its parts": Sabotage(_JSON, _swap(columns, "write_type", lambda type_, _: type_.name)),
     "values that look alike in CSV": Sabotage(_CSV, _swap(export, "_write_in_csv", lambda place, _: place)),

@@ -102,7 +102,9 @@ def test_a_moment_beyond_pythons_is_its_number(
         ("[{'at': TIME '24:00:00'}]", "24:00:00, which Parquet doesn't have"),
     ],
 )
-def test_what_parquet_can_not_hold_is_refused_with_what_to_cast(tmp_path: Path, expression: str, sentence: str) -> None:
+def test_a_value_that_parquet_can_not_store_is_refused_with_the_cast(
+    tmp_path: Path, expression: str, sentence: str
+) -> None:
     with pytest.raises(QueryFailed, match=sentence) as refused:
         _write(tmp_path, expression, _PARQUET)
     assert refused.value.code is ErrorCode.QUERY_ERROR

@@ -130,7 +130,7 @@ def test_a_piece_of_sql_is_no_name_in_an_event(exporter: _Exporter, sql: str, na
          ["id", "column_2", "column_3"]),
     ],
 )  # fmt: skip
-def test_what_pivot_makes_of_values_is_no_name_in_an_event(exporter: _Exporter, sql: str, names: list[str]) -> None:
+def test_an_event_has_no_name_that_pivot_makes_from_values(exporter: _Exporter, sql: str, names: list[str]) -> None:
     for output_format in OutputFormat:
         told = exporter.export(sql, output_format).columns
         assert [column.name for column in told] == names
@@ -166,19 +166,19 @@ def test_a_parameters_text_is_no_name_and_no_part_of_a_type_in_an_event(exporter
         ("(1, 'a'::ENUM('a'))", "STRUCT(INTEGER, ENUM)"),
     ],
 )
-def test_a_type_is_told_whole_but_for_an_enums_words(exporter: _Exporter, expression: str, told: str) -> None:
+def test_an_event_has_the_whole_type_except_an_enums_values(exporter: _Exporter, expression: str, told: str) -> None:
     for output_format in OutputFormat:
         [column] = exporter.export(f"SELECT {expression} AS x WHERE 'lat' <> 'lon'", output_format).columns
         assert column == Column("x", told)
         parse_type(column.type)
 
 
-def test_a_dataset_that_has_a_field_with_the_name_of_a_string_is_told(exporter: _Exporter) -> None:
+def test_a_field_of_a_dataset_is_public_even_if_a_parameter_has_its_name(exporter: _Exporter) -> None:
     [column] = exporter.export("SELECT place FROM customers WHERE 'key' <> 'e-mail'", OutputFormat.JSON).columns
     assert column.type == 'STRUCT("key" INTEGER, "e-mail" VARCHAR)'
 
 
-def test_types_that_no_event_can_tell_are_refused_where_the_file_does_not_tell_them(exporter: _Exporter) -> None:
+def test_types_too_large_for_an_event_are_refused_for_csv_and_json(exporter: _Exporter) -> None:
     listed = ", ".join(f'1 AS "{"n" * 200}{number}"' for number in range(900))
     wide = f"SELECT a.*, a.* FROM (SELECT {listed}) a"
     with pytest.raises(QueryFailed, match="256 KiB") as refused:

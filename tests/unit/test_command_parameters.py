@@ -30,7 +30,7 @@ from service.cli.parameters import read_parameters
         ("[" * 100_000, "[" * 100_000),
     ],
 )
-def test_what_is_guessed_is_what_the_help_says(text: str, value: Parameter) -> None:
+def test_param_types_values_as_the_help_says(text: str, value: Parameter) -> None:
     guessed = read_parameters([f"p={text}"], [])["p"]
     assert (guessed, type(guessed)) == (value, type(value))
     # And a way to say text for each of them.
@@ -47,7 +47,7 @@ def test_what_is_guessed_is_what_the_help_says(text: str, value: Parameter) -> N
         (["n=1", "n=2"], [], "given twice"),
     ],
 )
-def test_what_is_asked_wrongly_is_one_line_and_code_2(
+def test_a_usage_error_is_one_line_and_code_2(
     guessed: list[str], texts: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -73,7 +73,7 @@ def test_nothing_starts_before_what_it_needs(name: str) -> None:
     assert ("platform" in waits_for) == (name == "projector")
 
 
-def test_one_service_builds_the_image_and_everything_of_ours_waits_for_it_or_for_what_is_no_image_of_ours() -> None:
+def test_one_service_builds_the_image_and_every_queryd_service_waits_for_it() -> None:
     """Compose builds services in parallel: two that export one tag fail with "already exists"."""
     built = [service["image"] for service in SERVICES.values() if "build" in service]
     assert built == [IMAGE]
@@ -273,7 +273,7 @@ def test_the_builder_gets_what_the_wheel_is_made_of_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("name", [".env", ".env.local", ".queryd/env"])
-def test_git_ignores_what_holds_passwords(name: str) -> None:
+def test_git_ignores_files_with_passwords(name: str) -> None:
     rules = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
     assert any(fnmatch.fnmatch(name.partition("/")[0], rule.rstrip("/")) for rule in rules if not rule.startswith("#"))
 

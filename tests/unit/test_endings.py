@@ -131,9 +131,7 @@ def test_a_query_whose_time_is_over_says_where_it_waited() -> None:
 @pytest.mark.parametrize(
     ("output_format", "told"), [(OutputFormat.PARQUET, 200), (OutputFormat.CSV, 2_500), (OutputFormat.JSON, 2_500)]
 )
-def test_an_event_tells_every_column_where_the_file_does_not_tell_its_types(
-    output_format: OutputFormat, told: int
-) -> None:
+def test_an_event_lists_every_column_of_csv_and_json(output_format: OutputFormat, told: int) -> None:
     columns = tuple(Column(f"c{number}", "DECIMAL(38,10)") for number in range(2_500))
     event = decode_status(_succeed(columns, output_format=output_format).payload)
     assert event.columns == columns[:told]

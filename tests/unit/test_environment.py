@@ -28,7 +28,7 @@ VALUES = {
 }
 
 
-def test_a_shell_and_we_read_what_was_written(tmp_path: Path) -> None:
+def test_a_shell_and_queryd_read_the_same_variables(tmp_path: Path) -> None:
     path = tmp_path / "env"
     path.write_text(write_env_lines(VALUES), encoding="utf-8")
     assert read_env_file(path) == VALUES
@@ -73,7 +73,7 @@ _FOREIGN = (
 
 @pytest.mark.usefixtures("environment")
 @pytest.mark.parametrize("settings", [True, False])
-def test_only_what_is_named_is_kept(settings: bool) -> None:
+def test_only_named_variables_are_kept(settings: bool) -> None:
     os.environ.update(dict.fromkeys(_FOREIGN, "x") | {"QUERYD_SLOTS_BATCH": "3", "OTEL_SDK_DISABLED": "true"})
     os.environ.update({"PATH": "/bin", "COLUMNS": "60"})
     isolate(settings=settings)

@@ -73,7 +73,7 @@ def test_a_detail_is_cut_and_holds_no_address_and_nothing_confidential() -> None
 
 
 @pytest.mark.parametrize("hidden", ["s3://bucket/private/part.parquet", "__queryd_datasets.public.shops", "AKIAKEY"])
-def test_what_the_author_wrote_is_left_alone_so_that_no_guess_is_confirmed(hidden: str) -> None:
+def test_texts_that_the_author_wrote_stay_so_that_no_guess_is_confirmed(hidden: str) -> None:
     error = _error(duckdb.ConversionException, f"can't convert '{hidden}'")
     for placed in (Placed(f"SELECT '{hidden}'::INT", "SELECT 1", 0), Placed("SELECT $p", "SELECT $p", 0, (hidden,))):
         assert _failed(error, placed, ("AKIAKEY",)).detail == f"Some Error: can't convert '{hidden}'"
@@ -111,7 +111,7 @@ _CLOSED = _error(
 )
 
 
-def test_only_a_storage_that_the_statement_reads_can_be_away() -> None:
+def test_only_a_storage_that_the_statement_reads_can_cause_an_outage() -> None:
     parquet, postgres = frozenset({RelationKind.PARQUET}), frozenset({RelationKind.POSTGRES})
     assert _outage(_AWAY, parquet) is Outage.STORE
     assert _outage(_CLOSED, postgres) is Outage.POSTGRES
@@ -146,7 +146,7 @@ def test_a_known_mistake_leaves_the_process_in_trust(error: Exception) -> None:
     assert (meaning.ours.code, meaning.known) == (ErrorCode.QUERY_ERROR, True)
 
 
-def test_a_fault_inside_the_engine_that_a_statement_provokes_is_told_to_its_author() -> None:
+def test_an_internal_error_that_a_statement_causes_is_its_authors() -> None:
     failure = _failed(_error(duckdb.InternalException, "Attempted to dereference shared_ptr that is NULL!"))
     assert (failure.code, failure.detail is not None) == (ErrorCode.QUERY_ERROR, True)
 

@@ -97,7 +97,7 @@ def test_a_name_that_means_a_function_may_be_used_where_it_is_the_same_wherever_
 
 
 @pytest.mark.parametrize("name", ["current_catalog", "current_schema"])
-def test_a_name_that_tells_where_the_session_is_may_not_be_used(name: str) -> None:
+def test_a_name_that_shows_the_sessions_catalog_is_refused(name: str) -> None:
     with pytest.raises(QueryFailed):
         Gate().judge(f"SELECT {name} AS told", (), {})
     with duckdb.connect(":memory:") as connection:

@@ -53,7 +53,7 @@ class _Number(enum.IntEnum):
         (np.str_("x"), "x"),
     ],
 )
-def test_what_the_wire_has_a_type_for_arrives_as_it_is(value: Any, wire: object) -> None:
+def test_a_value_with_a_schema_type_is_sent_unchanged(value: Any, wire: object) -> None:
     request = make_request("SELECT $p", org_id=ORG_ID, parameters={"p": value})
     arrived = decode_request(encode(request)).parameters["p"]
     assert (arrived, type(arrived)) == (wire, type(wire))
@@ -76,7 +76,7 @@ def test_what_the_wire_has_a_type_for_arrives_as_it_is(value: Any, wire: object)
         (UUID("6a1f7f4e-3f0e-4f5c-9d55-0d6f1f2f9a10"), "UUID"),
     ],
 )
-def test_what_the_wire_has_no_type_for_is_exact_after_the_cast(value: object, kind: str) -> None:
+def test_a_value_without_a_schema_type_is_exact_after_the_cast(value: object, kind: str) -> None:
     text = to_wire({"p": value})["p"]
     assert isinstance(text, str)
     assert _ask(f"SELECT CAST($p AS {kind})", text) == value
@@ -125,7 +125,7 @@ def test_a_date_and_a_decimal_compare_with_a_column_of_their_type_without_a_cast
         (f"{_SECRET}\ud800", "UTF-8"),
     ],
 )
-def test_what_can_not_be_bound_is_refused_by_its_name_and_without_its_value(value: Any, advice: str) -> None:
+def test_the_error_of_an_unsupported_parameter_has_its_name_and_not_its_value(value: Any, advice: str) -> None:
     with pytest.raises(Invalid, match=r"^parameter limit ") as refused:
         make_request("SELECT $limit", org_id=ORG_ID, parameters={"fine": 1, "limit": value})
     assert advice in str(refused.value)

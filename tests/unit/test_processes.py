@@ -106,7 +106,7 @@ async def test_a_notice_arrives_while_a_request_runs(tmp_path: Path) -> None:
     await _end(child)
 
 
-async def test_what_a_child_tells_arrives_although_it_dies_then(tmp_path: Path) -> None:
+async def test_a_childs_message_arrives_even_if_it_dies_afterwards(tmp_path: Path) -> None:
     child = await _start(tmp_path)
     told: list[frames.Message] = []
     with pytest.raises(ChildDied):

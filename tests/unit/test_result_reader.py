@@ -53,7 +53,7 @@ def test_a_result_that_has_expired_has_no_link(reader: ResultReader) -> None:
         reader.links(_make_event(timedelta(seconds=-1)))
 
 
-def test_a_browser_saves_a_linked_file_under_a_name_that_tells_it_from_others(reader: ResultReader) -> None:
+def test_a_browser_saves_linked_files_under_distinct_names(reader: ResultReader) -> None:
     def names(*keys: str) -> list[str]:
         links = reader.links(_make_event(timedelta(days=1), keys))
         return [parse_qs(urlsplit(link).query)["response-content-disposition"][0] for link in links]

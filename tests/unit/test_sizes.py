@@ -39,7 +39,7 @@ def test_a_size_is_read_to_the_byte(text: str, size: int) -> None:
 @pytest.mark.parametrize(
     "text", ["", "GB", "-1GB", "1G", "1 GX", "1,5GB", "1e9", "1.5", "0.0001kB", "१GB", "1GB 2", "nan", "0x10", "1" * 20]
 )
-def test_what_is_no_whole_number_of_bytes_is_refused(text: str) -> None:
+def test_a_size_that_is_no_whole_number_of_bytes_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="must be a"):
         read_size(text)
 

@@ -31,7 +31,7 @@ def _copy(rows: Sequence[Sequence[str]]) -> list[list[str]]:
     "field",
     ['=HYPERLINK("http://x","y")', "=1+1", "+1+1", "-1-1", "@SUM(A1)", "\t=1", "\r=1", " =1", "＝1", "-", "+c|'x'!A0"],
 )  # fmt: skip
-def test_what_would_be_a_formula_gets_an_apostrophe(field: str) -> None:
+def test_a_field_that_would_be_a_formula_gets_an_apostrophe(field: str) -> None:
     assert _copy([["name"], [field]]) == [["name"], [f"'{field}"]]
     assert _copy([[field, "b"]]) == [[f"'{field}", "b"]]
 

@@ -131,7 +131,7 @@ def test_the_listener_of_the_world_hears_where_an_address_is_called(world: World
     assert not world.was_called()
 
 
-def test_what_the_docs_call_refused_stands_in_the_list_of_refused_functions() -> None:
+def test_every_function_that_the_docs_call_refused_is_refused() -> None:
     page = Path(__file__).parents[2].joinpath("docs", "sql.md").read_text(encoding="utf-8")
     table = page.partition("## Texts that become names")[2].partition("\n## ")[0]
     rows = [line.split("|")[1:4] for line in table.splitlines() if line.startswith("| `")]

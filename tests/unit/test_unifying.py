@@ -51,6 +51,6 @@ def test_the_wider_type_is_found_whichever_comes_first(one: str, other: str, bot
         ("STRUCT(a INTEGER)", "STRUCT(a VARCHAR)"),
     ],
 )
-def test_what_no_type_holds_exactly_has_none(one: str, other: str) -> None:
+def test_types_without_a_common_exact_type_have_no_unified_type(one: str, other: str) -> None:
     assert unify(duckdb.sqltype(one), duckdb.sqltype(other)) is None
     assert unify(duckdb.sqltype(other), duckdb.sqltype(one)) is None
