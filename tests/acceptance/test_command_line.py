@@ -127,7 +127,7 @@ def test_a_cancel_prints_the_status_of_its_query(stack: Stack) -> None:
         f"query id: {query_id}\nstatus: Succeeded\nnote: too late: the query had already ended; nothing changes\n"
     )
     unknown = json.loads(_queryd(stack.folder, "cancel", str(uuid.uuid4()), "--org", ORG, "--json").stdout)
-    assert (unknown["status"], "no query with this id so far" in unknown["note"]) == (None, True)
+    assert (unknown["status"], "no query with this id yet" in unknown["note"]) == (None, True)
     # Another org's query is no query.
     strangers = json.loads(_queryd(stack.folder, "cancel", query_id, "--org", STRANGER, "--json").stdout)
     assert (strangers["status"], strangers["note"]) == (None, unknown["note"])

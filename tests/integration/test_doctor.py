@@ -147,7 +147,7 @@ def test_databases_that_are_swapped_are_recognised_and_not_upgraded(data_url: st
     assert (_find("postgres data").state, _find("postgres state").state) == ("well", "well")
     os.environ |= {"QUERYD_DATA_URL": state_url, "QUERYD_STATE_URL": data_url}
     for what in ("postgres data", "postgres state"):
-        assert "are QUERYD_DATA_URL and QUERYD_STATE_URL swapped?" in _find(what).advice
+        assert "check whether QUERYD_DATA_URL and QUERYD_STATE_URL are swapped" in _find(what).advice
     refused = CliRunner().invoke(app, ["db", "upgrade"])
     assert (refused.exit_code, refused.stdout) == (1, "")
     assert refused.stderr.startswith("queryd: QUERYD_DATA_URL: it contains the tables of the other database")

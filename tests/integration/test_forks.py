@@ -98,4 +98,4 @@ def test_a_client_in_a_fork_raises_client_stopped(config: dict[str, Any]) -> Non
     assert answers.pop("own") == "None"
     for call, answer in answers.items():
         assert "created the client and process" in answer and answer.startswith("ClientStopped: "), (call, answer)
-        assert "make the client after the fork" in answer
+        assert "create the client after the fork" in answer
