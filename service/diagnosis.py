@@ -68,7 +68,7 @@ def explain_postgres(variable: str, url: str, error: psycopg.Error) -> str:
         return f"the host takes connections and does not answer them: is it Postgres that {variable} names, and well?"
     pgconn = error.pgconn
     if pgconn is not None and pgconn.needs_password:
-        return f"the server wants a password, and {variable} has none"
+        return f"the server requires a password, and {variable} has none"
     if _is_entered(url, dbname="postgres"):
         return f"the server has no such database, or the role may not enter it: create it, or check {variable}"
     what = "password or the role" if pgconn is not None and pgconn.used_password else "role"

@@ -48,7 +48,7 @@ def test_a_store_that_refuses_our_clock_is_missing(
     [
         ("queryd:canary4711", None, "postgres", "the server refuses the login"),
         ("canary4711:canary4711", None, "postgres", "the server refuses the login"),
-        ("queryd", None, "postgres", "the server wants a password"),
+        ("queryd", None, "postgres", "the server requires a password"),
         (None, None, "canary4711", "the server refuses the login: the password, the role or the database is wrong"),
         (None, 1, "postgres", "no answer from a server"),
     ],

@@ -98,7 +98,7 @@ def test_a_property_that_kafkas_client_does_not_know() -> None:
         (None, CANARY, "the server has no such database, or the role may not enter it"),
         (f"queryd:{CANARY}", None, "the server refuses the password or the role"),
         (f"{CANARY}:{CANARY}", None, "the server refuses the password or the role"),
-        ("queryd", None, "the server wants a password, and QUERYD_DATA_URL has none"),
+        ("queryd", None, "the server requires a password, and QUERYD_DATA_URL has none"),
     ],
 )
 def test_what_postgres_refuses_is_told_apart(

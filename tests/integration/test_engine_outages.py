@@ -1,4 +1,4 @@
-"""What an outage is: each entry of the closed lists by the situation that proves it, and what only looks like one."""
+"""Outages: each entry of the lists has a situation that causes it; similar errors are no outage."""
 
 import contextlib
 import ctypes
@@ -45,7 +45,7 @@ Run = Callable[..., Any]
 
 @dataclass
 class _Store:
-    """An S3 server of one object that answers as it is told."""
+    """An S3 server with one object, whose answers a test chooses."""
 
     body: bytes
     status: int = 200

@@ -1,4 +1,4 @@
-"""Storing results on a real S3 server: whole, once, and told apart from what was not ours."""
+"""Store results on a real S3 server: completely, once, and never over another object."""
 
 import asyncio
 import hashlib

@@ -1,4 +1,4 @@
-"""What once came out as something else, statement by statement, as the client reads it."""
+"""Statements whose results were once wrong, as the client reads them."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""What is written is what the SQL says, in every format and for every reader, or the query is refused."""
+"""A result has the SQL's values, in every format and for every reader, or the query is refused."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""What an event tells of a result's columns: the names of its file and whole types, but no value."""
+"""An event has the names of a result's file and whole types, but no values."""
 
 from collections.abc import Iterator
 from functools import partial

@@ -1,4 +1,4 @@
-"""What `--param` guesses, and that `--param-text` guesses nothing."""
+"""`--param` types values by JSON's rules; `--param-text` sends text."""
 
 import pytest
 

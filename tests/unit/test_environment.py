@@ -1,4 +1,4 @@
-"""What the embedded stack keeps of a shell's environment, and what a shell reads of `.queryd/env`."""
+"""The variables that the embedded stack keeps from a shell, and how a shell reads `.queryd/env`."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""What Python values bind as, judged by DuckDB; and what is refused, by its name."""
+"""Python values bind with the right type in DuckDB; errors name the unsupported parameter."""
 
 import enum
 import importlib
