@@ -6,6 +6,8 @@ from concurrent.futures import Future
 from typing import Any
 from uuid import UUID
 
+from confluent_kafka import KafkaException
+
 from queryd.errors import QueryFailed
 from queryd.events import OrgId, QueryId, QueryStatusChanged, Status, parse_uuid
 from queryd.requests import SubmitOptions, make_cancel, make_request
@@ -19,11 +21,16 @@ class Session:
 
     def __init__(self, kafka: Mapping[str, Any]) -> None:
         """`kafka` is librdkafka's configuration. Blocks; raises `KafkaException` when the broker is silent for 15 s."""
+        if not isinstance(kafka, Mapping):
+            raise TypeError('the client takes librdkafka\'s properties, {"bootstrap.servers": "host:port"}')
         self.kafka = dict(kafka)
         self._sender = Sender(self.kafka)
         try:
             self._tracking = Tracking(self.kafka)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, KafkaException):
+                brokers = self.kafka.get("bootstrap.servers")
+                error.add_note(f"The client asked Kafka at {brokers}. `queryd doctor` says what is wrong.")
             self._sender.close()
             raise
         self._reader: ResultReader | None = None

@@ -6,6 +6,8 @@ the caller, who decides what is to be the same.
 """
 
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,9 +16,6 @@ WriteFloat = Callable[[float], str]
 
 # With offsets of 64 bits: the texts of a batch may be longer than 2 GiB together.
 _BYTES = pa.large_binary()
-_NULL = pa.scalar(b"~", _BYTES)
-_COLON = pa.scalar(b":", _BYTES)
-_NOTHING = pa.scalar(b"", _BYTES)
 
 # Stored as a number since some beginning, which is exact; their texts depend on a calendar and a zone.
 _TIMES_64 = (pa.types.is_timestamp, pa.types.is_time64, pa.types.is_date64, pa.types.is_duration)
@@ -39,12 +38,18 @@ _TEXTS = (
 )
 
 
+@cache
+def _constant(text: bytes) -> "pa.Scalar[Any]":
+    """Made at its first use: pyarrow's first scalar imports pandas, and every command would wait for that."""
+    return pa.scalar(text, _BYTES)
+
+
 def write_rows(batch: pa.RecordBatch, write_float: WriteFloat) -> list[bytes]:
     """One text for each row."""
     if not batch.num_columns:
         return [b""] * batch.num_rows
     cells = [_write_cells(column, write_float) for column in batch.columns]
-    texts: list[bytes] = pc.binary_join_element_wise(*cells, _NOTHING).to_pylist()
+    texts: list[bytes] = pc.binary_join_element_wise(*cells, _constant(b"")).to_pylist()
     return texts
 
 
@@ -76,7 +81,7 @@ def name_type(kind: pa.DataType) -> str:
 def _write_cells(array: pa.Array, write_float: WriteFloat) -> pa.Array:
     """The cells of a column, none of them null any more."""
     lengths = pc.binary_length(texts := _write_texts(array, write_float)).cast(pa.large_string()).cast(_BYTES)
-    return pc.fill_null(pc.binary_join_element_wise(lengths, texts, _COLON), _NULL)
+    return pc.fill_null(pc.binary_join_element_wise(lengths, texts, _constant(b":")), _constant(b"~"))
 
 
 def _write_texts(array: pa.Array, write_float: WriteFloat) -> pa.Array:
@@ -115,7 +120,7 @@ def _write_plain(array: pa.Array) -> pa.Array:
 
 def _write_structs(array: pa.StructArray, write_float: WriteFloat) -> pa.Array:
     fields = [_write_cells(field, write_float) for field in array.flatten()]
-    texts = pc.binary_join_element_wise(*fields, _NOTHING) if fields else pa.array([b""] * len(array), _BYTES)
+    texts = pc.binary_join_element_wise(*fields, _constant(b"")) if fields else pa.array([b""] * len(array), _BYTES)
     return pc.if_else(array.is_valid(), texts, pa.scalar(None, _BYTES))
 
 
@@ -124,7 +129,7 @@ def _write_lists(array: pa.Array, write_float: WriteFloat) -> pa.Array:
     lengths = pc.fill_null(pc.list_value_length(array).cast(pa.int64()), 0)
     ends = pc.cumulative_sum(lengths)
     offsets = pa.concat_arrays([pa.array([0], pa.int64()), ends])
-    texts = pc.binary_join(pa.LargeListArray.from_arrays(offsets, elements), _NOTHING)
+    texts = pc.binary_join(pa.LargeListArray.from_arrays(offsets, elements), _constant(b""))
     return pc.if_else(array.is_valid(), texts, pa.scalar(None, _BYTES))
 
 

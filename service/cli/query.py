@@ -37,6 +37,10 @@ _KNOWN_SECONDS = 5.0
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON line and nothing else.")]
 Timeout = Annotated[int | None, typer.Option(help="Time limit in seconds.", min=1, max=2**31 - 1)]
+Inline = Annotated[
+    bool, typer.Option("--inline", help="A result of at most 64 KiB comes with its event; interactive only.")
+]
+RequestId = Annotated[str | None, typer.Option("--id", help="The request's own id; made up where not given.")]
 MaxRows = Annotated[int | None, typer.Option(help="Fail when the result has more rows.", min=1, max=2**63 - 1)]
 MaxBytesScanned = Annotated[
     str | None, typer.Option(help="Fail when the query reads more than this: bytes, or 512MiB, 10GB.")
@@ -70,13 +74,11 @@ def submit(
     param_text: ParamText = None,
     saved: Annotated[str | None, typer.Option(help="A saved query's id, instead of SQL.")] = None,
     task: Annotated[str | None, typer.Option(help="The task it runs for.")] = None,
-    query_id: Annotated[str | None, typer.Option("--id", help="The request's own id; made up where not given.")] = None,
+    query_id: RequestId = None,
     timeout: Timeout = None,
     max_rows: MaxRows = None,
     max_bytes_scanned: MaxBytesScanned = None,
-    inline: Annotated[
-        bool, typer.Option("--inline", help="A result of at most 64 KiB comes with its event; interactive only.")
-    ] = False,
+    inline: Inline = False,
     wait: Annotated[bool, typer.Option(help="Wait until the query is finished.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -226,7 +228,7 @@ def fetch(
         _print_error(row, files)
         return
     if row.status != Status.SUCCEEDED:
-        known = f", {row.error_code}: {row.error_message}" if row.error_code else ""
+        known = f", {row.error_code}: {(row.error_message or '').rstrip('.')}" if row.error_code else ""
         more = f"; what the engine said: queryd fetch {query_id} --error" if files else ""
         complain(f"the query is {row.status}{known}{more}")
     if output is not None and (link or as_json):

@@ -90,9 +90,11 @@ def run(
     param: Param = None,
     param_text: ParamText = None,
     task: Annotated[str | None, typer.Option(help="The task it runs for.")] = None,
+    query_id: query.RequestId = None,
     timeout: query.Timeout = None,
     max_rows: query.MaxRows = None,
     max_bytes_scanned: query.MaxBytesScanned = None,
+    inline: query.Inline = False,
     wait: Annotated[bool, typer.Option(help="Wait until the query is finished.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -107,9 +109,11 @@ def run(
         param=param,
         param_text=param_text,
         task=task,
+        query_id=query_id,
         timeout=timeout,
         max_rows=max_rows,
         max_bytes_scanned=max_bytes_scanned,
+        inline=inline,
         wait=wait,
         as_json=as_json,
     )

@@ -1,7 +1,10 @@
 """What the command says before any command runs: its version, and variables that nothing reads."""
 
+import inspect
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -9,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from service.cli import app
+from service.cli import app, query, saved
 from service.doctor import examine
 from service.settings import Settings, find_unknown_variables
 
@@ -46,6 +49,28 @@ def test_a_misspelt_setting_is_told_of_in_one_line_and_is_no_error() -> None:
     assert CANARY not in said.output
     # What stops it is the setting that is missing.
     assert type(said.exception).__name__ == "WrongSetting"
+
+
+def test_a_saved_query_runs_with_every_option_of_submit() -> None:
+    taken_from_the_saved_query = {"sql", "saved"}
+    submit, run = (inspect.signature(each).parameters for each in (query.submit, saved.run))
+    assert set(run) - {"saved_query_id"} == set(submit) - taken_from_the_saved_query
+    assert all(run[name].default == submit[name].default for name in set(run) - {"saved_query_id"})
+
+
+def test_a_saved_query_passes_every_option_to_submit(monkeypatch: pytest.MonkeyPatch) -> None:
+    passed: dict[str, object] = {}
+    monkeypatch.setattr(query, "submit", lambda **options: passed.update(options))
+    saved.run("a saved query", org="an org", query_id="an id", inline=True)
+    assert set(passed) == set(inspect.signature(saved.run).parameters) - {"saved_query_id"} | {"saved"}
+    assert (passed["saved"], passed["query_id"], passed["inline"]) == ("a saved query", "an id", True)
+
+
+def test_no_command_waits_for_the_import_of_pandas() -> None:
+    # The demo's data brings pandas with it; it takes a fifth of a command's start.
+    program = "import sys, service.cli; sys.exit('pandas' in sys.modules)"
+    environment = {"PYTHONPATH": ":".join(sys.path), "PATH": "/usr/bin:/bin"}
+    assert subprocess.run([sys.executable, "-c", program], env=environment, check=False).returncode == 0
 
 
 def test_without_one_nothing_is_said() -> None:

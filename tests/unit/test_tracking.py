@@ -10,6 +10,7 @@ import pytest
 from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
 
 from queryd import tracking
+from queryd.client import QueryClient
 from queryd.errors import ClientStopped, QueryDeleted
 from queryd.events import QueryId, QueryStatusChanged, Status
 from queryd.tracking import Known, Track, partition_of
@@ -137,6 +138,21 @@ def test_leaders_that_are_being_elected_are_waited_for_and_not_for_ever(monkeypa
     hopeless: Any = _Electing(errors=10**9)
     with pytest.raises(KafkaException):
         tracking._await_ends(hopeless)
+
+
+def test_a_client_whose_broker_is_away_names_it_and_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "_BROKER_SECONDS", 0.2)
+    with pytest.raises(KafkaException) as refused:
+        QueryClient({"bootstrap.servers": "127.0.0.1:1", "log_level": 0})
+    (note,) = refused.value.__notes__
+    assert "127.0.0.1:1" in note
+    assert "queryd doctor" in note
+
+
+@pytest.mark.parametrize("broker", ["localhost:9092", ["localhost:9092"]])
+def test_a_client_made_of_a_broker_alone_says_what_it_takes(broker: Any) -> None:
+    with pytest.raises(TypeError, match=r"bootstrap\.servers"):
+        QueryClient(broker)
 
 
 def test_a_look_up_holds_nothing() -> None:
