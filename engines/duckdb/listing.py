@@ -24,6 +24,7 @@ from queryd.events import ErrorCode
 _TIMEOUT_SECONDS = 20.0
 _OK, _MISSING = 200, 404
 _DENIALS = (401, 403)
+_UNKNOWN_FORMAT = "The datasets' store lists the dataset in no known format."
 _EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 
 
@@ -70,8 +71,11 @@ class ObjectLister:
             _, _, body = self._request("GET", bucket, key, {})
         if status != _OK:
             raise read_status(status, body.decode(errors="replace"))
-        modified = email.utils.parsedate_to_datetime(headers["Last-Modified"]).timestamp()
-        return StoredFile(key, int(headers["Content-Length"]), headers.get("ETag", ""), modified)
+        try:
+            modified = email.utils.parsedate_to_datetime(headers.get("Last-Modified", "")).timestamp()
+            return StoredFile(key, int(headers.get("Content-Length", "")), headers.get("ETag", ""), modified)
+        except ValueError:
+            raise QueryFailed(ErrorCode.INTERNAL, _UNKNOWN_FORMAT) from None
 
     def close(self) -> None:
         """Close the connection; the next request opens another."""
@@ -167,27 +171,33 @@ def _connect(scheme: str, host: str) -> http.client.HTTPConnection:
 
 
 def _parse_page(body: bytes) -> _Page:
+    """Raises `QueryFailed` for anything but a whole page: a part of it would read as a smaller dataset."""
     try:
-        # XML attacks are no risk: we trust the store with the datasets themselves.
+        # The store is trusted with the datasets themselves.
         root = ElementTree.fromstring(body)  # noqa: S314
-    except ElementTree.ParseError:
-        raise QueryFailed(
-            ErrorCode.INTERNAL,
-            "The datasets' store listed the dataset in an unknown format: check that its endpoint speaks S3.",
-        ) from None
-    namespace = root.tag.rpartition("}")[0] + "}" if root.tag.startswith("{") else ""
+        return _read_page(root)
+    except (ElementTree.ParseError, ValueError):
+        raise QueryFailed(ErrorCode.INTERNAL, _UNKNOWN_FORMAT) from None
+
+
+def _read_page(root: ElementTree.Element) -> _Page:
+    space, _, name = root.tag.rpartition("}")
+    namespace = space and f"{space}}}"
+    token = root.findtext(f"{namespace}NextContinuationToken")
+    is_truncated = root.findtext(f"{namespace}IsTruncated") == "true"
+    if name != "ListBucketResult" or (is_truncated and not token):
+        raise ValueError("the answer is no page of ListObjectsV2")
     decode = unquote_plus if root.findtext(f"{namespace}EncodingType") == "url" else str
     files = [
         StoredFile(
             decode(entry.findtext(f"{namespace}Key") or ""),
-            int(entry.findtext(f"{namespace}Size") or 0),
+            int(entry.findtext(f"{namespace}Size") or ""),
             entry.findtext(f"{namespace}ETag") or "",
             datetime.datetime.fromisoformat(entry.findtext(f"{namespace}LastModified") or "").timestamp(),
         )
         for entry in root.iter(f"{namespace}Contents")
     ]
-    truncated = root.findtext(f"{namespace}IsTruncated") == "true"
-    return _Page(files, root.findtext(f"{namespace}NextContinuationToken") if truncated else None)
+    return _Page(files, token if is_truncated else None)
 
 
 def _quote(text: str) -> str:
