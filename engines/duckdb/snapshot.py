@@ -16,6 +16,8 @@ _SCHEME = "s3://"
 _PARTITION = re.compile(r"(?P<name>[^=?\n\\]+)=(?P<value>[^=?\n\\]*)")
 # The value of a partition folder that means NULL.
 _NULLS = frozenset({"", "__HIVE_DEFAULT_PARTITION__"})
+# DuckDB also reads this word as NULL, in any case.
+_NULL_WORD = "null"
 _INTEGER = re.compile(r"-?\d{1,19}")
 _BIGINTS = range(-(2**63), 2**63)
 
@@ -117,7 +119,7 @@ def partition_values(key: str) -> dict[str, str | None]:
     for folder in key.split("/")[:-1]:
         if found := _PARTITION.fullmatch(folder):
             value = unquote(found["value"])
-            values.setdefault(found["name"], None if value in _NULLS else value)
+            values.setdefault(found["name"], None if value in _NULLS or value.lower() == _NULL_WORD else value)
     return values
 
 

@@ -60,6 +60,8 @@ def test_names_that_begin_with_an_underscore_or_a_dot_are_hidden(location: str, 
         (["2024-01-31", "2024-02-31"], "VARCHAR"),
         (["2024-01-31%2012:00:00"], "TIMESTAMP"),
         (["__HIVE_DEFAULT_PARTITION__", "7"], "BIGINT"),
+        (["NULL", "7", "null"], "BIGINT"),
+        (["Null", "2024-01-31"], "DATE"),
         (["__HIVE_DEFAULT_PARTITION__"], "VARCHAR"),
     ],
 )
