@@ -81,6 +81,8 @@ _KNOWN_TEXTS = re.compile(
             r"Invalid type specifier|invalid format string|argument (?:index out of range|not found)",
             r"Invalid input for (?:hex|binary) digit",
             r"Invalid UTF8 Codepoint",
+            r"Insufficient padding in [LR]PAD",
+            r"Failed to decode string \".*\" using URL decoding",
             r"Slice step cannot be zero",
             r"Argument for ntile must be greater than zero",
             r"Type \w+ with value .* can't be cast",

@@ -87,7 +87,10 @@ _UNREADABLE = re.compile(
     r"|don't know what type"
     r"|Out of buffer"
 )
-_DIFFERING = re.compile(r"schema mismatch in glob|column count mismatch")
+# From the text's beginning: an author's values may hold the same words.
+_DIFFERING = re.compile(
+    r"Failed to read file(?:\(s\))? \".*(?:schema mismatch in glob|column count mismatch):", re.DOTALL
+)
 
 FILE_UNREADABLE = "A file of the dataset can't be read."
 # The prefix of the errors that queryd's views raise if a statement uses an unreadable column.
@@ -180,7 +183,7 @@ def _read_scan_error(said: str) -> QueryFailed:
 
 def read_file_error(text: str) -> QueryFailed | None:
     """Translate an error of a dataset's file; None for other errors. The caller adds the detail."""
-    if _DIFFERING.search(text):
+    if _DIFFERING.match(text):
         return QueryFailed(ErrorCode.QUERY_ERROR, "The dataset's files have different columns.")
     if _UNREADABLE.match(text):
         return QueryFailed(ErrorCode.QUERY_ERROR, FILE_UNREADABLE)

@@ -174,3 +174,28 @@ def test_what_storage_says_has_no_detail() -> None:
         (duckdb.IOException, 'Failed to prepare COPY "COPY (SELECT a FROM hidden.place)": ERROR:  division by zero'),
     ):
         assert _failed(_error(kind, text)).detail is None
+
+
+def test_an_authors_text_never_blames_the_files_of_a_dataset() -> None:
+    for words in ("column count mismatch: expected", "x - schema mismatch in glob: column", "Out of buffer"):
+        sql = f"SELECT '{words}'::INT"
+        with duckdb.connect() as connection, pytest.raises(duckdb.Error) as caught:
+            connection.execute(sql)
+        meaning = translate(caught.value, Placed(sql, sql, 0))
+        assert isinstance(meaning.ours, QueryFailed)
+        assert meaning.ours.message.startswith("A value can't be converted")
+        assert words in (meaning.ours.detail or "")
+    for text in (
+        'Failed to read file "s3://b/2.parquet": schema mismatch in glob: column "a" was read',
+        'Failed to read file(s) "s3://b/2.parquet" - column count mismatch: expected 2 columns but found 1',
+    ):
+        meaning = translate(duckdb.InvalidInputException(text), Placed("SELECT 1", "SELECT 1", 0))
+        assert isinstance(meaning.ours, QueryFailed)
+        assert meaning.ours.message == "The dataset's files have different columns."
+
+
+@pytest.mark.parametrize("sql", ["SELECT lpad('a', 5, '')", "SELECT rpad('a', 5, '')", "SELECT url_decode('%ff')"])
+def test_a_mistake_in_a_functions_argument_does_not_taint_the_child(sql: str) -> None:
+    with duckdb.connect() as connection, pytest.raises(duckdb.Error) as caught:
+        connection.execute("SET errors_as_json = true").execute(sql).fetchall()
+    assert translate(caught.value, Placed(sql, sql, 0)).known
