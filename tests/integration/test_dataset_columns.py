@@ -107,7 +107,7 @@ async def test_a_numeric_that_no_decimal_holds_is_refused_by_name(database: Data
     database.run(
         "CREATE DOMAIN bare AS numeric", f"CREATE TABLE t (id int, price {declared})", "INSERT INTO t VALUES (1)"
     )
-    with pytest.raises(InvalidRegistration, match=r"column price is .*(exactly|holds|read)"):
+    with pytest.raises(InvalidRegistration, match=r"column price is .*(exactly|does not fit|read)"):
         await database.look()
     # Whoever asks for the other columns of a dataset that was never looked at has them.
     assert await database.ask("SELECT id FROM d") == [{"id": 1}]
