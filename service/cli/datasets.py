@@ -170,9 +170,14 @@ def revoke_(
 
 
 @app.command()
-def remove(name: Name, org: Owner, as_json: Json = False) -> None:
-    """Forget a dataset and its grants. Its rows stay where they are, and what runs over it finishes."""
+def remove(name: Name, org: Owner, yes: Yes = False, as_json: Json = False) -> None:
+    """Delete a dataset's registration and its grants. Its files or rows stay, and running queries finish.
+
+    Asks first on a terminal; a script need not confirm.
+    """
     org_id = uuid_argument(org, "--org")
+    if not yes and sys.stdin.isatty() and not typer.confirm(f"Delete dataset {name} and its grants?", err=True):
+        complain("nothing was deleted")
     removed = with_data(lambda pool: remove_dataset(pool, org_id, name))
     if as_json:
         print_json(asdict(removed))
