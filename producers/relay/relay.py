@@ -177,7 +177,7 @@ class Relay:
                     with spans(SpanName.PUBLISH, _to_steps(events)):
                         await asyncio.to_thread(channel.publish, events, ledger)
                     took = time.monotonic() - last_start
-                    METRICS.publish(event.age_seconds + took for event in events)
+                    METRICS.publish(event.age_seconds + took for event in events if event.topic is None)
                     failpoint(Failpoint.RELAY_COMMITTED)
                     await delete_published(connection, self._rules.name, batches, ledger.positions)
                     failpoint(Failpoint.RELAY_DELETED)
