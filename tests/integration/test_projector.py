@@ -139,11 +139,12 @@ async def test_a_record_that_cannot_be_read_is_passed_over_and_told_of(
     async with _projecting(place) as running:
         await _project(place, running, *story)
     assert await _read_row(place.pool, story[0].query_id) is not None
-    told = {call.kwargs["offset"]: call for call in log.calls if call.args == (LogEvent.STATUS_UNREADABLE,)}
+    calls = [call for call in log.calls if call.args == (LogEvent.STATUS_UNREADABLE,)]
+    # The tests share the topic, and another partition may have an unreadable record at the same offset.
+    logged = {call.kwargs["offset"]: call for call in calls if call.kwargs["partition"] == 0}
     for offset in unreadable:
-        assert told[offset].method_name == "error"
-        assert told[offset].kwargs["partition"] == 0
-        assert "secret" not in str(told[offset])
+        assert logged[offset].method_name == "error"
+        assert "secret" not in str(logged[offset])
 
 
 # Offsets.
