@@ -42,7 +42,10 @@ _NO_FILES = "No files found that match"
 
 # The Postgres scanner's errors. They quote the connection string or the statement, then the server's or libpq's text.
 _CONNECTING = re.compile(r"Unable to connect to Postgres at(?: \".*\")?: (.*)", re.DOTALL)
-_SCANNING = re.compile(r"Failed to (?:prepare|execute|fetch|initiate|read|send|copy)\b|Error during PQ")
+# DuckDB commits a read too, and reports a failed commit as a transaction's error.
+_SCANNING = re.compile(
+    r"Failed to (?:prepare|execute|fetch|initiate|read|send|copy|begin|commit|roll ?back)\b|Error during PQ"
+)
 _SAID = re.compile(r"[^\":]*(?: \".*\")?:\s*(.*)", re.DOTALL)
 _POSTGRES_OUTAGES = re.compile(
     r"could not translate host name"

@@ -199,3 +199,12 @@ def test_a_mistake_in_a_functions_argument_does_not_taint_the_child(sql: str) ->
     with duckdb.connect() as connection, pytest.raises(duckdb.Error) as caught:
         connection.execute("SET errors_as_json = true").execute(sql).fetchall()
     assert translate(caught.value, Placed(sql, sql, 0)).known
+
+
+@pytest.mark.parametrize("placed", [None, _PLACED], ids=["queryd's statement", "the author's"])
+def test_a_commit_that_postgres_does_not_answer_is_an_outage(placed: Placed | None) -> None:
+    # As DuckDB 1.5.5 reports it if the server ends while a read is committed.
+    text = 'Failed to commit: Failed to execute query "COMMIT": server closed the connection unexpectedly'
+    meaning = translate(_error(duckdb.TransactionException, text), placed)
+    assert isinstance(meaning.ours, EngineUnavailable)
+    assert meaning.ours.outage is Outage.POSTGRES
