@@ -14,6 +14,7 @@ import duckdb
 from engines.duckdb import errors
 from engines.duckdb.bad_files import find_file
 from engines.duckdb.columns import Naming
+from engines.duckdb.errors import DATASET_UNREADABLE
 from engines.duckdb.export import Exported, export
 from engines.duckdb.forecast import forecast_scan
 from engines.duckdb.gate import Gate, Judged
@@ -183,10 +184,10 @@ class _Runner:
         instance, was_warm = self._take(message["org"], relations, judged)
         try:
             exported = self._export(instance, judged, message, relations)
-        except EngineUnavailable:
-            if not was_warm:
+        except (EngineUnavailable, _Failed) as failure:
+            # A connection that was stale or is cut says nothing about the server now, and DuckDB has many words for it.
+            if not (was_warm if isinstance(failure, EngineUnavailable) else failure.ours.message == DATASET_UNREADABLE):
                 raise
-            # A connection that went stale while idle says nothing about the server now.
             instance, _ = self._take(message["org"], relations, judged)
             exported = self._export(instance, judged, message, relations)
         if address_space_used() > self._crowded:

@@ -36,6 +36,9 @@ MAX_DETAIL_BYTES = 16 * 1024
 # Of other kinds the position is missing, or counted in another unit (the parser counts characters).
 _PLACED = (duckdb.BinderException, duckdb.CatalogException, duckdb.ConversionException)
 
+# An unknown error of a statement of queryd's own, which creates a dataset's view.
+DATASET_UNREADABLE = "The dataset can't be read."
+
 _SYNTAX = "The SQL has a syntax error."
 _ARGUMENT = "A function or a subquery got a value that it can't use."
 _CANT = "The SQL uses a feature that the engine does not support."
@@ -258,7 +261,7 @@ def _blame_dataset(told: Told) -> Meaning:
     """Translate an error of queryd's own statement, which creates a dataset's view."""
     if issubclass(told.kind, duckdb.CatalogException):
         return Meaning(QueryFailed(ErrorCode.QUERY_ERROR, "The dataset's table or view is missing."), known=True)
-    return Meaning(QueryFailed(ErrorCode.QUERY_ERROR, "The dataset can't be read."), known=False)
+    return Meaning(QueryFailed(ErrorCode.QUERY_ERROR, DATASET_UNREADABLE), known=False)
 
 
 def _blame_statement(told: Told, placed: Placed, confidential: Collection[str]) -> Meaning:
