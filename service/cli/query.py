@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Annotated, Any
 
@@ -362,7 +363,7 @@ def _wait(handle: QueryHandle, sql_hash: str | None, *, quiet: bool) -> dict[str
             event = handle.event
             if event is not None and event != told and not quiet:
                 told = event
-                print(_describe_step(event), file=sys.stderr, flush=True)
+                print(_describe_step(event.occurred_at, event.status, event.attempt), file=sys.stderr, flush=True)
             if ended is not None:
                 _check_same(handle.query_id, ended.sql_hash, sql_hash)
                 return _show_event(ended)
@@ -371,14 +372,16 @@ def _wait(handle: QueryHandle, sql_hash: str | None, *, quiet: bool) -> dict[str
                 row, files = _read(handle.query_id)
                 if row is not None and Status(row.status).terminal:
                     _check_same(handle.query_id, row.sql_hash, sql_hash)
+                    if not quiet:
+                        print(_describe_step(row.updated_at, row.status), file=sys.stderr, flush=True)
                     return _show_row(row, files)
     except KeyboardInterrupt:
         complain(f"no longer waiting; the query goes on: queryd status {handle.query_id}", 130)
 
 
-def _describe_step(event: QueryStatusChanged) -> str:
-    again = f", attempt {event.attempt}" if event.attempt > 1 else ""
-    return f"{event.occurred_at:%H:%M:%S}Z {event.status}{again}"
+def _describe_step(occurred_at: datetime, status: str, attempt: int = 1) -> str:
+    again = f", attempt {attempt}" if attempt > 1 else ""
+    return f"{occurred_at.astimezone(UTC):%H:%M:%S}Z {status}{again}"
 
 
 def _check_same(query_id: str, ran: str, asked: str | None) -> None:
