@@ -6,6 +6,7 @@ to its end. The topic keeps every query's last event until the query is deleted,
 """
 
 import logging
+import math
 import threading
 import time
 import uuid
@@ -22,6 +23,7 @@ from queryd.codec import NoRegistry, Undecodable, decode_status
 from queryd.errors import ClientStopped, QueryDeleted
 from queryd.events import Invalid, QueryId, QueryStatusChanged, Topic
 from queryd.forks import Origin
+from queryd.kafka.bounded_reader import BoundedReader, is_answer
 from queryd.outages import QUIET
 from queryd.registry import RegistryAway
 
@@ -36,8 +38,6 @@ _NOT_YET = {
     KafkaError.NOT_LEADER_FOR_PARTITION,
 }
 _LOOK_SECONDS = 0.1
-# How long a look-up waits for so many records; as long as the broker holds back its word that there are no more.
-_READ_SECONDS = 0.02
 # How long one poll blocks its thread; only `close` waits for it.
 _POLL_SECONDS = 0.2
 # How many records are taken at once.
@@ -54,24 +54,10 @@ _READING = {
     # A topic that was made anew is read from its beginning.
     "auto.offset.reset": "earliest",
 }
-_LOOKING_UP = {
-    "enable.partition.eof": True,
-    # Bounds of the prefetch; the default is 64 MB.
-    "queued.max.messages.kbytes": 16_384,
-    # The broker's word that the end is reached comes with a fetch that finds nothing, after the default's half second.
-    "fetch.wait.max.ms": 20,
-}
-# What waiting does not mend.
-_REFUSALS = {
-    KafkaError._FATAL,
-    KafkaError._AUTHENTICATION,
-    KafkaError.TOPIC_AUTHORIZATION_FAILED,
-    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
-}
 
 
 class _Refused(Exception):
-    """Kafka will not let us read; the sentence says why."""
+    """Reading ends; the sentence says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +219,7 @@ class Tracking:
                 # One blocking poll for the first record, then what is already here.
                 first = self._consumer.poll(_POLL_SECONDS)
                 for message in [] if first is None else [first, *self._consumer.consume(_AT_ONCE - 1, 0)]:
-                    if _judge(message):
+                    if is_answer(message):
                         self._hear(message)
         except (KafkaException, _Refused, NoRegistry) as error:
             self._stop(_reason(error))
@@ -291,20 +277,14 @@ class Tracking:
 
     def _read_partitions(self, found: dict[bytes, Known]) -> bool:
         """Read the partitions of the keys from beginning to end, for what they say of them; False at a close."""
-        unread = {partition_of(key, self._partitions) for key in found}
-        consumer = Consumer(self._kafka | _LOOKING_UP)
-        try:
-            # Offset 0 and not the word for the beginning, which costs a question that librdkafka repeats after 0.5 s.
-            consumer.assign([TopicPartition(Topic.STATUS, partition, 0) for partition in unread])
-            while unread and not self._closing.is_set():
-                for message in consumer.consume(_AT_ONCE, _READ_SECONDS):
-                    if (end := _end_of(message)) is not None:
-                        unread.discard(end)
-                    elif _judge(message) and (key := _key(message)) in found:
+        starts = {(str(Topic.STATUS), partition_of(key, self._partitions)): 0 for key in found}
+        # Offset 0 and not `OFFSET_BEGINNING`, which costs a request that librdkafka repeats only after 0.5 s.
+        with BoundedReader(self._kafka, starts, reset="earliest") as reader:
+            for messages in reader.read_to(silence_seconds=math.inf, stopping=self._closing):
+                for message in messages:
+                    if (key := _key(message)) in found:
                         found[key] = self._follow_story(found[key], message)
-        finally:
-            consumer.close()
-        return not unread
+        return not self._closing.is_set()
 
     def _follow_story(self, known: Known, message: Message) -> Known:
         try:
@@ -371,20 +351,6 @@ def _resolve(future: "Future[None]") -> None:
 def _key(message: Message) -> bytes:
     key: Any = message.key()
     return key if isinstance(key, bytes) else b""
-
-
-def _end_of(message: Message) -> int | None:
-    """The partition that is read to its end, where the message says so."""
-    error = message.error()
-    return message.partition() if error is not None and error.code() == KafkaError._PARTITION_EOF else None
-
-
-def _judge(message: Message) -> bool:
-    """True for a record; raises `_Refused` for an error that librdkafka will not mend by itself."""
-    error = message.error()
-    if error is not None and (error.fatal() or error.code() in _REFUSALS):
-        raise _Refused(error.str())
-    return error is None
 
 
 def _reason(error: Exception) -> str:

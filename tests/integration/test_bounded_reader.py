@@ -1,4 +1,4 @@
-"""Reading a topic to its end finds everything, however slowly the broker answers, and says so when it can't."""
+"""Reading partitions to their ends finds every record, however slowly the broker answers, and raises when it can't."""
 
 import os
 import signal
@@ -10,12 +10,12 @@ from typing import Any
 
 import psutil
 import pytest
-from confluent_kafka import Consumer, Producer
+from confluent_kafka import Consumer, Message, Producer
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
-from producers import read_back
-from producers.read_back import EndNotReached, read_ends, read_to_end
+from queryd.kafka import bounded_reader
+from queryd.kafka.bounded_reader import BoundedReader, EndNotReached, LogChanged, read_ends
 from service.embedded.broker import Broker
 from service.embedded.servers import Lifeline
 from tests.integration.records import config_of, write
@@ -51,7 +51,7 @@ def _stopped_before_the_first_fetch(broker: Broker, monkeypatch: pytest.MonkeyPa
         go_on.wait()
         os.kill(pid, signal.SIGCONT)
 
-    monkeypatch.setattr(read_back, "Consumer", Stalling)
+    monkeypatch.setattr(bounded_reader, "Consumer", Stalling)
     waking = threading.Thread(target=wake)
     waking.start()
     try:
@@ -61,18 +61,48 @@ def _stopped_before_the_first_fetch(broker: Broker, monkeypatch: pytest.MonkeyPa
         waking.join()
 
 
-def test_all_records_from_the_starts_to_the_ends_are_read(kafka: Kafka, unique_topic: Any) -> None:
-    topic = unique_topic(3)
-    for number in range(20):
-        # The third partition stays empty.
-        write(config_of(kafka), topic, str(number), b"value", partition=number % 2)
-    assert _read(config_of(kafka), topic, {}) == {str(number) for number in range(20)}
+def test_all_records_from_the_starts_to_the_ends_are_read(kafka: Kafka, unique_topic: Callable[..., str]) -> None:
+    config, topic = config_of(kafka), unique_topic(3)
+    # The third partition stays empty.
+    _write_alternating(config, topic, range(20))
+    assert _read(config, topic, {0: 0, 1: 0, 2: 0}) == {str(number) for number in range(20)}
     # Partition 0 holds the even ones, 1 the odd ones; the end itself is a start too.
-    assert _read(config_of(kafka), topic, {0: 8, 1: 10}) == {"16", "18"}
+    assert _read(config, topic, {0: 8, 1: 10, 2: 0}) == {"16", "18"}
 
 
-def test_a_topic_without_records_is_at_its_end(kafka: Kafka, unique_topic: Any) -> None:
-    assert _read(config_of(kafka), unique_topic(3), {}) == set()
+def test_records_at_and_behind_the_given_ends_are_left_for_a_later_read(
+    kafka: Kafka, unique_topic: Callable[..., str]
+) -> None:
+    config, topic = config_of(kafka), unique_topic(2)
+    _write_alternating(config, topic, range(20))
+    with BoundedReader(config, {(topic, 0): 2, (topic, 1): 0}) as reader:
+        assert _keys(reader.read_to({(topic, 0): 5, (topic, 1): 1}, most=3)) == ["1", "4", "6", "8"]
+        assert reader.positions == {(topic, 0): 5, (topic, 1): 1}
+        assert _keys(reader.read_to({(topic, 0): 5})) == []
+        _write_alternating(config, topic, range(20, 22))
+        assert _keys(reader.read_to({(topic, 0): 11})) == ["10", "12", "14", "16", "18", "20"]
+        assert _keys(reader.read_to()) == [str(number) for number in range(3, 22, 2)]
+        assert reader.positions == {(topic, 0): 11, (topic, 1): 11}
+
+
+def test_an_offset_that_is_not_in_the_log_is_an_error(kafka: Kafka, unique_topic: Callable[..., str]) -> None:
+    topic = unique_topic(1)
+    with BoundedReader(config_of(kafka), {(topic, 0): 7}) as reader, pytest.raises(LogChanged, match=topic):
+        list(reader.read_to({(topic, 0): 9}))
+
+
+def test_a_reader_that_is_closed_in_another_thread_ends(kafka: Kafka, unique_topic: Callable[..., str]) -> None:
+    topic = unique_topic(1)
+    reader = BoundedReader(config_of(kafka), {(topic, 0): 0})
+    closing = threading.Timer(0.2, reader.close)
+    closing.start()
+    # No record comes: nobody writes it.
+    assert list(reader.read_to({(topic, 0): 1}, silence_seconds=_PATIENCE_SECONDS)) == []
+    closing.join()
+
+
+def test_a_topic_without_records_is_at_its_end(kafka: Kafka, unique_topic: Callable[..., str]) -> None:
+    assert _read(config_of(kafka), unique_topic(3), {0: 0, 1: 0, 2: 0}) == set()
 
 
 def test_a_broker_that_answers_late_is_waited_for(own_broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +113,7 @@ def test_a_broker_that_answers_late_is_waited_for(own_broker: Broker, monkeypatc
     with _stopped_before_the_first_fetch(own_broker, monkeypatch) as go_on:
         timer = threading.Timer(_STALL_SECONDS, go_on.set)
         timer.start()
-        assert _read(config, "t", {}) == {str(number) for number in range(10)}
+        assert _read(config, "t", {0: 0}) == {str(number) for number in range(10)}
         assert go_on.is_set()
 
 
@@ -91,9 +121,12 @@ def test_a_broker_that_stays_silent_leaves_the_end_unknown(own_broker: Broker, m
     config = {"bootstrap.servers": own_broker.bootstrap}
     _make_topic(config)
     write(config, "t", "0", b"value")
-    monkeypatch.setattr(read_back, "SILENCE_SECONDS", 1.0)
-    with _stopped_before_the_first_fetch(own_broker, monkeypatch), pytest.raises(EndNotReached, match=r"^t could not"):
-        _read(config, "t", {})
+    with (
+        _stopped_before_the_first_fetch(own_broker, monkeypatch),
+        BoundedReader(config, {("t", 0): 0}) as reader,
+        pytest.raises(EndNotReached, match=r"the end of t/0 is not known"),
+    ):
+        list(reader.read_to(silence_seconds=1.0))
 
 
 def _find_process(broker: Broker) -> int:
@@ -114,9 +147,20 @@ def _make_topic(config: dict[str, Any]) -> None:
 
 def _read(config: dict[str, Any], topic: str, starts: dict[int, int]) -> set[str]:
     """The keys of what is read; each comes once."""
-    keys = [(message.key() or b"").decode() for message in read_to_end(config, "test-read-back", topic, starts)]
+    with BoundedReader(config, {(topic, partition): start for partition, start in starts.items()}) as reader:
+        keys = _keys(reader.read_to())
     assert len(keys) == len(set(keys))
     return set(keys)
+
+
+def _keys(batches: Iterator[list[Message]]) -> list[str]:
+    """The keys as numbers in order: partitions are read side by side."""
+    return sorted(((message.key() or b"").decode() for batch in batches for message in batch), key=int)
+
+
+def _write_alternating(config: dict[str, Any], topic: str, numbers: range) -> None:
+    for number in numbers:
+        write(config, topic, str(number), b"value", partition=number % 2)
 
 
 # Where a topic ends.
