@@ -5,21 +5,19 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequenc
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
-from typing import IO, TypeVar
-
-import pyarrow as pa
+from typing import TypeVar
 
 from db.connection import DataPool, statement
 from db.data.last_events import read_last_events_of
 from db.data.runs import CanonicalRow, read_canonical
 from db.retrying import until_available
 from producers.replay.comparison import Comparison, Judged, Verdict
-from producers.replay.content import Difference, find_differences
-from producers.replay.rows import Rows, join_parts, open_rows
+from producers.replay.result_difference import Difference, ResultRows, find_differences
 from queryd.codec import decode_status
-from queryd.errors import ResultDamaged, ResultExpired
+from queryd.errors import ResultDamaged, ResultExpired, ResultUnreadable
 from queryd.events import OutputFormat, QueryStatusChanged, Status
 from queryd.results import ResultReader
+from queryd.tables import open_batches
 
 # (original query_id, new query_id)
 Pair = tuple[str, str]
@@ -202,8 +200,8 @@ def compare_results(
     with ExitStack() as opened:
         try:
             return find_differences(_open(reader, before, opened), _open(reader, after, opened))
-        # A whole file that its format's reader can't make sense of is a damage that an engine has done.
-        except (ResultDamaged, ValueError, pa.ArrowException):
+        # An intact file that can't be read as its format was damaged by an engine.
+        except (ResultDamaged, ResultUnreadable):
             return (Difference.DAMAGED,)
 
 
@@ -217,10 +215,10 @@ def _is_same_file(before: QueryStatusChanged, after: QueryStatusChanged) -> bool
     return None not in hashes[0] and hashes[0] == hashes[1]
 
 
-def _open(reader: ResultReader, event: QueryStatusChanged, opened: ExitStack) -> Rows:
-    files: list[IO[bytes]] = [opened.enter_context(file) for file in reader.open_files(event)]
-    parts = [open_rows(file, event.output_format or OutputFormat.PARQUET, event.columns) for file in files]
-    return join_parts(parts)
+def _open(reader: ResultReader, event: QueryStatusChanged, opened: ExitStack) -> ResultRows:
+    parts = [open_batches(opened.enter_context(file), event) for file in reader.open_files(event)]
+    # A Parquet file contains its types.
+    return ResultRows(parts, () if event.output_format is OutputFormat.PARQUET else event.columns)
 
 
 def _cut(things: Iterable[_Thing], size: int) -> Iterator[list[_Thing]]:

@@ -13,7 +13,7 @@ import pytest
 from consumers.executor.endings import Failure, Result, Success, fail, succeed
 from producers.replay.compare import compare
 from producers.replay.comparison import Comparison, Verdict
-from producers.replay.content import Difference
+from producers.replay.result_difference import Difference
 from queryd.events import Column, ErrorCode, OutputFormat, ResultFile
 from queryd.results import ResultReader
 from results.location import file_name

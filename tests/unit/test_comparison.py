@@ -3,7 +3,7 @@
 import json
 
 from producers.replay.comparison import Comparison, Judged, Verdict
-from producers.replay.content import Difference
+from producers.replay.result_difference import Difference
 
 
 def _succeeded(number: int, original_ms: int | None, new_ms: int | None) -> Judged:
