@@ -59,7 +59,7 @@ soak: SECONDS ?= 3600
 faults soak: $(VENV)/dev-installed
 	@exec $(BIN)/python -m tests.faults.run --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
-bench: $(VENV)/dev-installed
+bench: $(VENV)/bench-installed
 	@$(BIN)/python -m bench $(ARGS)
 
 clean:
@@ -90,4 +90,9 @@ $(VENV)/demo-installed: $(VENV)/bin/python pyproject.toml constraints.txt
 $(VENV)/dev-installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	@echo "installing queryd and its tests into $(VENV) (about a minute, once)" >&2
 	@$(call attempt,$(INSTALL) -e '.[dev]',$(VENV)/install.log)
+	@touch $@
+
+$(VENV)/bench-installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "installing queryd and the peers of its benchmark into $(VENV) (about a minute, once)" >&2
+	@$(call attempt,$(INSTALL) -e '.[bench]',$(VENV)/install.log)
 	@touch $@

@@ -1,40 +1,51 @@
-"""All benchmarks, one after the other. With `--json` each prints one line.
+"""How fast is it, against what, and is that fast enough? Prints one table; exits 1 and names the rows that are missed.
 
-Run it from the checkout:
-`python -m bench [--queries N] [--events N] [--rebuilt N] [--runs N] [--bootstrap HOST:PORT] [--json]`.
+Run it from the checkout: `make bench`, or `python -m bench [ROW ...]`.
 """
 
 import argparse
+import json
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
-from bench import fairness, gate, neighbours, rebuild, relay, small_queries
-from tests.servers import kafka as brokers
+from bench.cpu import measure_cpu, measure_idle
+from bench.latency import measure_latency, measure_loaded
+from bench.rows import Row, find_failures, to_table
+from bench.small_queries import measure_inline, measure_small
+from bench.world import SMALL, Sizes, World
+
+# In the order of the table. Each makes one row or several that are measured together.
+MEASURES: Mapping[str, Callable[[World], list[Row]]] = {
+    "small": measure_small,
+    "cpu": measure_cpu,
+    "idle": measure_idle,
+    "inline": measure_inline,
+    "latency": measure_latency,
+    "loaded": measure_loaded,
+}
 
 
-def main() -> None:
-    """Run the benchmarks; the relay's and the rebuild's only where there is a Kafka with transactions."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--queries", type=int, default=500, help="small queries in a run")
-    parser.add_argument("--events", type=int, default=30_000, help="events in a run of the relay")
-    parser.add_argument("--rebuilt", type=int, default=rebuild.EVENTS, help="events in the log of a rebuild")
-    parser.add_argument("--runs", type=int, default=3, help="runs of each")
-    parser.add_argument("--bootstrap", help="a Kafka with transactions to use")
-    parser.add_argument("--json", action="store_true", help="a line of JSON for each")
-    arguments = parser.parse_args()
-    as_json = ["--json"] if arguments.json else []
-    common = ["--runs", str(arguments.runs), *as_json]
-    gate.main(common)
-    neighbours.main(common)
-    fairness.main(as_json)
-    if arguments.bootstrap is not None:
-        common += ["--bootstrap", arguments.bootstrap]
-    small_queries.main(["--queries", str(arguments.queries), *common])
-    if arguments.bootstrap is None and brokers.choose("auto") is brokers.Kind.EMBEDDED:
-        print(f"without the relay's and the rebuild's: install {brokers.WHAT_TO_INSTALL}", file=sys.stderr)
-        return
-    relay.main(["--events", str(arguments.events), *common])
-    rebuild.main(["--events", str(arguments.rebuilt), *common])
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure the rows that are named, or all; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.partition("\n")[0])
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(MEASURES)}; all by default")
+    parser.add_argument("--runs", type=int, help="runs of each")
+    parser.add_argument("--queries", type=int, help="small queries in a run")
+    parser.add_argument("--small", action="store_true", help="small runs, which show only that every row runs")
+    parser.add_argument("--json", action="store_true", help="the rows as JSON")
+    given = parser.parse_args(argv)
+    if unknown := set(given.rows) - MEASURES.keys():
+        parser.error(f"no such row: {', '.join(sorted(unknown))}")
+    sizes = SMALL if given.small else Sizes()
+    sizes = replace(sizes, runs=given.runs or sizes.runs, queries=given.queries or sizes.queries)
+    with World(sizes) as world:
+        rows = [row for name in given.rows or MEASURES for row in MEASURES[name](world)]
+    print(json.dumps([row.to_json() for row in rows]) if given.json else to_table(rows), flush=True)
+    if failures := find_failures(rows):
+        print(f"missed: {', '.join(failures)}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,162 +1,77 @@
-"""Small queries a second: queryd against the naive consumer of `bench.naive`, on the same servers.
+"""Small queries a second: queryd against its peers, on the same servers, in alternating runs.
 
-Half of the queries are `SELECT 42 AS answer`, half an aggregation over a thousand numbers; results are Parquet. They
-are the same in every run but for their ids, four orgs ask, and half come by each lane; the naive peer has one topic for
-all. A run lasts from the first publish to the last terminal event as a reader of the status topic sees it. One
-unmeasured run of each warms up; then they alternate, and each pair begins with the other one. While the naive peer
-runs, queryd is up and idle.
-
-Run it from the checkout: `python -m bench.small_queries [--queries N] [--runs N] [--bootstrap HOST:PORT] [--json]`.
+A query makes 100 rows, Parquet, three events and one row. No two statements are alike. A run lasts from the first
+publish to the last terminal event that a reader of the status topic sees. While a peer runs, queryd is up and idle;
+peers run one at a time. queryd and each peer's process start warm: some unmeasured queries come first. Every
+round begins with another one.
 """
 
-import argparse
-import json
 import statistics
-import subprocess
-import sys
-import time
-import uuid
-from collections.abc import Callable, Sequence
-from typing import IO, Any
+from collections.abc import Sequence
 
-import psycopg
-from confluent_kafka.admin import AdminClient
-from confluent_kafka.cimpl import NewTopic
+from bench.load import Peer, make_small
+from bench.peers.redis import RedisMissing
+from bench.rows import Bound, Row, compare_medians
+from bench.world import World
 
-from bench.naive import TABLE
-from tests.acceptance.checker import Valid
-from tests.acceptance.stack import Stack, run_stack
-from tests.acceptance.stranger import Contract, Outgoing, Publisher, StatusTail
-from tests.acceptance.workload import MODES, make_fields, to_outgoing
-
-STATEMENTS = (
-    "SELECT 42 AS answer",
-    "SELECT count(*) AS numbers, sum(i)::BIGINT AS total FROM generate_series(1, 1000) AS t(i)",
-)
-
-# The same in every run, so that what is kept warm for an org is warm.
-ORGS = tuple(str(uuid.uuid5(uuid.NAMESPACE_URL, f"queryd:bench:org:{number}")) for number in range(4))
-
-# Enough to start every process, fill the pools and load what is loaded late.
-_WARM_UP = 50
-# As many as a lane of a small installation; the naive peer reads them all by itself.
-_PARTITIONS = 4
-# Guards against hanging only.
-_RUN_SECONDS = 600.0
-_TOPIC_SECONDS = 30.0
+_QUERYD, _INLINE = "queryd", "queryd, inline"
+# The target, and the floor below which the issue is not resolved.
+_TARGETS: dict[Peer, tuple[float, float | None]] = {
+    Peer.NAIVE: (3.5, 2.5),
+    Peer.CELERY: (2.0, 1.5),
+    Peer.FASTSTREAM: (2.5, None),
+    Peer.DIRECT: (0.5, None),
+}
 
 
-def make_queries(count: int) -> list[Valid]:
-    """`count` small requests, alternating by statement, in twos by lane, in fours by org."""
-    return [_make_query(number) for number in range(count)]
+def measure_small(world: World) -> list[Row]:
+    """The rows against every peer."""
+    rates = _alternate(world, [_QUERYD, *Peer])
+    return [_compare(f"small-{peer}", rates, _QUERYD, peer, *_TARGETS[peer]) for peer in Peer]
 
 
-def _make_query(number: int) -> Valid:
-    mode, sql, org = MODES[number // 2 % 2], STATEMENTS[number % 2], ORGS[number // 4 % len(ORGS)]
-    return Valid(make_fields(mode, sql=sql, org_id=org), (), ())
+def measure_inline(world: World) -> list[Row]:
+    """The row of results that travel in the event."""
+    return [_compare("inline", _alternate(world, [_INLINE, Peer.NAIVE]), _INLINE, Peer.NAIVE, 6.0, None)]
 
 
-def measure(publisher: Publisher, told: StatusTail, messages: Sequence[Outgoing], query_ids: Sequence[str]) -> float:
-    """Queries a second from the first publish to the last terminal event; raises RuntimeError if one didn't succeed."""
-    start = time.perf_counter()
-    publisher.publish(messages)
-    told.read_terminal(query_ids, _RUN_SECONDS)
-    seconds = time.perf_counter() - start
-    failed = [query_id for query_id in query_ids if told.events[query_id][-1].fields["status"] != "Succeeded"]
-    if failed:
-        raise RuntimeError(f"{len(failed)} of {len(query_ids)} queries failed")
-    return len(query_ids) / seconds
+def _compare(
+    name: str, rates: dict[str, list[float]], ours: str, peer: Peer, target: float, floor: float | None
+) -> Row:
+    what, against = f"small queries/s, {ours}", peer.value
+    if not rates[peer]:
+        why = {"why": "redis-server is missing: apt-get install redis-server"}
+        return Row(name, what, against, Bound.AT_LEAST, target, "×", None, floor, why)
+    detail = {each: [round(rate, 1) for rate in rates[each]] for each in (ours, peer.value)}
+    return Row(
+        name, what, against, Bound.AT_LEAST, target, "×", compare_medians(rates[ours], rates[peer]), floor, detail
+    )
 
 
-def run_queryd(publisher: Publisher, contract: Contract, told: StatusTail, count: int) -> float:
-    """One run of queryd, in queries a second."""
-    queries = make_queries(count)
-    messages = [to_outgoing(contract, query) for query in queries]
-    return measure(publisher, told, messages, [query.query_id for query in queries])
+def _alternate(world: World, names: Sequence[str]) -> dict[str, list[float]]:
+    """Queries/s of each, by run. A peer that is missing has none."""
+    rates: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(world.sizes.runs):
+        # Every round begins with another one.
+        turn = number % len(names)
+        for name in [*names[turn:], *names[:turn]]:
+            try:
+                rate = _run(world, name)
+            except RedisMissing as error:
+                world.report(str(error))
+                continue
+            rates[name].append(rate)
+            world.report(f"run {number + 1} of {world.sizes.runs}: {name:14} {rate:7.1f} queries/s")
+    for name, measured in rates.items():
+        if measured:
+            world.report(f"{name:14} median {statistics.median(measured):7.1f} queries/s")
+    return rates
 
 
-def run_naive(stack: Stack, publisher: Publisher, contract: Contract, count: int) -> float:
-    """One run of the naive peer over topics of its own, in queries a second."""
-    servers = stack.servers
-    run = uuid.uuid4().hex[:8]
-    requests, statuses = f"bench.{run}.requests", f"bench.{run}.status"
-    admin = AdminClient({"bootstrap.servers": servers.bootstrap})
-    topics = [NewTopic(name, num_partitions=_PARTITIONS, replication_factor=1) for name in (requests, statuses)]
-    for made in admin.create_topics(topics).values():
-        made.result(_TOPIC_SECONDS)
-    queries = make_queries(count)
-    messages = [
-        Outgoing(requests, sent.key, sent.value, sent.headers)
-        for sent in (to_outgoing(contract, query) for query in queries)
-    ]
-    command = [sys.executable, "-m", "bench.naive", "--env", str(stack.folder / ".queryd" / "env")]
-    command += ["--topic", requests, "--status-topic", statuses, "--count", str(count)]
-    with (
-        StatusTail(servers.bootstrap, contract, statuses) as told,
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as peer,
-    ):
-        try:
-            _await_ready(peer.stdout)
-            rate = measure(publisher, told, messages, [query.query_id for query in queries])
-            peer.wait(_RUN_SECONDS)
-        finally:
-            peer.kill()
-    return rate
-
-
-def _await_ready(stream: IO[str] | None) -> None:
-    assert stream is not None
-    if stream.readline() != "ready\n":
-        raise RuntimeError("the naive peer ended before it was ready")
-
-
-def compare(stack: Stack, count: int, runs: int, report: Callable[[str], None]) -> dict[str, Any]:
-    """`runs` pairs of runs over a stack; rates are queries a second, ratios queryd over naive."""
-    servers, contract = stack.servers, Contract()
-    with psycopg.connect(servers.data_url) as connection:
-        connection.execute(TABLE)
-    # Both are sent to by the same producer, which is warm by the first measured run.
-    with Publisher(servers.bootstrap) as publisher, StatusTail(servers.bootstrap, contract) as told:
-        peers: dict[str, Callable[[int], float]] = {
-            "queryd": lambda queries: run_queryd(publisher, contract, told, queries),
-            "naive": lambda queries: run_naive(stack, publisher, contract, queries),
-        }
-        for run in peers.values():
-            run(_WARM_UP)
-        rates: dict[str, list[float]] = {name: [] for name in peers}
-        for pair in range(runs):
-            for name in sorted(peers, reverse=pair % 2 == 0):
-                rates[name].append(peers[name](count))
-                report(f"run {pair + 1} of {runs}: {name:6} {rates[name][-1]:8.1f} queries/s")
-    medians = {name: statistics.median(measured) for name, measured in rates.items()}
-    pairs = zip(rates["queryd"], rates["naive"], strict=True)
-    return {
-        "queries": count,
-        "rates": {name: [round(rate, 1) for rate in measured] for name, measured in rates.items()},
-        "medians": {name: round(rate, 1) for name, rate in medians.items()},
-        "ratio_of_medians": round(medians["queryd"] / medians["naive"], 2),
-        "ratios_of_pairs": [round(queryd / naive, 2) for queryd, naive in pairs],
-    }
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the comparison and print it; with `--json` as one line on stdout, and nothing after it."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--queries", type=int, default=500, help="queries in a run")
-    parser.add_argument("--runs", type=int, default=3, help="runs of each")
-    parser.add_argument("--bootstrap", help="a Kafka to use instead of the embedded broker")
-    parser.add_argument("--json", action="store_true", help="one line of JSON")
-    arguments = parser.parse_args(argv)
-    with run_stack(arguments.bootstrap) as stack:
-        found = compare(stack, arguments.queries, arguments.runs, lambda line: print(line, file=sys.stderr, flush=True))
-    if arguments.json:
-        print(json.dumps(found), flush=True)
-        return
-    print(f"{found['queries']} small queries a run, {arguments.runs} runs of each, alternating")
-    for name, median in found["medians"].items():
-        print(f"  {name:6} median {median:8.1f} queries/s   of {found['rates'][name]}")
-    print(f"  ratio of the medians {found['ratio_of_medians']}, of each pair {found['ratios_of_pairs']}")
-
-
-if __name__ == "__main__":
-    main()
+def _run(world: World, name: str) -> float:
+    site, sizes = world.embedded, world.sizes
+    if name in (_QUERYD, _INLINE):
+        return site.queryd.measure_rate(make_small(sizes.queries, inline=name == _INLINE))
+    with site.run_peer(Peer(name)) as target:
+        target.measure_rate(make_small(sizes.warm_up))
+        return target.measure_rate(make_small(sizes.queries))

@@ -263,7 +263,8 @@ class Tail:
     It never asks for watermarks: the embedded broker's are only lower bounds.
     """
 
-    def __init__(self, bootstrap: str, topic: str) -> None:
+    def __init__(self, bootstrap: str, topic: str, options: Mapping[str, Any] | None = None) -> None:
+        """`options` are further librdkafka properties."""
         self.topic = topic
         self.records: list[Record] = []
         self._consumer = Consumer(
@@ -274,6 +275,7 @@ class Tail:
                 "enable.auto.offset.store": False,
                 "auto.offset.reset": "earliest",
                 "isolation.level": "read_committed",
+                **(options or {}),
             }
         )
         self._consumer.assign(
@@ -317,8 +319,14 @@ class Tail:
 class StatusTail(Tail):
     """The status topic (or one like it), decoded as it arrives."""
 
-    def __init__(self, bootstrap: str, contract: Contract, topic: str = STATUS_TOPIC) -> None:
-        super().__init__(bootstrap, topic)
+    def __init__(
+        self,
+        bootstrap: str,
+        contract: Contract,
+        topic: str = STATUS_TOPIC,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(bootstrap, topic, options)
         self.events: dict[str, list[StatusEvent]] = {}
         self.terminal: set[str] = set()
         self._contract = contract
