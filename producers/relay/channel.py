@@ -14,19 +14,9 @@ from processes.failpoints import Failpoint, failpoint
 from producers.relay.ledger import Ledger, read_ledger, write_ledger
 from queryd.events import Topic
 from queryd.headers import to_kafka
+from queryd.kafka.transactional_producer import BROKER_SECONDS, Headers, TransactionalProducer
 from queryd.outages import QUIET, OutageLog
 from queryd.publisher import MESSAGE_BYTES
-
-# A zombie's transaction is aborted by the broker after this; readers at read_committed wait for no longer.
-_TRANSACTION_MILLIS = 10_000
-# How long one call to the broker may take before the session counts as broken and is made anew.
-_BROKER_SECONDS = 15.0
-
-_PRODUCER: dict[str, Any] = {
-    # Uncompressed, a record may be far larger than its topic's limit. Its dead letter is compressed again.
-    "compression.type": "zstd",
-    "message.max.bytes": MESSAGE_BYTES,
-}
 
 
 class ChannelBroken(Exception):
@@ -57,10 +47,8 @@ class TransactionalChannel:
     """Produces a batch and commits its ledger in one Kafka transaction."""
 
     def __init__(self, config: dict[str, Any], name: str) -> None:
-        self._config = config
-        self._name = name
-        self._outages = OutageLog("the relay")
-        self._producer: Producer | None = None
+        self._producer = TransactionalProducer(config, name, "the relay")
+        self._config = config | QUIET | {"group.id": name, "enable.auto.commit": False}
         self._consumer: Consumer | None = None
         # The ledger's place: an offset of the relay's own group. Nothing is ever read by it.
         self._place = TopicPartition(Topic.STATUS, 0)
@@ -69,26 +57,11 @@ class TransactionalChannel:
     def open(self) -> Ledger | None:
         """`init_transactions` completes or aborts a crashed relay's open transaction; then the ledger is stable."""
         try:
-            self._consumer = Consumer(
-                self._config
-                | QUIET
-                | {"group.id": self._name, "enable.auto.commit": False, "isolation.level": "read_committed"}
-            )
-            self._producer = Producer(
-                self._config
-                | QUIET
-                | _PRODUCER
-                | {
-                    "transactional.id": self._name,
-                    "transaction.timeout.ms": _TRANSACTION_MILLIS,
-                    "error_cb": self._outages.complain,
-                }
-            )
-            self._producer.init_transactions(_BROKER_SECONDS)
-            [committed] = self._consumer.committed([self._place], timeout=_BROKER_SECONDS)
+            self._consumer = Consumer(self._config | {"isolation.level": "read_committed"})
+            self._producer.open()
+            [committed] = self._consumer.committed([self._place], timeout=BROKER_SECONDS)
         except KafkaException as error:
             raise ChannelBroken(_reason(error)) from error
-        self._outages.answered()
         if committed.offset < 0:
             return None
         self._last = TopicPartition(Topic.STATUS, 0, committed.offset, committed.metadata)
@@ -96,43 +69,41 @@ class TransactionalChannel:
 
     def publish(self, events: Sequence[WaitingEvent], ledger: Ledger) -> None:
         """All of the batch and its ledger, or nothing."""
-        assert self._producer is not None and self._consumer is not None
-        place = TopicPartition(Topic.STATUS, 0, max(ledger.positions) + 1, write_ledger(ledger))
         failures = _Failures()
         try:
-            self._producer.begin_transaction()
+            self._producer.begin()
             for event in events:
-                _produce(self._producer, event, failures)
+                self._producer.produce(*_to_record(event), on_delivery=failures.report)
             failpoint(Failpoint.RELAY_PRODUCING)
-            self._producer.send_offsets_to_transaction(
-                [place], self._consumer.consumer_group_metadata(), _BROKER_SECONDS
-            )
+            self._send_ledger(TopicPartition(Topic.STATUS, 0, max(ledger.positions) + 1, write_ledger(ledger)))
             failpoint(Failpoint.RELAY_BEFORE_COMMIT)
-            self._producer.commit_transaction(_BROKER_SECONDS)
+            self._producer.commit()
         except (KafkaException, BufferError) as error:
             # Whether the commit went through is not known here; `open` of the next session finds out.
             raise ChannelBroken(failures.first or _reason(error)) from error
-        self._last = place
 
     def keep(self) -> None:
         """Commit the last ledger again: a broker forgets the offsets of a group that is silent for a week."""
         if self._last is None:
             return
-        assert self._producer is not None and self._consumer is not None
         try:
-            self._producer.begin_transaction()
-            self._producer.send_offsets_to_transaction(
-                [self._last], self._consumer.consumer_group_metadata(), _BROKER_SECONDS
-            )
-            self._producer.commit_transaction(_BROKER_SECONDS)
+            self._producer.begin()
+            self._send_ledger(self._last)
+            self._producer.commit()
         except KafkaException as error:
             raise ChannelBroken(_reason(error)) from error
+
+    def _send_ledger(self, place: TopicPartition) -> None:
+        assert self._consumer is not None
+        self._producer.send_offsets([place], self._consumer.consumer_group_metadata())
+        # If the commit fails, so does the session, and the next one reads the ledger.
+        self._last = place
 
     def close(self) -> None:
         """An open transaction is aborted by the next session's `init_transactions`, or by its timeout."""
         if self._consumer is not None:
             self._consumer.close()
-        self._producer = self._consumer = None
+        self._consumer = None
 
 
 class PlainChannel:
@@ -148,8 +119,14 @@ class PlainChannel:
         self._producer = Producer(
             self._config
             | QUIET
-            | _PRODUCER
-            | {"enable.idempotence": True, "acks": "all", "linger.ms": 0, "error_cb": self._outages.complain}
+            | {
+                "enable.idempotence": True,
+                "acks": "all",
+                "linger.ms": 0,
+                "compression.type": "zstd",
+                "message.max.bytes": MESSAGE_BYTES,
+                "error_cb": self._outages.complain,
+            }
         )
         return None
 
@@ -159,8 +136,9 @@ class PlainChannel:
         failures = _Failures()
         try:
             for event in events:
-                _produce(self._producer, event, failures)
-            left = self._producer.flush(_BROKER_SECONDS)
+                topic, key, value, headers = _to_record(event)
+                self._producer.produce(topic, key=key, value=value, headers=headers, on_delivery=failures.report)
+            left = self._producer.flush(BROKER_SECONDS)
         except (KafkaException, BufferError) as error:
             raise ChannelBroken(_reason(error)) from error
         if left or failures.first is not None:
@@ -188,17 +166,15 @@ class _Failures:
             self.first = self.first or error.str()
 
 
-def _produce(producer: Producer, event: WaitingEvent, failures: _Failures) -> None:
+def _to_record(event: WaitingEvent) -> tuple[str, bytes | None, bytes | None, Headers]:
+    """Topic, key, value and headers."""
     if event.topic is None:
         assert event.query_id is not None
-        topic, headers = Topic.STATUS.value, to_kafka(event.headers)
-        key: bytes | None = event.query_id.encode()
-    else:
-        topic, key, headers = event.topic, event.key, _read_headers(event.headers)
-    producer.produce(topic, key=key, value=event.payload, headers=headers, on_delivery=failures.report)
+        return Topic.STATUS.value, event.query_id.encode(), event.payload, to_kafka(event.headers)
+    return event.topic, event.key, event.payload, _read_headers(event.headers)
 
 
-def _read_headers(written: Sequence[tuple[str, str | None]]) -> list[tuple[str, str | bytes | None]]:
+def _read_headers(written: Sequence[tuple[str, str | None]]) -> Headers:
     """The headers of a dead letter, which may hold any byte."""
     return [
         (base64.b64decode(name).decode(), None if value is None else base64.b64decode(value)) for name, value in written

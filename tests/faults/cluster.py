@@ -33,6 +33,7 @@ from tests.faults.collector import TraceCollector, scrape
 from tests.faults.evidence import Place
 from tests.faults.s3_proxy import S3Proxy
 from tests.servers.apache_kafka import ApacheKafka
+from tests.servers.kafka_proxy import KafkaProxy
 from tests.servers.tcp_proxy import TcpProxy
 
 # Short, so that a stopped worker outlives it in a run of minutes; renewed every 2 s, which a busy machine still keeps.
@@ -243,6 +244,7 @@ class Cluster:
     data_proxy: TcpProxy = field(init=False)
     state_proxy: TcpProxy = field(init=False)
     store_proxy: S3Proxy = field(init=False)
+    relay_proxy: KafkaProxy = field(init=False)
     traces: TraceCollector = field(init=False)
     services: list[Service] = field(init=False, default_factory=list)
     environment: dict[str, str] = field(init=False, default_factory=dict)
@@ -313,7 +315,10 @@ class Cluster:
         """A service that is not started yet, nor one of `services`."""
         scratch = self.folder / "scratch" / name
         scratch.mkdir(exist_ok=True)
+        # Only the relay ends transactions.
+        bootstrap = self.relay_proxy.bootstrap if kind == "relay" else self.kafka.bootstrap
         environment = self.environment | {
+            "QUERYD_KAFKA_BOOTSTRAP": bootstrap,
             "QUERYD_SCRATCH": str(scratch),
             "QUERYD_FAILPOINTS": str(self.failpoints),
         }
@@ -363,8 +368,8 @@ class Cluster:
             with suppress(Exception):
                 step()
 
-    def _proxies(self) -> Iterable[TcpProxy | S3Proxy]:
-        for name in ("data_proxy", "state_proxy", "store_proxy"):
+    def _proxies(self) -> Iterable[TcpProxy | S3Proxy | KafkaProxy]:
+        for name in ("data_proxy", "state_proxy", "store_proxy", "relay_proxy"):
             with suppress(AttributeError):
                 yield getattr(self, name)
 
@@ -372,6 +377,7 @@ class Cluster:
         self.data_proxy = TcpProxy("127.0.0.1", self.data.port)
         self.state_proxy = TcpProxy("127.0.0.1", self.state.port)
         self.store_proxy = S3Proxy(int(urlsplit(self.store.endpoint_url).port or 0))
+        self.relay_proxy = KafkaProxy(self.kafka.bootstrap)
         for proxy in self._proxies():
             proxy.start()
 

@@ -26,6 +26,7 @@ from tests.faults.cluster import LEASE_SECONDS, SESSION_SECONDS, Cluster, Servic
 from tests.faults.evidence import Fault
 from tests.faults.load import Load
 from tests.faults.s3_proxy import Mode
+from tests.servers.kafka_proxy import Trap
 from tests.servers.tcp_proxy import TcpProxy
 
 ROWS = range(1, 7)
@@ -53,6 +54,8 @@ _PASS_SECONDS = 10.0
 _BACK_SECONDS = 60.0
 # Replicas catch up within seconds; a starved machine may take its time, and until then the fault has not ended.
 _IN_SYNC_SECONDS = 120.0
+# The relay's transactions time out after 10 s, which these brokers look for each second.
+_BEYOND_TRANSACTION_SECONDS = 12.0
 _START_SECONDS = 90.0
 _LOOK_SECONDS = 0.05
 _HOUR = 3600.0
@@ -369,6 +372,8 @@ class Faults:
             yield Kind("broker killed", 2, self._kill_broker, ("kafka",))
             yield Kind("leader moved", 2, self._move_leader, ("kafka",))
         yield Kind("all brokers gone", 2, self._kill_all_brokers, ("kafka",), heavy=True)
+        yield Kind("EndTxn delayed", 2, self._delay_end_of_transaction, ("EndTxn",))
+        yield Kind("EndTxn answer lost", 2, self._lose_end_of_transaction, ("EndTxn",))
 
     def _kill_broker(self, source: random.Random, _target: str) -> str:
         number = source.randrange(3)
@@ -403,6 +408,26 @@ class Faults:
             together([lambda server=server: server.start(_START_SECONDS) for server in servers])  # type: ignore[misc]
         self._await_in_sync()
         return "all brokers"
+
+    def _delay_end_of_transaction(self, source: random.Random, _target: str) -> str | None:
+        """The request reaches its broker late: when the transaction has timed out, or, where the relay has repeated it
+        on another connection, in one of its next transactions."""
+        trap = source.choice((Trap.HOLD, Trap.HOLD_AND_CUT))
+        caught = self._cluster.relay_proxy.catch(trap)
+        try:
+            if not self._until(lambda: caught.seen.is_set() or self._stopping.is_set(), _PASS_SECONDS):
+                return None
+            self._pause(source.uniform(0.2, 5.0) if trap is Trap.HOLD_AND_CUT else _BEYOND_TRANSACTION_SECONDS)
+        finally:
+            caught.release()
+            self._cluster.relay_proxy.disarm()
+        return f"the relay, {trap}" if caught.seen.is_set() else None
+
+    def _lose_end_of_transaction(self, _source: random.Random, _target: str) -> str | None:
+        caught = self._cluster.relay_proxy.catch(Trap.DROP_ANSWER)
+        self._until(lambda: caught.answered.is_set() or self._stopping.is_set(), _PASS_SECONDS)
+        self._cluster.relay_proxy.disarm()
+        return "the relay" if caught.seen.is_set() else None
 
     def _admin(self) -> AdminClient:
         # An election's own timeout can't be given: the binding refuses the argument.

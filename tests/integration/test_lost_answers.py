@@ -25,9 +25,9 @@ from db.data.outbox import CHANNEL, shard_of
 from db.data.runs import RunState
 from db.migrations.upgrade import upgrade_data
 from db.retrying import until_available
-from producers.relay import channel
 from producers.relay.relay import Relay, RelayRules
 from queryd.events import OrgId, QueryId, Topic
+from queryd.kafka import transactional_producer
 from results.location import prefix
 from results.store import ResultStore, StoreAccess, StoredObject, StoreRefused, StoreUnavailable
 from service.embedded.object_store import ObjectStore
@@ -284,7 +284,7 @@ async def test_a_batch_whose_commit_is_not_answered_is_published_once(
     place: Place, kafka: Kafka, monkeypatch: pytest.MonkeyPatch, method: str, transactions: bool, after: bool
 ) -> None:
     query_id, expected = await _tell_a_story(place)
-    monkeypatch.setattr(channel, "Producer", _failing_once(method, after=after))
+    monkeypatch.setattr(transactional_producer, "Producer", _failing_once(method, after=after))
     await _publish(place.proxied_url, kafka, shard_of(query_id), place.direct, transactions=transactions)
     _assert_published(await _read_events(kafka, query_id), expected, exactly_once=transactions)
 

@@ -32,10 +32,12 @@ from producers.relay.ledger import SPAN, Ledger, LedgerUnreadable, write_ledger
 from producers.relay.relay import OutboxMismatch, Relay, RelayRules
 from queryd.events import Mode, OrgId, QueryId, Status, Topic
 from queryd.headers import continue_trace
+from queryd.kafka import transactional_producer
 from service.embedded.postgres import Postgres
 from tests.integration.queries import new_id, opened_pool
 from tests.integration.records import PATIENCE_SECONDS, headers_of, prepare_topics, read_topic, until
 from tests.servers.kafka import Kafka
+from tests.servers.kafka_proxy import KafkaProxy, Trap
 
 # What the relay reads at once.
 _BATCH = 500
@@ -161,7 +163,7 @@ async def test_positions_far_apart_are_published_in_batches_whose_ledger_fits(
             ledgers.extend(position.metadata for position in positions)
             super().send_offsets_to_transaction(positions, *rest)
 
-    monkeypatch.setattr(channel, "Producer", Recording)
+    monkeypatch.setattr(transactional_producer, "Producer", Recording)
     events = await _insert(place, _tell_stories(place.shard, queries=1))
     # The last position that one ledger holds with the first, then the next one, then one that is far away.
     for position in (SPAN, SPAN + 1, 100 * SPAN):
@@ -516,7 +518,7 @@ async def test_a_relay_that_was_stopped_and_wakes_up_late_publishes_nothing(
 
     rules = place.rules(transactions=True)
     events = await _insert(place, _tell_stories(place.shard, queries=3))
-    monkeypatch.setattr(channel, "Producer", Dozing)
+    monkeypatch.setattr(transactional_producer, "Producer", Dozing)
     async with _running(rules, place.pool) as zombie:
         try:
             assert await asyncio.to_thread(asleep.wait, PATIENCE_SECONDS)
@@ -532,6 +534,123 @@ async def test_a_relay_that_was_stopped_and_wakes_up_late_publishes_nothing(
                 await _until_empty(place.pool, zombie, successor)
         finally:
             wake.set()
+    await _assert_published_once(place, events)
+
+
+# A request to end a transaction (EndTxn) that is delayed, or whose answer is lost. librdkafka speaks the first version
+# of transactions: nothing in the request says which transaction of the producer it ends.
+
+
+@contextmanager
+def _proxied(place: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[KafkaProxy, RelayRules]]:
+    """A relay's rules whose broker is behind a proxy."""
+    rules = place.rules(transactions=True)
+    with KafkaProxy(place.kafka.bootstrap) as proxy:
+        yield proxy, replace(rules, kafka=rules.kafka | {"bootstrap.servers": proxy.bootstrap})
+
+
+async def _see(event: threading.Event) -> None:
+    assert await asyncio.to_thread(event.wait, PATIENCE_SECONDS)
+
+
+def _is_aborted(place: Place) -> bool:
+    """True once the broker has ended the relay's transaction: a pending one keeps back its offset."""
+    group = {
+        "group.id": f"queryd-relay-{place.shard}",
+        "enable.auto.commit": False,
+        "isolation.level": "read_committed",
+    }
+    consumer = Consumer(prepare_topics(place.kafka) | group)
+    try:
+        consumer.committed([TopicPartition(Topic.STATUS, 0)], timeout=PATIENCE_SECONDS)
+    finally:
+        consumer.close()
+    return True
+
+
+@needs_kafka
+@pytest.mark.parametrize("late", ["after the timeout", "after the successor"])
+async def test_an_end_of_a_transaction_that_comes_after_its_timeout_changes_nothing(
+    place: Place, monkeypatch: pytest.MonkeyPatch, late: str
+) -> None:
+    # Long enough for the broker to abort, which it looks for each second.
+    monkeypatch.setattr(transactional_producer, "_TRANSACTION_MILLIS", 2_000)
+    monkeypatch.setattr(transactional_producer, "BROKER_SECONDS", 30.0 if late == "after the timeout" else 5.0)
+    with _proxied(place, monkeypatch) as (proxy, rules):
+        async with _running(rules, place.pool) as running:
+            events = await _insert(place, _tell_stories(place.shard, queries=3))
+            await _until_empty(place.pool, running)
+            caught = proxy.catch(Trap.HOLD)
+            delayed = await _insert(place, _tell_stories(place.shard, queries=3))
+            await _see(caught.seen)
+            if late == "after the timeout":
+                assert await asyncio.to_thread(_is_aborted, place)
+                assert await _read_published(place, delayed) == []
+            else:
+                await _until_empty(place.pool, running)
+            caught.release()
+            await _see(caught.answered)
+            events += delayed + await _insert(place, _tell_stories(place.shard, queries=3))
+            await _until_empty(place.pool, running)
+    await _assert_published_once(place, events)
+
+
+@needs_kafka
+async def test_an_end_of_a_transaction_whose_answer_is_lost_is_found_in_the_ledger(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transactional_producer, "BROKER_SECONDS", 3.0)
+    with _proxied(place, monkeypatch) as (proxy, rules):
+        async with _running(rules, place.pool) as running:
+            events = await _insert(place, _tell_stories(place.shard, queries=3))
+            await _until_empty(place.pool, running)
+            caught = proxy.catch(Trap.DROP_ANSWER)
+            events += await _insert(place, _tell_stories(place.shard, queries=3))
+            await _see(caught.answered)
+            await _until_empty(place.pool, running)
+            events += await _insert(place, _tell_stories(place.shard, queries=3))
+            await _until_empty(place.pool, running)
+    await _assert_published_once(place, events)
+
+
+@needs_kafka
+async def test_an_end_of_a_transaction_that_was_repeated_and_comes_late_ends_no_later_transaction(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """librdkafka repeats the request when its connection ends. The first one still reaches the broker, in the middle
+    of the next batch."""
+    amid, go_on, armed = threading.Event(), threading.Event(), threading.Event()
+
+    class Pausing(Producer):
+        def produce(self, *args: Any, **named: Any) -> None:
+            super().produce(*args, **named)
+            if armed.is_set() and not amid.is_set():
+                # The batch's first record is in the log, and the transaction open.
+                assert super().flush(PATIENCE_SECONDS) == 0
+                amid.set()
+                assert go_on.wait(PATIENCE_SECONDS)
+
+    monkeypatch.setattr(transactional_producer, "Producer", Pausing)
+    monkeypatch.setattr(transactional_producer, "_TRANSACTION_MILLIS", 60_000)
+    with _proxied(place, monkeypatch) as (proxy, rules):
+        async with _running(rules, place.pool) as running:
+            events = await _insert(place, _tell_stories(place.shard, queries=3))
+            await _until_empty(place.pool, running)
+            caught = proxy.catch(Trap.HOLD_AND_CUT)
+            events += await _insert(place, _tell_stories(place.shard, queries=3))
+            await _see(caught.seen)
+            await _until_empty(place.pool, running)
+            armed.set()
+            torn = await _insert(place, _tell_stories(place.shard, queries=3))
+            await _see(amid)
+            try:
+                caught.release()
+                await _see(caught.answered)
+            finally:
+                go_on.set()
+            await _until_empty(place.pool, running)
+            events += torn + await _insert(place, _tell_stories(place.shard, queries=3))
+            await _until_empty(place.pool, running)
     await _assert_published_once(place, events)
 
 
@@ -626,7 +745,7 @@ async def _crash(
 ) -> None:
     """Run a relay until its producer ends it."""
     with monkeypatch.context() as patched:
-        patched.setattr(channel, "Producer", producer)
+        patched.setattr(transactional_producer if transactions else channel, "Producer", producer)
         relay = Relay(place.rules(transactions=transactions), lambda: None)
         async with asyncio.timeout(PATIENCE_SECONDS):
             with pytest.raises(_Crash):

@@ -11,6 +11,7 @@ from producers.relay import channel
 from producers.relay.channel import ChannelBroken, PlainChannel, TransactionalChannel
 from producers.relay.ledger import Ledger
 from queryd import publisher, sender
+from queryd.kafka import transactional_producer
 from queryd.publisher import NotDelivered, Publisher
 from tests.unit.samples import QUERY_ID
 
@@ -33,7 +34,7 @@ def _catch(config: dict[str, Any]) -> Producer:
 @pytest.fixture
 def refusing(monkeypatch: pytest.MonkeyPatch) -> PlainChannel:
     """An open channel without transactions, whose broker has gone."""
-    monkeypatch.setattr(channel, "_BROKER_SECONDS", _SOON_SECONDS)
+    monkeypatch.setattr(channel, "BROKER_SECONDS", _SOON_SECONDS)
     made = PlainChannel(_NOBODY)
     made.open()
     return made
@@ -60,7 +61,7 @@ def test_our_producers_are_idempotent_whatever_the_callers_options_say(
 def test_a_transactional_producer_is_idempotent_by_its_id_and_can_be_nothing_else(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(channel, "_BROKER_SECONDS", _SOON_SECONDS)
+    monkeypatch.setattr(transactional_producer, "BROKER_SECONDS", _SOON_SECONDS)
     with pytest.raises(ChannelBroken, match=r"transactional\.id"):
         TransactionalChannel(_NOBODY | {"enable.idempotence": False}, "relay").open()
 

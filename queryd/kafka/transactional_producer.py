@@ -1,0 +1,102 @@
+"""A producer of Kafka transactions whose late or repeated requests can't end a transaction that they don't belong to.
+
+librdkafka 2.16 speaks the first version of transactions: an EndTxn request names the producer and its epoch, but not
+the transaction. librdkafka repeats the request when its connection ends. If the first one reaches the broker late, it
+ends the producer's next transaction, in the middle of it. A new producer has a new epoch, which fences such a request.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from confluent_kafka import KafkaError, Message, Producer, TopicPartition
+
+from queryd.outages import QUIET, OutageLog
+from queryd.publisher import BY_KEY, MESSAGE_BYTES
+
+# The broker aborts what is not committed by then: readers at read_committed wait for an abandoned one for no longer.
+_TRANSACTION_MILLIS = 10_000
+# How long one call to the broker may take before the producer counts as broken.
+BROKER_SECONDS = 15.0
+# librdkafka waits for this, less at most 20%, before it repeats a request. The time that the calls take therefore shows
+# whether one was repeated.
+_RETRY_MILLIS = 1_000
+_REPEATED_SECONDS = 0.5
+
+Headers = list[tuple[str, str | bytes | None]]
+
+
+class TransactionalProducer:
+    """One transaction at a time. Blocks. After any error make a new one: the outcome of a commit is then not known.
+
+    Every method raises `KafkaException`, and `produce` also `BufferError`.
+    """
+
+    def __init__(self, config: Mapping[str, Any], transactional_id: str, who: str) -> None:
+        """Does not connect yet. `who` names the program in the log when Kafka is away."""
+        self._outages = OutageLog(who)
+        self._config = (
+            dict(config)
+            | QUIET
+            | {
+                "transactional.id": transactional_id,
+                "transaction.timeout.ms": _TRANSACTION_MILLIS,
+                "retry.backoff.ms": _RETRY_MILLIS,
+                # Uncompressed, a record may be far larger than its topic's limit.
+                "compression.type": "zstd",
+                "message.max.bytes": MESSAGE_BYTES,
+                "error_cb": self._outages.complain,
+            }
+        )
+        self._producer: Producer | None = None
+        self._sent_offsets_seconds = 0.0
+
+    def open(self) -> None:
+        """Fence earlier producers of the same id, and settle what they left open."""
+        self._producer = Producer(self._config)
+        self._producer.init_transactions(BROKER_SECONDS)
+        self._outages.answered()
+
+    def begin(self) -> None:
+        """Begin a transaction."""
+        self._opened.begin_transaction()
+
+    def produce(
+        self,
+        topic: str,
+        key: bytes | None,
+        value: bytes | None,
+        headers: Headers,
+        partition: int = BY_KEY,
+        on_delivery: Callable[[KafkaError | None, Message], None] | None = None,
+    ) -> None:
+        """Add a record to the transaction."""
+        # The binding takes no None for a callback.
+        reporting: dict[str, Any] = {} if on_delivery is None else {"on_delivery": on_delivery}
+        self._opened.produce(topic, key=key, value=value, headers=headers, partition=partition, **reporting)
+
+    def send_offsets(self, offsets: Sequence[TopicPartition], group: Any) -> None:
+        """Add offsets of a consumer group, which is given by its metadata, to the transaction."""
+        began = time.monotonic()
+        self._opened.send_offsets_to_transaction(list(offsets), group, BROKER_SECONDS)
+        self._sent_offsets_seconds = time.monotonic() - began
+
+    def commit(self) -> None:
+        """Commit the transaction."""
+        began = time.monotonic()
+        self._opened.commit_transaction(BROKER_SECONDS)
+        if max(time.monotonic() - began, self._sent_offsets_seconds) > _REPEATED_SECONDS:
+            # The transaction is committed. An earlier copy of a request may still be on its way: fence it.
+            self.open()
+        self._sent_offsets_seconds = 0.0
+
+    def abort(self) -> None:
+        """Drop what was not sent, and abort the transaction."""
+        if self._producer is not None:
+            self._producer.purge()
+            self._producer.abort_transaction(BROKER_SECONDS)
+
+    @property
+    def _opened(self) -> Producer:
+        assert self._producer is not None
+        return self._producer
