@@ -60,7 +60,7 @@ faults soak: $(VENV)/dev-installed
 	@exec $(BIN)/python -m tests.faults.run --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 bench: $(VENV)/bench-installed
-	@$(BIN)/python -m bench $(ARGS)
+	@$(BIN)/python -m bench $(or $(ARGS),--plots docs)
 
 clean:
 	rm -rf $(VENV) .queryd .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

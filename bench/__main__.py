@@ -8,11 +8,16 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
+from bench.analytics import measure_exports, measure_memory, measure_tpch
+from bench.backlog import measure_backlog, measure_restart
 from bench.cpu import measure_cpu, measure_idle
 from bench.latency import measure_latency, measure_loaded
+from bench.plots import write_plots
 from bench.rows import Row, find_failures, to_table
 from bench.small_queries import measure_inline, measure_small
+from bench.stored import measure_snapshot, measure_stored
 from bench.world import SMALL, Sizes, World
 
 # In the order of the table. Each makes one row or several that are measured together.
@@ -23,6 +28,13 @@ MEASURES: Mapping[str, Callable[[World], list[Row]]] = {
     "inline": measure_inline,
     "latency": measure_latency,
     "loaded": measure_loaded,
+    "export": measure_exports,
+    "tpch": measure_tpch,
+    "memory": measure_memory,
+    "stored": measure_stored,
+    "snapshot": measure_snapshot,
+    "backlog": measure_backlog,
+    "restart": measure_restart,
 }
 
 
@@ -33,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, help="runs of each")
     parser.add_argument("--queries", type=int, help="small queries in a run")
     parser.add_argument("--small", action="store_true", help="small runs, which show only that every row runs")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write the plots there")
     parser.add_argument("--json", action="store_true", help="the rows as JSON")
     given = parser.parse_args(argv)
     if unknown := set(given.rows) - MEASURES.keys():
@@ -41,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = replace(sizes, runs=given.runs or sizes.runs, queries=given.queries or sizes.queries)
     with World(sizes) as world:
         rows = [row for name in given.rows or MEASURES for row in MEASURES[name](world)]
+    if given.plots is not None:
+        write_plots(rows, given.plots)
     print(json.dumps([row.to_json() for row in rows]) if given.json else to_table(rows), flush=True)
     if failures := find_failures(rows):
         print(f"missed: {', '.join(failures)}", file=sys.stderr)

@@ -31,9 +31,33 @@ class Sizes:
     idle_seconds: float = 20.0
     # At half of the maximum rate.
     steady_seconds: float = 20.0
+    # 1.7 gives 10 million rows of lineitem.
+    export_scale: float = 1.7
+    export_runs: int = 2
+    tpch_scale: float = 1.0
+    memory_rows: int = 50_000_000
+    stored_rows: int = 10_000_000
+    snapshot_seconds: float = 600.0
+    backlog: int = 10_000
+    in_flight: int = 1_000
 
 
-SMALL = Sizes(runs=1, queries=100, warm_up=20, probes=10, idle_seconds=3.0, steady_seconds=3.0)
+SMALL = Sizes(
+    runs=1,
+    queries=100,
+    warm_up=20,
+    probes=10,
+    idle_seconds=3.0,
+    steady_seconds=3.0,
+    export_scale=0.01,
+    export_runs=1,
+    tpch_scale=0.01,
+    memory_rows=1_000_000,
+    stored_rows=10_000,
+    snapshot_seconds=3.0,
+    backlog=300,
+    in_flight=100,
+)
 
 
 class World:
@@ -56,6 +80,13 @@ class World:
         self.report("a stack is up, with the embedded broker")
         site.queryd.measure_rate(make_small(self.sizes.warm_up))
         return site
+
+    @contextmanager
+    def run_fresh(self) -> Iterator[Site]:
+        """Another `queryd up`, warm, for a row that leaves work behind."""
+        with run_stack() as stack, open_site(stack) as site:
+            site.queryd.measure_rate(make_small(self.sizes.warm_up))
+            yield site
 
     @contextmanager
     def run_apache(self) -> Iterator[Site]:

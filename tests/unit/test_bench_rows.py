@@ -2,6 +2,7 @@
 
 import pytest
 
+from bench.plots import find_score
 from bench.rows import Bound, Row, Verdict, compare_medians, find_failures, percentile, to_table
 
 
@@ -47,3 +48,18 @@ def test_the_table_names_what_was_not_measured_and_why() -> None:
     assert lines[0].split() == ["row", "what", "against", "to", "reach", "reached", "holds?"]
     assert "≥ 4× (floor 2.5)" in lines[2] and lines[2].split()[-2:] == ["4.2×", "yes"]
     assert "no redis-server" in lines[3] and lines[3].endswith("not measured")
+
+
+@pytest.mark.parametrize(
+    ("bound", "reached", "score"),
+    [
+        (Bound.AT_LEAST, 4.0, 1.0),
+        (Bound.AT_LEAST, 2.0, 0.5),
+        (Bound.AT_MOST, 8.0, 0.5),
+        (Bound.AT_MOST, 1.0, 2.0),
+        (Bound.AT_MOST, -50.0, 2.0),
+        (Bound.AT_MOST, None, None),
+    ],
+)
+def test_a_plot_shows_more_where_more_was_reached(bound: Bound, reached: float | None, score: float | None) -> None:
+    assert find_score(_row(bound, reached)) == score
