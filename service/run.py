@@ -167,7 +167,19 @@ def _reason(error: Exception) -> str:
 
 
 _OUR_ROOMS = frozenset(
-    {"queryd", "service", "consumers", "producers", "engines", "results", "access", "db", "processes", "telemetry"}
+    {
+        "queryd",
+        "service",
+        "replay",
+        "consumers",
+        "producers",
+        "engines",
+        "results",
+        "access",
+        "db",
+        "processes",
+        "telemetry",
+    }
 )
 
 

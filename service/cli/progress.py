@@ -6,7 +6,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from producers.replay.run import Progress as Replayed
+from replay.run import Progress as Replayed
 
 
 class _Bar:

@@ -9,15 +9,26 @@ import typer
 
 from db.data.replays import Replay, ReplayStatus, list_replays
 from db.health import DATA, require_schema
-from producers.replay.comparison import Comparison
-from producers.replay.journal import ReplayRefused, opened_journal
-from producers.replay.kinds import ReplayName, Skip
-from producers.replay.letters import PatchRefused
-from producers.replay.log import WindowRefused
-from producers.replay.plan import NothingMatches, PlanStale
-from producers.replay.run import Outcome
 from queryd.dead_letters import DeadCode
 from queryd.events import Mode
+from replay.commands import (
+    Asked,
+    Cause,
+    Pace,
+    Servers,
+    begin_replay,
+    compare_replay,
+    list_letters,
+    plan_replay,
+    resume_replay,
+)
+from replay.comparison import Comparison
+from replay.journal import ReplayRefused, opened_journal
+from replay.kinds import ReplayName, Skip
+from replay.letters import PatchRefused
+from replay.log import WindowRefused
+from replay.plan import NothingMatches, PlanStale
+from replay.run import Outcome
 from service.cli.account import account
 from service.cli.database import optional_uuid, uuid_argument
 from service.cli.failures import FAILURES, describe_failure
@@ -55,8 +66,8 @@ from service.cli.replay_options import (
     read_window,
 )
 from service.cli.replay_output import print_letters, print_outcome, print_plan, print_replay, summarize
-from service.replaying import Asked, Cause, Pace, begin_replay, compare_replay, list_letters, plan_replay, resume_replay
 from service.settings import Settings, load_settings
+from service.wiring import opened_data_pool
 
 app = typer.Typer(help="Write again what was written once: plan first, then carry the plan out.", no_args_is_help=True)
 app.command()(state_db)
@@ -166,7 +177,7 @@ def dead_letters(
         max_redrives=max_redrives,
     )
     if list_only:
-        print_letters(_run(list_letters(load_settings(), asked)), as_json)
+        print_letters(_run(list_letters(_servers(load_settings()), asked)), as_json)
         return
     _plan_or_run(asked, execute, reason, by, replay_id, Pace(rate, max_lag), as_json)
 
@@ -221,7 +232,8 @@ def resume(
         return
     with ReplayBar(quiet=as_json) as bar:
         outcome = _run(
-            resume_replay(settings, wanted, read_patch(changes), Pace(rate, max_lag), bar.show), resumable=wanted
+            resume_replay(_servers(settings), wanted, read_patch(changes), Pace(rate, max_lag), bar.show),
+            resumable=wanted,
         )
     _finish(outcome, wanted, as_json)
 
@@ -303,7 +315,7 @@ def _plan_or_run(
     settings = load_settings()
     if expected is None:
         with PlanningBar(quiet=as_json) as bar:
-            planned = _run(plan_replay(settings, asked, bar.show))
+            planned = _run(plan_replay(_servers(settings), asked, bar.show))
         print_plan(planned, as_json)
         return
     if reason is None or not reason.strip():
@@ -312,7 +324,7 @@ def _plan_or_run(
     with PlanningBar(quiet=as_json) as planning, ReplayBar(quiet=as_json) as bar:
         outcome = _run(
             begin_replay(
-                settings,
+                _servers(settings),
                 asked,
                 expected=expected,
                 replay_id=wanted,
@@ -330,7 +342,22 @@ def _plan_or_run(
 
 def _compare(settings: Settings, replay_id: str, patience: float, *, quiet: bool) -> Comparison:
     with ComparisonBar(quiet=quiet) as bar:
-        return _run(compare_replay(settings, replay_id, patience, bar.show))
+        return _run(_compare_in_pool(settings, replay_id, patience, bar))
+
+
+async def _compare_in_pool(settings: Settings, replay_id: str, patience: float, bar: ComparisonBar) -> Comparison:
+    async with opened_data_pool(settings) as pool:
+        return await compare_replay(_servers(settings), pool, replay_id, patience, bar.show)
+
+
+def _servers(settings: Settings) -> Servers:
+    return Servers(
+        data_url=settings.data_url.get_secret_value(),
+        kafka=settings.kafka,
+        has_transactions=settings.relay_transactions,
+        executor_group=str(settings.group("executor")["group.id"]),
+        hash_key=None if settings.sql_hash_key is None else settings.sql_hash_key.get_secret_value(),
+    )
 
 
 def _run(work: Coroutine[Any, Any, _Answer], resumable: str | None = None) -> _Answer:

@@ -7,14 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from producers.replay.copies import HeaderRules
-from producers.replay.letters import Patch
-from producers.replay.log import Window
-from producers.replay.selection import Selection
 from queryd.events import ErrorCode, Mode, Status
+from replay.commands import Asked
+from replay.copies import HeaderRules
+from replay.letters import Patch
+from replay.log import Window
+from replay.selection import Selection
 from service.cli.database import optional_uuid
 from service.cli.output import complain, read_time
-from service.replaying import Asked
 
 Since = Annotated[
     str | None, typer.Option("--since", help="Records of this time or later, in UTC: 2026-11-23T10:00:00Z.")

@@ -7,11 +7,11 @@ from dataclasses import asdict
 from typing import Any
 
 from db.data.replays import Replay, ReplayStatus
-from producers.replay.comparison import Comparison
-from producers.replay.kinds import NOTES, SKIP_REASONS, Note, Skip
-from producers.replay.letters import LetterLine
-from producers.replay.plan import Plan
-from producers.replay.run import Outcome
+from replay.comparison import Comparison
+from replay.kinds import NOTES, SKIP_REASONS, Note, Skip
+from replay.letters import LetterLine
+from replay.plan import Plan
+from replay.run import Outcome
 from service.cli.output import print_fields, print_json, print_rows
 
 

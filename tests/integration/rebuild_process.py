@@ -8,10 +8,10 @@ import asyncio
 import sys
 from unittest.mock import patch
 
-from consumers.rebuild import rebuild
-from consumers.rebuild.source import SourceName
 from db.connection import Connection
 from db.state.rebuild import put_right
+from replay.rebuild import rebuild
+from replay.rebuild.source import SourceName
 from tests.integration.queries import opened_pool
 
 # More than any test's table differs in.

@@ -11,11 +11,11 @@ import duckdb
 import pytest
 
 from consumers.executor.endings import Failure, Result, Success, fail, succeed
-from producers.replay.compare import compare
-from producers.replay.comparison import Comparison, Verdict
-from producers.replay.result_difference import Difference
 from queryd.events import Column, ErrorCode, OutputFormat, ResultFile
 from queryd.results import ResultReader
+from replay.compare import compare
+from replay.comparison import Comparison, Verdict
+from replay.result_difference import Difference
 from results.location import file_name
 from service.embedded.object_store import ObjectStore
 from tests.integration.queries import new_id

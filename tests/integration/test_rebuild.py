@@ -20,18 +20,18 @@ from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient
 
 from consumers.projector import Projector, to_row
-from consumers.rebuild.rebuild import Found, Rebuilt, opened
-from consumers.rebuild.source import RebuildRefused, SourceName
 from db.connection import DataPool, StatePool, make_pool, transaction
 from db.data.replays import begin, read_replay
 from db.migrations.upgrade import upgrade_data, upgrade_state
 from db.state.platform import create_platform_tables
 from db.state.query_status import delete_statuses, move_tasks, upsert_statuses, write_offsets
 from db.state.rebuild import Difference, RebuildUnderWay, TablesMissing
-from producers.replay.plan import PlanStale
 from queryd.codec import encode
 from queryd.events import ErrorCode, Mode, OrgId, QueryId, QueryStatusChanged, Status, Topic
 from queryd.topics import read_topic_identity
+from replay.plan import PlanStale
+from replay.rebuild.rebuild import Found, Rebuilt, opened
+from replay.rebuild.source import RebuildRefused, SourceName
 from service.cli.rebuild import state_db
 from tests.integration.queries import new_id, opened_pool
 from tests.integration.records import PATIENCE_SECONDS, prepare_topics, until, write

@@ -19,7 +19,7 @@ from tests.integration.stories import make_story, publish
 from tests.servers.kafka import Kafka
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("service", "consumers", "producers", "engines", "results", "access", "db", "processes", "telemetry")
+ROOMS = ("service", "replay", "consumers", "producers", "engines", "results", "access", "db", "processes", "telemetry")
 # A caller's program with packages of its own that are named as ours.
 PROGRAM = """
 import db, schemas, queryd

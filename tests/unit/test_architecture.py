@@ -11,7 +11,19 @@ import pytest
 from telemetry.events import LogEvent
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("queryd", "telemetry", "processes", "db", "access", "results", "engines", "producers", "consumers", "service")
+ROOMS = (
+    "queryd",
+    "telemetry",
+    "processes",
+    "db",
+    "access",
+    "results",
+    "engines",
+    "producers",
+    "consumers",
+    "replay",
+    "service",
+)
 
 # Statements, by the words that only a statement has side by side; upper case, as all SQL of ours is written.
 SQL = re.compile(
@@ -20,8 +32,8 @@ SQL = re.compile(
     r"|COPY\s+[\w(\"{]|(LISTEN|NOTIFY)\s+\w|ATTACH\s+|GRANT\s+\w+\s+ON|FOR\s+UPDATE|ON\s+CONFLICT)",
     re.DOTALL,
 )
-# Where DuckDB's SQL lives: the engine that runs it, and what the demo asks.
-DUCKDB_SQL = ("engines/", "service/demo/questions.py")
+# Where DuckDB's SQL lives: the engine that runs it, the comparison of results, and what the demo asks.
+DUCKDB_SQL = ("engines/", "replay/result_difference.py", "service/demo/questions.py")
 # Where people are spoken to. Everywhere else what there is to say is a log event.
 SPOKEN = ("service/cli/", "service/demo/", "service/up.py", "service/run.py")
 # structlog's loggers are told apart from the standard library's by how a module makes its own.

@@ -17,7 +17,19 @@ from service.doctor import examine
 from service.settings import Settings, find_unknown_variables
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("queryd", "telemetry", "processes", "db", "access", "results", "engines", "producers", "consumers", "service")
+ROOMS = (
+    "queryd",
+    "telemetry",
+    "processes",
+    "db",
+    "access",
+    "results",
+    "engines",
+    "producers",
+    "consumers",
+    "replay",
+    "service",
+)
 CANARY = "canary4711"
 
 

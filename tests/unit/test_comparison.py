@@ -2,8 +2,8 @@
 
 import json
 
-from producers.replay.comparison import Comparison, Judged, Verdict
-from producers.replay.result_difference import Difference
+from replay.comparison import Comparison, Judged, Verdict
+from replay.result_difference import Difference
 
 
 def _succeeded(number: int, original_ms: int | None, new_ms: int | None) -> Judged:

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from db.connection import Connection
-from producers.replay.kinds import Note, Skip, Verdict, judge_records
-from producers.replay.log import LoggedRecord, OffsetRange, Window, read_headers
-from producers.replay.marks import Marks
+from replay.kinds import Note, Skip, Verdict, judge_records
+from replay.log import LoggedRecord, OffsetRange, Window, read_headers
+from replay.marks import Marks
 
 _NOWHERE = cast(Connection, None)
 

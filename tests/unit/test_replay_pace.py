@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from producers.replay.pace import LagGuard, TokenBucket
+from replay.pace import LagGuard, TokenBucket
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from producers.replay.result_difference import Difference, ResultRows, find_differences
 from queryd.errors import ResultUnreadable
 from queryd.events import Column, OutputFormat
 from queryd.tables import open_batches
+from replay.result_difference import Difference, ResultRows, find_differences
 from tests.unit.samples import QUICK, make_status
 
 Row = dict[str, Any]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from producers.replay.result_difference import Difference
+from replay.result_difference import Difference
 
 # As many lines of one verdict as a person reads; the JSON has them all.
 _LISTED = 50

@@ -10,12 +10,12 @@ from datetime import datetime
 from typing import Any
 
 from db.connection import Connection, unavailable_told_apart
-from producers.replay.copies import HeaderRules
-from producers.replay.kinds import SKIP_REASONS, Judge, Note, ReplayKind, Skip, Verdict, judge_records
-from producers.replay.log import LogReader, OffsetRange, Pinned, Place, Window, pin
-from producers.replay.marks import Marks
-from producers.replay.selection import Selection
 from queryd.topics import TopicIdentity
+from replay.copies import HeaderRules
+from replay.kinds import SKIP_REASONS, Judge, Note, ReplayKind, Skip, Verdict, judge_records
+from replay.log import LogReader, OffsetRange, Pinned, Place, Window, pin
+from replay.marks import Marks
+from replay.selection import Selection
 
 # As the executor takes them: a batch is one look into the database of some milliseconds.
 _BATCH = 500

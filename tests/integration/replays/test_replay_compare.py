@@ -9,7 +9,7 @@ from pyarrow import parquet
 from queryd.events import Mode
 from tests.integration.fleet import Fleet
 from tests.integration.queries import make_request, new_id
-from tests.integration.replay.commands import CommandLine, await_terminal, publish, stretch
+from tests.integration.replays.commands import CommandLine, await_terminal, publish, stretch
 from tests.servers.kafka import Kafka
 
 _QUERIES, _CHANGED = 200, 3

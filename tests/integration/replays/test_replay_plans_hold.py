@@ -10,7 +10,7 @@ from queryd.events import Mode, Topic
 from tests.integration.fleet import Fleet, await_that
 from tests.integration.queries import make_request, new_id
 from tests.integration.records import config_of, write
-from tests.integration.replay.commands import (
+from tests.integration.replays.commands import (
     CommandLine,
     await_terminal,
     find_copies,

@@ -6,9 +6,9 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from db.connection import Connection
-from producers.replay.copies import Copy
-from producers.replay.log import LoggedRecord
 from queryd.registry import URL_VARIABLE
+from replay.copies import Copy
+from replay.log import LoggedRecord
 
 
 class ReplayName(StrEnum):

@@ -4,7 +4,7 @@ import base64
 import zlib
 from typing import Self
 
-from producers.replay.log import OffsetRange
+from replay.log import OffsetRange
 
 
 class Marks:

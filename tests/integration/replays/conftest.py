@@ -12,7 +12,7 @@ from service.embedded.object_store import ObjectStore
 from service.embedded.postgres import Postgres
 from service.embedded.servers import Lifeline
 from tests.integration.fleet import Fleet, own_broker, running_fleet
-from tests.integration.replay.commands import CommandLine
+from tests.integration.replays.commands import CommandLine
 from tests.servers.kafka import CHOSEN, Kafka, Kind
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from producers.replay.log import LoggedRecord
+from replay.log import LoggedRecord
 
 
 @dataclass(frozen=True, slots=True)

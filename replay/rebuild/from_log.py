@@ -6,15 +6,15 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from consumers.projector import read_step
-from consumers.rebuild.source import PartitionRead, Reading, RebuildRefused, Report, SourceName
-from consumers.rebuild.status_log import LogChanged, StatusLog
 from db.connection import Connection
 from db.state.query_status import QueryStatusRow, read_offsets, write_offsets
 from db.state.rebuild import has_other_topics, stage, unstage
-from producers.replay.log import Pinned, Window, pin
 from queryd.events import Topic
 from queryd.subscription import Record
 from queryd.topics import TopicIdentity, read_topic_identity
+from replay.log import Pinned, Window, pin
+from replay.rebuild.source import PartitionRead, Reading, RebuildRefused, Report, SourceName
+from replay.rebuild.status_log import LogChanged, StatusLog
 
 # What is understood in one go, and written while the next is read: statements of some 10,000 rows cost the least a row,
 # and hold some 20 MB.

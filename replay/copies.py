@@ -4,8 +4,8 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from producers.replay.log import LoggedRecord
 from queryd.headers import ReplayHeader, find_traceparent
+from replay.log import LoggedRecord
 
 # A copy's trace is its replay's; the record's own is kept beside it, as a link.
 _TRACE = frozenset({"traceparent", "tracestate"})

@@ -14,7 +14,7 @@ from queryd.headers import ReplayHeader
 from tests.integration.fleet import Fleet, await_that
 from tests.integration.queries import make_request, new_id
 from tests.integration.records import PATIENCE_SECONDS, config_of, headers_of, write
-from tests.integration.replay.commands import CommandLine, await_terminal, find_copies, publish, read_records, stretch
+from tests.integration.replays.commands import CommandLine, await_terminal, find_copies, publish, read_records, stretch
 from tests.servers.kafka import Kafka
 
 _LETTERS, _MENDED = 500, 450

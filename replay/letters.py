@@ -8,11 +8,6 @@ from typing import Any
 
 from db.connection import Connection
 from db.data.replays import Standing, read_standings
-from producers.replay.copies import Copy, HeaderRules, Pairs, copy_headers, read_number, read_text
-from producers.replay.kinds import Judge, Note, ReplayName, Skip, Verdict
-from producers.replay.log import LoggedRecord, Window
-from producers.replay.requests import ReadRequest, changes_of_id, digest_key, find_request, read_request
-from producers.replay.selection import Selection
 from queryd.codec import EventTooLarge, decode_fields, decode_request, encode_fields
 from queryd.contract import contract
 from queryd.dead_letters import DEAD_PREFIX, DeadCode
@@ -20,6 +15,11 @@ from queryd.events import ErrorCode, Invalid, Mode, QueryRequested, Topic, parse
 from queryd.headers import find_traceparent
 from queryd.identity import fingerprint_request, hash_sql
 from queryd.registry import registry_in_use
+from replay.copies import Copy, HeaderRules, Pairs, copy_headers, read_number, read_text
+from replay.kinds import Judge, Note, ReplayName, Skip, Verdict
+from replay.log import LoggedRecord, Window
+from replay.requests import ReadRequest, changes_of_id, digest_key, find_request, read_request
+from replay.selection import Selection
 
 _EVENT = QueryRequested.__name__
 _REDRIVES = f"{DEAD_PREFIX}redrives"

@@ -7,12 +7,12 @@ from typing import Any
 
 from db.connection import Connection
 from db.data.replays import hold_last_events
-from producers.replay.copies import HeaderRules, copy_as_it_is
-from producers.replay.kinds import Judge, Note, ReplayName, Skip, Verdict
-from producers.replay.log import LoggedRecord, Window
-from producers.replay.selection import Selection
 from queryd.codec import NoRegistry, Undecodable, decode_fields
 from queryd.events import Invalid, QueryStatusChanged, Status, Topic, parse_uuid
+from replay.copies import HeaderRules, copy_as_it_is
+from replay.kinds import Judge, Note, ReplayName, Skip, Verdict
+from replay.log import LoggedRecord, Window
+from replay.selection import Selection
 
 _TERMINAL = {status.value for status in Status if status.terminal}
 

@@ -14,7 +14,7 @@ from db.data.replays import hold_last_events
 from queryd.events import Mode, Topic
 from tests.integration.fleet import Fleet, await_that
 from tests.integration.queries import make_request, new_id
-from tests.integration.replay.commands import (
+from tests.integration.replays.commands import (
     CommandLine,
     Stretch,
     await_terminal,

@@ -11,13 +11,13 @@ from db.connection import DataPool, statement
 from db.data.last_events import read_last_events_of
 from db.data.runs import CanonicalRow, read_canonical
 from db.retrying import until_available
-from producers.replay.comparison import Comparison, Judged, Verdict
-from producers.replay.result_difference import Difference, ResultRows, find_differences
 from queryd.codec import decode_status
 from queryd.errors import ResultDamaged, ResultExpired, ResultUnreadable
 from queryd.events import OutputFormat, QueryStatusChanged, Status
 from queryd.results import ResultReader
 from queryd.tables import open_batches
+from replay.comparison import Comparison, Judged, Verdict
+from replay.result_difference import Difference, ResultRows, find_differences
 
 # (original query_id, new query_id)
 Pair = tuple[str, str]

@@ -13,9 +13,6 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from consumers.rebuild.from_log import opened_log
-from consumers.rebuild.from_postgres import opened_postgres
-from consumers.rebuild.source import Reading, Report, Source, SourceName
 from db.connection import Connection, DataPool, transaction
 from db.data.last_events import count_queries
 from db.state.rebuild import (
@@ -28,7 +25,10 @@ from db.state.rebuild import (
     snapshot,
     writers_locked_out,
 )
-from producers.replay.plan import PlanStale
+from replay.plan import PlanStale
+from replay.rebuild.from_log import opened_log
+from replay.rebuild.from_postgres import opened_postgres
+from replay.rebuild.source import Reading, Report, Source, SourceName
 
 # Enough to tell two plans apart by accident; short enough to be typed.
 _HASH_DIGITS = 16

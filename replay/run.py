@@ -8,17 +8,17 @@ from typing import Any
 
 from db.connection import unavailable_told_apart
 from db.data.replays import Replay, ReplayStatus, check_hold
-from producers.replay.copies import HeaderRules
-from producers.replay.journal import Journal, ReplayRefused
-from producers.replay.kinds import Note, ReplayKind, Skip, Verdict, judge_records
-from producers.replay.log import LoggedRecord, LogReader, OffsetRange, Place, Window
-from producers.replay.marks import Marks
-from producers.replay.outlets import Outlet, Sending
-from producers.replay.pace import LagGuard, TokenBucket
-from producers.replay.plan import Plan, describe_asked, describe_topics, judge_ranges
-from producers.replay.selection import Selection
 from queryd.headers import continue_trace
 from queryd.topics import TopicIdentity
+from replay.copies import HeaderRules
+from replay.journal import Journal, ReplayRefused
+from replay.kinds import Note, ReplayKind, Skip, Verdict, judge_records
+from replay.log import LoggedRecord, LogReader, OffsetRange, Place, Window
+from replay.marks import Marks
+from replay.outlets import Outlet, Sending
+from replay.pace import LagGuard, TokenBucket
+from replay.plan import Plan, describe_asked, describe_topics, judge_ranges
+from replay.selection import Selection
 from telemetry.traces import SpanName, linked_spans
 
 # What is sent between two checkpoints, and so what a crash may send again.

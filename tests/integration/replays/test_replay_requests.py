@@ -11,7 +11,7 @@ from queryd.headers import ReplayHeader
 from tests.integration.fleet import Fleet, await_that
 from tests.integration.queries import make_request, new_id
 from tests.integration.records import headers_of
-from tests.integration.replay.commands import (
+from tests.integration.replays.commands import (
     CommandLine,
     Stretch,
     await_terminal,

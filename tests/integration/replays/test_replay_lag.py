@@ -7,7 +7,7 @@ import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
-from producers.replay.pace import GroupLag
+from replay.pace import GroupLag
 from tests.integration.queries import new_id
 from tests.integration.records import PATIENCE_SECONDS, config_of
 from tests.servers.kafka import Kafka

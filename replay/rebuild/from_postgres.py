@@ -8,12 +8,12 @@ from typing import Any
 import structlog
 
 from consumers.projector import to_row
-from consumers.rebuild.source import Reading, Report, SourceName
 from db.connection import Connection, DataPool, transaction
 from db.data.last_events import count_queries, read_last_events, read_last_events_of
 from db.state.query_status import QueryStatusRow
 from db.state.rebuild import compare, keep_live, read_difference, stage, unstage
 from queryd.codec import InvalidEvent, NoRegistry, Undecodable, decode_status
+from replay.rebuild.source import Reading, Report, SourceName
 from telemetry.events import LogEvent
 
 _log = structlog.get_logger("queryd.rebuild")

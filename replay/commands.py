@@ -1,35 +1,45 @@
-"""Replays put together: from settings and what was asked for to a plan, and from a plan to its end."""
+"""What each replay command does: from its options to a plan, and from a plan to its end."""
 
 import asyncio
 import signal
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from db.connection import DataPool
 from db.data.replays import Replay
-from producers.replay.compare import compare
-from producers.replay.comparison import Comparison
-from producers.replay.copies import HeaderRules
-from producers.replay.journal import Journal, ReplayRefused, opened_journal
-from producers.replay.kinds import ReplayKind, ReplayName
-from producers.replay.letters import LetterLine, LetterReplay, Patch, describe_letter
-from producers.replay.log import Window, pin
-from producers.replay.outlets import FencedOutlet, Outlet, PlainOutlet
-from producers.replay.pace import GroupLag, Lag, LagGuard, OutboxLag
-from producers.replay.plan import Plan, PlanStale, judge_ranges, plan, read_asked
-from producers.replay.requests import RequestReplay, digest_key
-from producers.replay.run import Outcome, Progress, Replayer, check_topics, describe_plan, list_pairs
-from producers.replay.selection import Selection
-from producers.replay.statuses import StatusReplay
 from queryd.events import Mode
 from queryd.publisher import Publisher
 from queryd.registry import URL_VARIABLE, registry_in_use
 from queryd.results import ResultReader
-from service.settings import Settings
-from service.wiring import opened_data_pool
+from replay.compare import compare
+from replay.comparison import Comparison
+from replay.copies import HeaderRules
+from replay.journal import Journal, ReplayRefused, opened_journal
+from replay.kinds import ReplayKind, ReplayName
+from replay.letters import LetterLine, LetterReplay, Patch, describe_letter
+from replay.log import Window, pin
+from replay.outlets import FencedOutlet, Outlet, PlainOutlet
+from replay.pace import GroupLag, Lag, LagGuard, OutboxLag
+from replay.plan import Plan, PlanStale, judge_ranges, plan, read_asked
+from replay.requests import RequestReplay, digest_key
+from replay.run import Outcome, Progress, Replayer, check_topics, describe_plan, list_pairs
+from replay.selection import Selection
+from replay.statuses import StatusReplay
 from telemetry.traces import close_traces, set_up_traces
+
+
+@dataclass(frozen=True, slots=True)
+class Servers:
+    """What a replay works with. `hash_key` is that of the requests' fingerprints."""
+
+    data_url: str = field(repr=False)
+    kafka: dict[str, Any] = field(repr=False)
+    has_transactions: bool
+    executor_group: str
+    hash_key: str | None = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +55,8 @@ class Asked:
     patch: Patch = field(default_factory=Patch)
     max_redrives: int = 3
 
-    def kind(self, replay_id: str, settings: Settings) -> ReplayKind:
+    def kind(self, replay_id: str, servers: Servers) -> ReplayKind:
         """The replay under that id."""
-        key = None if settings.sql_hash_key is None else settings.sql_hash_key.get_secret_value()
         match self.name:
             case ReplayName.REQUESTS:
                 return RequestReplay(
@@ -57,11 +66,17 @@ class Asked:
                     selection=self.selection,
                     headers=self.headers,
                     as_new=self.as_new,
-                    hash_key=key,
+                    hash_key=servers.hash_key,
                 )
             case ReplayName.DEAD_LETTERS:
                 return LetterReplay(
-                    replay_id, self.window, self.selection, self.headers, self.patch, self.max_redrives, key
+                    replay_id,
+                    self.window,
+                    self.selection,
+                    self.headers,
+                    self.patch,
+                    self.max_redrives,
+                    servers.hash_key,
                 )
             case ReplayName.STATUS:
                 return StatusReplay(replay_id, self.window, self.selection, self.headers)
@@ -70,13 +85,12 @@ class Asked:
                 raise ReplayRefused("a rebuild of the state database is no replay of records")
 
     @classmethod
-    def read(cls, replay: Replay, patch: Patch, settings: Settings) -> "Asked":
+    def read(cls, replay: Replay, patch: Patch, servers: Servers) -> "Asked":
         """What a replay's row says was asked for. The patch, which no row keeps, is given again; raises
         `ReplayRefused` where it is another one, or the key of fingerprints is, or a schema registry has come or
         gone."""
         options = replay.plan["options"]
-        key = None if settings.sql_hash_key is None else settings.sql_hash_key.get_secret_value()
-        if options.get("hash_key") != digest_key(key):
+        if options.get("hash_key") != digest_key(servers.hash_key):
             raise ReplayRefused(
                 "QUERYD_SQL_HASH_KEY is not what it was when the replay began, so that no request could be told from "
                 "another: set it again, or cancel the replay and plan a new one"
@@ -88,7 +102,7 @@ class Asked:
                 f"{URL_VARIABLE} was {was} when the replay began and is {now}, so that other records can be read than "
                 "then: undo that, or cancel the replay and plan a new one"
             )
-        if options.get("patch_digest") != patch.digest(key):
+        if options.get("patch_digest") != patch.digest(servers.hash_key):
             raise ReplayRefused(
                 "give the same --set again as at the replay's beginning: its values are kept nowhere. "
                 f"It changes {', '.join(options.get('patched') or ('nothing',))}"
@@ -122,26 +136,26 @@ class Cause:
     reason: str
 
 
-async def plan_replay(settings: Settings, asked: Asked, told: Callable[[int, int], None]) -> Plan:
-    """The plan, and nothing else. Raises as `producers.replay.plan.plan`."""
-    async with opened_journal(settings.data_url.get_secret_value()) as journal:
-        kind = asked.kind(str(uuid.UUID(int=0)), settings)
-        return await _plan(journal, settings, asked, kind, told)
+async def plan_replay(servers: Servers, asked: Asked, told: Callable[[int, int], None]) -> Plan:
+    """The plan, and nothing else. Raises as `replay.plan.plan`."""
+    async with opened_journal(servers.data_url) as journal:
+        kind = asked.kind(str(uuid.UUID(int=0)), servers)
+        return await _plan(journal, servers, asked, kind, told)
 
 
-async def list_letters(settings: Settings, asked: Asked) -> list[LetterLine]:
+async def list_letters(servers: Servers, asked: Asked) -> list[LetterLine]:
     """The dead letters that are asked for, those that would not be sent as well. Raises as `plan_replay`."""
-    async with opened_journal(settings.data_url.get_secret_value()) as journal:
-        kind = asked.kind(str(uuid.UUID(int=0)), settings)
-        pinned = await asyncio.to_thread(pin, settings.kafka, kind.topics, asked.window)
+    async with opened_journal(servers.data_url) as journal:
+        kind = asked.kind(str(uuid.UUID(int=0)), servers)
+        pinned = await asyncio.to_thread(pin, servers.kafka, kind.topics, asked.window)
         lines: list[LetterLine] = []
-        async for verdicts in judge_ranges(journal.connection, settings.kafka, kind.begin(), pinned.ranges):
+        async for verdicts in judge_ranges(journal.connection, servers.kafka, kind.begin(), pinned.ranges):
             lines += [describe_letter(each) for each in verdicts if each.copy is not None or each.skip is not None]
         return lines
 
 
 async def begin_replay(
-    settings: Settings,
+    servers: Servers,
     asked: Asked,
     *,
     expected: str,
@@ -153,11 +167,11 @@ async def begin_replay(
 ) -> Outcome:
     """Plan again, and carry it out if it is still the plan whose hash is `expected`.
 
-    Raises `PlanStale`, and as `producers.replay.plan.plan` and `Replayer.run`.
+    Raises `PlanStale`, and as `replay.plan.plan` and `Replayer.run`.
     """
-    async with opened_journal(settings.data_url.get_secret_value()) as journal:
-        kind = asked.kind(replay_id, settings)
-        planned = await _plan(journal, settings, asked, kind, planning)
+    async with opened_journal(servers.data_url) as journal:
+        kind = asked.kind(replay_id, servers)
+        planned = await _plan(journal, servers, asked, kind, planning)
         if planned.hash != expected:
             raise PlanStale(
                 f"what would be replayed now is not what plan {expected} says: nothing was published. "
@@ -172,50 +186,49 @@ async def begin_replay(
             org_id=asked.selection.org_id,
             user_id=asked.selection.user_id,
         )
-        return await _run(settings, journal, await journal.find(replay_id), kind, pace, told)
+        return await _run(servers, journal, await journal.find(replay_id), kind, pace, told)
 
 
 async def resume_replay(
-    settings: Settings, replay_id: str, patch: Patch, pace: Pace, told: Callable[[Progress], None]
+    servers: Servers, replay_id: str, patch: Patch, pace: Pace, told: Callable[[Progress], None]
 ) -> Outcome:
     """Go on where it was left; raises as `Replayer.run`."""
-    async with opened_journal(settings.data_url.get_secret_value()) as journal:
+    async with opened_journal(servers.data_url) as journal:
         replay = await journal.resume(replay_id)
-        asked = Asked.read(replay, patch, settings)
-        kind = asked.kind(replay_id, settings)
-        pinned = await asyncio.to_thread(pin, settings.kafka, kind.topics, Window())
+        asked = Asked.read(replay, patch, servers)
+        kind = asked.kind(replay_id, servers)
+        pinned = await asyncio.to_thread(pin, servers.kafka, kind.topics, Window())
         check_topics(replay, pinned.topics)
-        return await _run(settings, journal, replay, kind, pace, told)
+        return await _run(servers, journal, replay, kind, pace, told)
 
 
 async def compare_replay(
-    settings: Settings, replay_id: str, patience: float, told: Callable[[int, int], None]
+    servers: Servers, pool: DataPool, replay_id: str, patience: float, told: Callable[[int, int], None]
 ) -> Comparison:
     """Compare the queries of a replay as new ones with what they were.
 
     Waits until they have ended, or none has for `patience` seconds. Raises `ReplayRefused` for another replay, and as
-    `Replayer.run` and `producers.replay.compare.compare`.
+    `Replayer.run` and `replay.compare.compare`.
     """
-    async with opened_journal(settings.data_url.get_secret_value()) as journal:
+    async with opened_journal(servers.data_url) as journal:
         replay = await journal.find(replay_id)
         if not replay.plan.get("options", {}).get("as_new"):
             raise ReplayRefused(f"replay {replay_id} made no new queries: only one with --as-new can be compared")
-        kind = Asked.read(replay, Patch(), settings).kind(replay_id, settings)
-        pinned = await asyncio.to_thread(pin, settings.kafka, kind.topics, Window())
+        kind = Asked.read(replay, Patch(), servers).kind(replay_id, servers)
+        pinned = await asyncio.to_thread(pin, servers.kafka, kind.topics, Window())
         check_topics(replay, pinned.topics)
-        pairs = await list_pairs(journal, settings.kafka, kind, replay)
-    async with opened_data_pool(settings) as pool:
-        return await compare(pool, ResultReader(), pairs, patience=patience, told=told)
+        pairs = await list_pairs(journal, servers.kafka, kind, replay)
+    return await compare(pool, ResultReader(), pairs, patience=patience, told=told)
 
 
 async def _plan(
-    journal: Journal, settings: Settings, asked: Asked, kind: ReplayKind, told: Callable[[int, int], None]
+    journal: Journal, servers: Servers, asked: Asked, kind: ReplayKind, told: Callable[[int, int], None]
 ) -> Plan:
-    return await plan(journal.connection, settings.kafka, kind, asked.window, asked.selection, asked.headers, told)
+    return await plan(journal.connection, servers.kafka, kind, asked.window, asked.selection, asked.headers, told)
 
 
 async def _run(
-    settings: Settings,
+    servers: Servers,
     journal: Journal,
     replay: Replay,
     kind: ReplayKind,
@@ -223,14 +236,14 @@ async def _run(
     told: Callable[[Progress], None],
 ) -> Outcome:
     set_up_traces("replay")
-    outlet = _open_outlet(settings, replay, kind)
+    outlet = _open_outlet(servers, replay, kind)
     replayer = Replayer(
         journal,
         outlet,
-        settings.kafka,
+        servers.kafka,
         kind,
         rate=pace.rate,
-        guard=LagGuard(_find_lag(settings, journal, kind, pace), pace.max_lag),
+        guard=LagGuard(_find_lag(servers, journal, kind, pace), pace.max_lag),
         told=told,
     )
     try:
@@ -241,21 +254,20 @@ async def _run(
         close_traces()
 
 
-def _open_outlet(settings: Settings, replay: Replay, kind: ReplayKind) -> Outlet:
+def _open_outlet(servers: Servers, replay: Replay, kind: ReplayKind) -> Outlet:
     """Where something may change what copies were judged by while they are sent, they can be taken back."""
-    if kind.name is ReplayName.STATUS and settings.relay_transactions:
-        return FencedOutlet(settings.kafka, replay.id)
-    publisher = Publisher(settings.kafka)
+    if kind.name is ReplayName.STATUS and servers.has_transactions:
+        return FencedOutlet(servers.kafka, replay.id)
+    publisher = Publisher(servers.kafka)
     publisher.open()
     return PlainOutlet(publisher)
 
 
-def _find_lag(settings: Settings, journal: Journal, kind: ReplayKind, pace: Pace) -> Lag:
+def _find_lag(servers: Servers, journal: Journal, kind: ReplayKind, pace: Pace) -> Lag:
     """Who suffers from requests are those who wait for executors; from events, those who wait for the relay."""
     if kind.name is ReplayName.STATUS:
         return OutboxLag(journal.connection, pace.max_lag)
-    group: Mapping[str, Any] = settings.group("executor")
-    return GroupLag(settings.kafka, str(group["group.id"]), [mode.topic.value for mode in Mode])
+    return GroupLag(servers.kafka, servers.executor_group, [mode.topic.value for mode in Mode])
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from queryd.headers import ReplayHeader
 from tests.integration.fleet import Fleet
 from tests.integration.queries import make_request, new_id
 from tests.integration.records import PATIENCE_SECONDS, config_of, headers_of, write
-from tests.integration.replay.commands import (
+from tests.integration.replays.commands import (
     CommandLine,
     Stretch,
     await_terminal,

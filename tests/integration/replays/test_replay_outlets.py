@@ -4,10 +4,10 @@ process that was stopped, or cut off, puts none behind a tombstone."""
 import pytest
 
 from db.connection import DatabaseUnavailable
-from producers.replay.copies import Copy
-from producers.replay.outlets import FencedOutlet, Sending
 from queryd.events import Topic
 from queryd.publisher import NotDelivered
+from replay.copies import Copy
+from replay.outlets import FencedOutlet, Sending
 from tests.integration.queries import new_id
 from tests.integration.records import prepare_topics, read_topic
 from tests.servers.kafka import Kafka

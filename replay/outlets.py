@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 from confluent_kafka import KafkaError, KafkaException, Producer
 
-from producers.replay.copies import Copy
 from queryd.outages import QUIET, OutageLog
 from queryd.publisher import BY_KEY, MESSAGE_BYTES, NotDelivered, Publisher, RecordTooLarge
+from replay.copies import Copy
 
 # The broker aborts what is not committed by then, at most 10 s later when it looks: before Postgres lets go of rows
 # that were held at the transaction's beginning, which it does after 30 s.

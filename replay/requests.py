@@ -7,16 +7,16 @@ from typing import Any
 
 from db.connection import Connection
 from db.data.replays import Standing, read_standings
-from producers.replay.copies import Copy, HeaderRules, copy_as_it_is, copy_headers, mint
-from producers.replay.kinds import Judge, Note, ReplayName, Skip, Verdict
-from producers.replay.log import LoggedRecord, Window
-from producers.replay.selection import Selection
 from queryd.codec import EventTooLarge, NoRegistry, Undecodable, decode_fields, encode, to_request
 from queryd.contract import contract
 from queryd.events import ErrorCode, Invalid, Mode, QueryId, QueryRequested, Status, parse_uuid
 from queryd.headers import find_traceparent
 from queryd.identity import fingerprint_request
 from queryd.registry import registry_in_use
+from replay.copies import Copy, HeaderRules, copy_as_it_is, copy_headers, mint
+from replay.kinds import Judge, Note, ReplayName, Skip, Verdict
+from replay.log import LoggedRecord, Window
+from replay.selection import Selection
 
 _EVENT = QueryRequested.__name__
 
