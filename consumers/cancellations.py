@@ -3,7 +3,6 @@
 Runs beside every executor, all in one group, so that any of them may be away.
 """
 
-import asyncio
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -18,14 +17,12 @@ from processes.failpoints import Failpoint, failpoint
 from queryd.codec import InvalidEvent, Undecodable, decode_cancel
 from queryd.dead_letters import DeadCode
 from queryd.events import Invalid, Topic
+from queryd.kafka.consumer_loop import ConsumerLoop
 from queryd.subscription import Record, Subscription, SubscriptionLost
 from telemetry.events import LogEvent
 from telemetry.metrics import METRICS
 
 _log = structlog.get_logger("queryd.cancellations")
-
-# A consumer that fails at once would otherwise be made anew as fast as the machine can.
-_RESUBSCRIBE_SECONDS = 1.0
 
 
 class Cancellations:
@@ -33,37 +30,20 @@ class Cancellations:
 
     def __init__(self, pool: DataPool, subscription_config: dict[str, Any], dead_letters: DeadLetters) -> None:
         self._pool = pool
-        self._subscription_config = subscription_config
         self._dead_letters = dead_letters
-        self._stopping = asyncio.Event()
+        subscribe = partial(Subscription, subscription_config, [Topic.CANCELLATIONS.value])
+        self._loop = ConsumerLoop(subscribe, self._cancel, on_lost=_report_lost)
 
     def stop(self) -> None:
         """Ask `run` to return after the batch under way."""
-        self._stopping.set()
+        self._loop.stop()
 
     async def run(self) -> None:
         """Follow the topic until `stop`; raises what no retry can mend, such as a dead letter that can't be written."""
-        while not self._stopping.is_set():
-            subscription = Subscription(self._subscription_config, [Topic.CANCELLATIONS.value])
-            try:
-                await self._follow(subscription)
-            except SubscriptionLost as error:
-                _log.warning(LogEvent.SUBSCRIPTION_LOST, reason=str(error))
-                await asyncio.sleep(_RESUBSCRIBE_SECONDS)
+        with METRICS.reading_lags(self._loop.lags):
+            await self._loop.run()
 
-    async def _follow(self, subscription: Subscription) -> None:
-        await subscription.open()
-        try:
-            with METRICS.reading_lags(subscription.lags):
-                while not self._stopping.is_set():
-                    if records := await subscription.poll():
-                        await self._cancel(records)
-                        for record in records:
-                            subscription.finish(record)
-        finally:
-            await subscription.close()
-
-    async def _cancel(self, records: Sequence[Record]) -> None:
+    async def _cancel(self, records: list[Record]) -> list[Record]:
         wanted: list[NewCancellation] = []
         letters: list[DeadLetter] = []
         for record in records:
@@ -80,10 +60,15 @@ class Cancellations:
                 _log.info(LogEvent.CANCEL_REQUESTED, query_id=query_id, org_id=org_id, outcome=outcome.value)
         failpoint(Failpoint.CANCEL_AFTER)
         await self._dead_letters.write(letters)
+        return records
 
     async def _write(self, wanted: Sequence[NewCancellation]) -> dict[tuple[str, str], CancelOutcome]:
         async with statement(self._pool) as connection:
             return await cancel(connection, wanted)
+
+
+def _report_lost(error: SubscriptionLost) -> None:
+    _log.warning(LogEvent.SUBSCRIPTION_LOST, reason=str(error))
 
 
 def _read(record: Record) -> NewCancellation | DeadLetter:

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 
 import structlog
 from psycopg.types.json import Jsonb
@@ -66,7 +67,7 @@ class DeadLetters:
         for some in _split(letters):
             rows = [self._to_row(letter) for letter in some]
             failpoint(Failpoint.DEAD_LETTER_BEFORE)
-            written = await until_available(lambda rows=rows: self._insert(rows), "postgres data")  # type: ignore[misc]
+            written = await until_available(partial(self._insert, rows), "postgres data")
             failpoint(Failpoint.DEAD_LETTER_AFTER)
             for letter, row in zip(some, rows, strict=True):
                 if row.event_id in written:

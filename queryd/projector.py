@@ -15,6 +15,7 @@ from confluent_kafka import OFFSET_BEGINNING
 
 from queryd.events import Topic
 from queryd.feed import group_config
+from queryd.kafka.consumer_loop import ConsumerLoop
 from queryd.status_records import StatusRecord, read_all
 from queryd.subscription import Partition, Record, Subscription, SubscriptionLost
 from queryd.topics import TopicIdentity, wait_for_topic
@@ -22,9 +23,6 @@ from queryd.topics import TopicIdentity, wait_for_topic
 _log = logging.getLogger("queryd.projector")
 
 _Answer = TypeVar("_Answer")
-
-# A consumer that fails at once would otherwise be made anew as fast as the machine can.
-_RESUBSCRIBE_SECONDS = 1.0
 
 
 class Store(Protocol):
@@ -90,19 +88,19 @@ class Projector:
         self._kafka = dict(kafka)
         self._group = group_config(kafka, group)
         self._store = store
-        self._ready = ready
         self._unreadable = unreadable
-        self._lost = lost
-        self._subscription: Subscription | None = None
+        self._topic: TopicIdentity | None = None
         self._stopping = asyncio.Event()
+        self._loop = ConsumerLoop(self._subscribe, self._apply, on_assigned=ready, on_lost=lost)
 
     def stop(self) -> None:
         """Ask `run` to return after the batch under way."""
         self._stopping.set()
+        self._loop.stop()
 
     def lags(self) -> dict[Partition, int]:
         """How many records of each partition held are still to be projected; see `Subscription.lags`."""
-        return {} if self._subscription is None else self._subscription.lags()
+        return self._loop.lags()
 
     async def run(self) -> None:
         """Project until `stop`, waiting for Kafka whenever it is away.
@@ -110,45 +108,25 @@ class Projector:
         Raises what the store raises, `OffsetOutOfRange` when what follows the stored offsets has left the log, and
         `NoRegistry` for events in Confluent's wire format where this process knows no schema registry.
         """
-        topic = await self._unless_stopped(wait_for_topic(self._kafka, Topic.STATUS))
-        if topic is None:
-            return
+        self._topic = await self._unless_stopped(wait_for_topic(self._kafka, Topic.STATUS))
+        if self._topic is not None:
+            await self._loop.run()
 
-        async def start_offsets(partitions: list[Partition]) -> dict[Partition, int]:
-            known = await self._store.read_offsets(topic)
-            # What was never read from this topic of this cluster is read from its beginning, whatever the group's
-            # offset says: that one is not written with the rows.
-            return {partition: known.get(partition[1], OFFSET_BEGINNING) for partition in partitions}
+    def _subscribe(self) -> Subscription:
+        return Subscription(self._group, [Topic.STATUS.value], start_offsets=self._start_offsets, commit=False)
 
-        while not self._stopping.is_set():
-            self._subscription = Subscription(
-                self._group, [Topic.STATUS.value], start_offsets=start_offsets, commit=False
-            )
-            try:
-                await self._follow(self._subscription, topic)
-            except SubscriptionLost as error:
-                self._lost(error)
-                await asyncio.sleep(_RESUBSCRIBE_SECONDS)
-            finally:
-                self._subscription = None
+    async def _start_offsets(self, partitions: list[Partition]) -> dict[Partition, int]:
+        assert self._topic is not None
+        known = await self._store.read_offsets(self._topic)
+        # What was never read from this topic of this cluster is read from its beginning, whatever the group's offset
+        # says: that one is not written with the rows.
+        return {partition: known.get(partition[1], OFFSET_BEGINNING) for partition in partitions}
 
-    async def _follow(self, subscription: Subscription, topic: TopicIdentity) -> None:
-        await subscription.open()
-        assigned = asyncio.create_task(self._announce(subscription))
-        try:
-            while not self._stopping.is_set():
-                if records := await subscription.poll():
-                    ends = {record.partition: record.offset + 1 for record in records}
-                    await self._store.apply(topic, read_all(records, self._unreadable), ends)
-                    for record in records:
-                        subscription.finish(record)
-        finally:
-            assigned.cancel()
-            await subscription.close()
-
-    async def _announce(self, subscription: Subscription) -> None:
-        await subscription.wait_assigned()
-        self._ready()
+    async def _apply(self, records: list[Record]) -> list[Record]:
+        assert self._topic is not None
+        ends = {record.partition: record.offset + 1 for record in records}
+        await self._store.apply(self._topic, read_all(records, self._unreadable), ends)
+        return records
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, _Answer]) -> _Answer | None:
         task, stopping = asyncio.create_task(work), asyncio.create_task(self._stopping.wait())
