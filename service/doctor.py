@@ -32,10 +32,13 @@ from service.diagnosis import (
     explain_write,
     status_of,
 )
+from service.kafka_features import read_finalized_features
 from service.settings import Settings, are_of_the_embedded_stack, describe_unknown, find_unknown_variables
 from service.topics import NoBroker, find_missing, find_topics
 
 _SECONDS = 5
+# KIP-890.
+_TRANSACTION_VERSION = 2
 _SEVERITY = ("wrong", "warning", "well")
 
 
@@ -83,13 +86,34 @@ def examine_kafka(settings: Settings) -> Iterator[Finding]:
 
 def _examine_relay(settings: Settings) -> Iterator[Finding]:
     if settings.relay_transactions:
-        return
+        yield from examine_transactions(settings)
     # The file has it only where the broker is the embedded one, which another bootstrap is not.
-    if are_of_the_embedded_stack("QUERYD_RELAY_TRANSACTIONS", "QUERYD_KAFKA_BOOTSTRAP"):
+    elif are_of_the_embedded_stack("QUERYD_RELAY_TRANSACTIONS", "QUERYD_KAFKA_BOOTSTRAP"):
         advice = "QUERYD_RELAY_TRANSACTIONS is false, as it must be with the embedded broker"
         yield Finding("relay", "well", advice)
     else:
         yield Finding("relay", "warning", "QUERYD_RELAY_TRANSACTIONS is false: only for a broker without transactions")
+
+
+def examine_transactions(settings: Settings) -> Iterator[Finding]:
+    """Check that the cluster has the second version of transactions. A cluster with TLS is not asked."""
+    if str(settings.kafka.get("security.protocol", "")).lower().endswith("ssl"):
+        return
+    host, _, port = settings.kafka_bootstrap.split(",")[0].strip().rpartition(":")
+    try:
+        level = read_finalized_features(host.strip("[]"), int(port)).get("transaction.version", 0)
+    # Whether the broker is in reach is another check's to say.
+    except (OSError, EOFError, ValueError):
+        return
+    if level >= _TRANSACTION_VERSION:
+        yield Finding("relay", "well", f"transaction.version {level}")
+    else:
+        yield Finding(
+            "relay",
+            "warning",
+            f"the cluster has transaction.version {level}, which a network fault can tear: "
+            "use Kafka 4.0 or newer and run `kafka-features.sh upgrade --feature transaction.version=2`",
+        )
 
 
 def examine_registry(_settings: Settings) -> Iterator[Finding]:
