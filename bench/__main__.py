@@ -6,6 +6,7 @@ Run it from the checkout: `make bench`, or `python -m bench [ROW ...]`.
 import argparse
 import json
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from bench.backlog import measure_backlog, measure_restart
 from bench.cpu import measure_cpu, measure_idle
 from bench.latency import measure_latency, measure_loaded
 from bench.plots import write_plots
-from bench.rows import Row, find_failures, to_table
+from bench.rows import Bound, Row, find_failures, to_table
 from bench.small_queries import measure_inline, measure_small
 from bench.stored import measure_snapshot, measure_stored
 from bench.world import SMALL, Sizes, World
@@ -53,13 +54,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = SMALL if given.small else Sizes()
     sizes = replace(sizes, runs=given.runs or sizes.runs, queries=given.queries or sizes.queries)
     with World(sizes) as world:
-        rows = [row for name in given.rows or MEASURES for row in MEASURES[name](world)]
+        rows = [row for name in given.rows or MEASURES for row in _measure(name, world)]
     if given.plots is not None:
         write_plots(rows, given.plots)
     print(json.dumps([row.to_json() for row in rows]) if given.json else to_table(rows), flush=True)
     if failures := find_failures(rows):
         print(f"missed: {', '.join(failures)}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _measure(name: str, world: World) -> list[Row]:
+    """Measure one entry of `MEASURES`. A failure must not lose the half hour that the other rows took."""
+    try:
+        return MEASURES[name](world)
+    except (RuntimeError, TimeoutError) as error:
+        world.report(traceback.format_exc())
+        why = {"why": str(error).partition("\n")[0]}
+        return [Row(name, "failed", "", Bound.AT_MOST, 0.0, "", None, detail=why)]
 
 
 if __name__ == "__main__":

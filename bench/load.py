@@ -122,6 +122,8 @@ class Site:
         _make_topics(servers.bootstrap, requests, statuses)
         env_file = str(self.stack.folder / ".queryd" / "env")
         command, environment = [sys.executable, "-m", f"bench.peers.{peer}"], dict(os.environ)
+        # A killed peer leaves its scratch files; they go with the stack.
+        environment["TMPDIR"] = str(self.stack.folder)
         prepare = self._prepare_for(requests)
         with ExitStack() as opened:
             if peer is Peer.CELERY:

@@ -1,7 +1,10 @@
 """The table of `make bench`: a miss is never shown as a success."""
 
+import json
+
 import pytest
 
+from bench import __main__ as command
 from bench.plots import find_score
 from bench.rows import Bound, Row, Verdict, compare_medians, find_failures, percentile, to_table
 
@@ -63,3 +66,16 @@ def test_the_table_names_what_was_not_measured_and_why() -> None:
 )
 def test_a_plot_shows_more_where_more_was_reached(bound: Bound, reached: float | None, score: float | None) -> None:
     assert find_score(_row(bound, reached)) == score
+
+
+def test_a_row_that_fails_is_named_and_does_not_lose_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_world: object) -> list[Row]:
+        raise TimeoutError("waited 900 s for 1000 terminal events")
+
+    monkeypatch.setattr(command, "MEASURES", {"lost": fail, "good": lambda _world: [_row(Bound.AT_LEAST, 5.0)]})
+    assert command.main(["--json"]) == 1
+    printed = capsys.readouterr()
+    assert [row["verdict"] for row in json.loads(printed.out)] == ["not measured", "yes"]
+    assert printed.err.endswith("missed: lost\n")
