@@ -71,10 +71,6 @@ class PlainOutlet:
         """See `Outlet`."""
         await self._publisher.close()
 
-    async def _publish(self, sending: Sending) -> None:
-        copied = sending.copy
-        await self._publisher.publish(copied.topic, copied.key, copied.value, sending.headers, copied.partition)
-
 
 class FencedOutlet:
     """A Kafka transaction a batch, committed only while what it was judged by still holds: a process that is stopped in
