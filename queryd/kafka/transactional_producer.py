@@ -50,15 +50,20 @@ class TransactionalProducer:
         )
         self._producer: Producer | None = None
         self._sent_offsets_seconds = 0.0
+        self._may_be_late = False
 
     def open(self) -> None:
         """Fence earlier producers of the same id, and settle what they left open."""
         self._producer = Producer(self._config)
         self._producer.init_transactions(BROKER_SECONDS)
+        self._may_be_late = False
         self._outages.answered()
 
     def begin(self) -> None:
         """Begin a transaction."""
+        if self._may_be_late:
+            # An earlier copy of a request may still be on its way: fence it.
+            self.open()
         self._opened.begin_transaction()
 
     def produce(
@@ -85,9 +90,7 @@ class TransactionalProducer:
         """Commit the transaction."""
         began = time.monotonic()
         self._opened.commit_transaction(BROKER_SECONDS)
-        if max(time.monotonic() - began, self._sent_offsets_seconds) > _REPEATED_SECONDS:
-            # The transaction is committed. An earlier copy of a request may still be on its way: fence it.
-            self.open()
+        self._may_be_late = max(time.monotonic() - began, self._sent_offsets_seconds) > _REPEATED_SECONDS
         self._sent_offsets_seconds = 0.0
 
     def abort(self) -> None:
