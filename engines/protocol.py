@@ -66,8 +66,8 @@ class Read:
 class Execution:
     """One attempt to run one query. `relations` is everything granted to its caller, and nothing else can be read.
 
-    `scratch` is the attempt's own directory, which exists and is empty. `timeout_seconds` counts from the call of
-    `execute`. Limits that are None don't exist.
+    `scratch` is the attempt's own directory, which the engine makes if it needs it. `timeout_seconds` counts from the
+    call of `execute`. Limits that are None don't exist.
     """
 
     query_id: QueryId
@@ -90,9 +90,9 @@ class Execution:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A whole result in `path`, a file inside the attempt's scratch directory. `bytes_scanned` is None if unknown."""
+    """A whole result: its bytes, or a file in the attempt's scratch directory. `bytes_scanned` is None if unknown."""
 
-    path: Path
+    content: bytes | Path
     rows: int
     bytes: int
     columns: tuple[Column, ...]

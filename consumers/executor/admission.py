@@ -62,7 +62,11 @@ class Done:
 @dataclass(frozen=True, slots=True)
 class Admitted:
     """A query of ours to run, or to watch while another worker runs it. `sql` is None when the saved query that was
-    admitted is not to be had any more with the same text. `limits` are its org's, as of its admission."""
+    admitted is not to be had any more with the same text. `limits` are its org's, as of its admission.
+
+    `stale_lease_version` is the renewal number of a lease that was seen to stand still for its whole length: the query
+    may be taken whatever the database says of that lease.
+    """
 
     record: Record
     request: QueryRequested
@@ -70,6 +74,7 @@ class Admitted:
     state: RunState
     limits: OrgLimits
     sql: str | None = field(repr=False)
+    stale_lease_version: int | None = None
 
 
 Verdict = Refused | Done | Admitted

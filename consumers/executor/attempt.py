@@ -1,15 +1,13 @@
-"""One attempt at a query, top to bottom: claim, authorize, execute, audit, store, finish."""
+"""One attempt at a query, top to bottom: claim, execute, audit, store, finish."""
 
 import asyncio
 import contextlib
-import errno
 import json
 import shutil
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -18,18 +16,17 @@ from typing import Any, TypeVar
 import structlog
 
 from access.audit import PersonalRead, record_reads
-from access.grants import authorize
 from access.limits import least
 from consumers.executor.admission import Admitted
 from consumers.executor.endings import CANCELLED, ErrorFile, Failure, Result, Success, fail, succeed
 from consumers.executor.leases import Lease, Leases, Stop
 from consumers.executor.story import QueryFacts, tell
-from consumers.executor.transitions import Refusal, RowRefused, Transitions
+from consumers.executor.transitions import Claimed, EndResult, Refusal, Transitions
 from db.clock import DatabaseClock
 from db.connection import DatabaseUnavailable, DataPool
 from db.data.attempts import Claim, Ending, HandBack
 from db.data.audit import AuditRefused
-from db.data.datasets import Dataset
+from db.data.datasets import Caller, Dataset
 from db.data.runs import RunState
 from db.retrying import until_available
 from engines.protocol import (
@@ -37,7 +34,6 @@ from engines.protocol import (
     EngineCrashed,
     EngineUnavailable,
     Execution,
-    Outage,
     Output,
     QueryFailed,
     Read,
@@ -51,7 +47,7 @@ from results.location import ERROR_FILE, file_name, prefix
 from results.store import ResultStore, StoreRefused, StoreUnavailable
 from telemetry.events import LogEvent
 from telemetry.metrics import METRICS
-from telemetry.traces import SpanName, in_span, span
+from telemetry.traces import SpanAttribute, SpanName, Step, in_span, span, spans
 
 _log = structlog.get_logger("queryd.attempt")
 
@@ -63,9 +59,7 @@ _MOST_ROWS = 2**62
 # An operator must act on these errors, so the log contains their messages.
 _OPERATORS = frozenset({ErrorCode.INTERNAL, ErrorCode.ENGINE_UNAVAILABLE})
 
-# A process without free file descriptors gets some again within seconds. A result that can't be read for this long is
-# stored as an object, since the store may still be able to read it.
-_INLINE_SECONDS = 60.0
+_TERMINAL = frozenset({EndResult.ENDED, EndResult.OVER})
 
 _Done = TypeVar("_Done")
 
@@ -84,16 +78,27 @@ class AttemptRules:
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
-    """A claimed attempt. `started` is on the monotonic clock, `sequence` that of its Running event."""
+class ClaimedQuery:
+    """A query that is claimed for an attempt and has not started. `sequence` is that of its Running event.
+
+    `datasets` is everything that its caller may read.
+    """
 
     query: Admitted
     lease: Lease
     attempt: int
     sequence: int
-    started: float
     run_seconds: float
     queued_ms: int
+    datasets: tuple[Dataset, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Running(ClaimedQuery):
+    """An attempt under way. `started` is on the monotonic clock."""
+
+    started: float
+    # Exists only while a result that is too large for the engine's pipe lies in it.
     scratch: Path
     # The reads of personal data that the engine has reported so far.
     reads: set[Read] = field(default_factory=set)
@@ -108,10 +113,7 @@ class _Stopped(Exception):
 
 
 class Attempts:
-    """Runs attempts. `run` and `end_unclaimed` answer whether the query is terminal; if not, somebody must watch it.
-
-    `run` may also answer that nothing has happened, for its org may not run more just now: then it must wait.
-    """
+    """Claims queries and runs their attempts."""
 
     def __init__(
         self,
@@ -132,55 +134,99 @@ class Attempts:
         self._results = store
         self._rules = rules
 
-    async def run(self, query: Admitted, still_renewal: int | None, executed: Callable[[], None]) -> bool | Refusal:
-        """One attempt. `executed` is called when the engine is free again and the result is still to be stored."""
-        failure = _find_failure(query.state, query.sql, still_renewal)
-        if failure is not None:
-            return await self.end_unclaimed(query, failure, still_renewal)
-        with span(SpanName.ATTEMPT, query.facts.traceparent, **_name(query.facts, query.state.attempt + 1)):
-            return await self._attempt(query, still_renewal, executed)
+    async def run(self, claimed: ClaimedQuery, executed: Callable[[], None]) -> bool:
+        """Run one attempt; True if its query is terminal then, else somebody must watch it.
 
-    async def _attempt(
-        self, query: Admitted, still_renewal: int | None, executed: Callable[[], None]
-    ) -> bool | Refusal:
-        running = await self._claim(query, Lease(query.facts.query_id, str(uuid.uuid4())), still_renewal)
-        if running is None:
+        `executed` is called when the engine is free again and the result is still to be stored.
+        """
+        facts = claimed.query.facts
+        running = Running(
+            **{each.name: getattr(claimed, each.name) for each in fields(ClaimedQuery)},
+            started=time.monotonic(),
+            scratch=self._rules.scratch / f"{facts.query_id}-{claimed.attempt}",
+        )
+        try:
+            with (
+                span(SpanName.ATTEMPT, facts.traceparent, **_names(running)),
+                METRICS.running(facts.mode.value),
+            ):
+                return await self._run(running, executed)
+        finally:
+            self._leases.remove(claimed.lease)
+            if running.scratch.exists():
+                # Removing a large file may take long, and is another thread's.
+                await asyncio.to_thread(shutil.rmtree, running.scratch, ignore_errors=True)
+
+    async def _run(self, running: Running, executed: Callable[[], None]) -> bool:
+        try:
+            outcome = await self._execute(running)
+            executed()
+            failpoint(Failpoint.EXECUTE_AFTER)
+            if running.reads:
+                outcome = await self._unless_stopped(running, self._audit(running, outcome))
+            return await self._finish(running, await self._store(running, outcome))
+        except _Stopped as stopped:
+            return await self._give_up(running, stopped.why)
+        except EngineCrashed:
+            _log.warning(LogEvent.ENGINE_CHILD_DIED, **_names(running))
+            # Audit now: if this crash is the query's last, no later attempt records its reads.
+            await self._audit(running, None)
+            await self._hand_back(running, crashed=True)
             return False
-        if isinstance(running, Refusal):
-            return running
-        failpoint(Failpoint.CLAIM_AFTER)
-        with self._leases.hold(running.lease), METRICS.running(query.facts.mode.value):
-            async with _removed_afterwards(running.scratch):
-                try:
-                    outcome = await self._execute(running)
-                    executed()
-                    failpoint(Failpoint.EXECUTE_AFTER)
-                    if running.reads:
-                        outcome = await self._unless_stopped(running, self._audit(running, outcome))
-                    return await self._finish(running, await self._store(running, outcome))
-                except _Stopped as stopped:
-                    return await self._give_up(running, stopped.why)
-                except EngineCrashed:
-                    _log.warning(LogEvent.ENGINE_CHILD_DIED, **_names(running))
-                    # Audit now: if this crash is the query's last, no later attempt records its reads.
-                    await self._audit(running, None)
-                    await self._hand_back(running, crashed=True)
-                    return False
 
-    async def end_unclaimed(self, query: Admitted, failure: Failure, still_renewal: int | None) -> bool:
-        """End a query that nobody holds."""
+    async def end_unclaimed(self, query: Admitted, failure: Failure) -> bool:
+        """End a query that nobody holds; True if it is terminal then."""
         with span(SpanName.FINISH, query.facts.traceparent, **_name(query.facts, query.state.attempt)):
-            ending = fail(query.facts, query.state, failure, now=self._clock.now(), still_renewal=still_renewal)
-            return bool(await self._end(ending, query.facts))
+            ending = fail(
+                query.facts,
+                query.state,
+                failure,
+                now=self._clock.now(),
+                still_renewal=query.stale_lease_version,
+            )
+            return await self._end(ending, query.facts, query.state.attempt) in _TERMINAL
+
+    async def return_unstarted(self, claimed: ClaimedQuery) -> None:
+        """Hand back a claimed query that could not start soon enough."""
+        await self._hand_back(claimed, crashed=False)
+        self._leases.remove(claimed.lease)
 
     # Claim.
 
-    @in_span(SpanName.CLAIM)
-    async def _claim(self, query: Admitted, lease: Lease, still_renewal: int | None) -> Running | Refusal | None:
-        state, mode = query.state, query.facts.mode
-        run_seconds = self._find_seconds(query)
-        now = self._clock.now()
-        queued_ms = _queued_ms(state, self._clock.steady_now())
+    async def claim(self, queries: Sequence[Admitted]) -> list[ClaimedQuery | Refusal | None]:
+        """Claim queries in one statement; None for one that is somebody else's, cancelled or over, to be watched."""
+        now, steady_now = self._clock.now(), self._clock.steady_now()
+        leases = [Lease(query.facts.query_id, str(uuid.uuid4())) for query in queries]
+        queued = [_queued_ms(query.state, steady_now) for query in queries]
+        wanted = [
+            self._to_claim(query, lease.token, now, queued_ms)
+            for query, lease, queued_ms in zip(queries, leases, queued, strict=True)
+        ]
+        with spans(SpanName.CLAIM, map(_to_step, queries)):
+            answers = await self._transitions.claim(wanted)
+        failpoint(Failpoint.CLAIM_AFTER)
+        claimed: list[ClaimedQuery | Refusal | None] = []
+        for query, lease, queued_ms, answer in zip(queries, leases, queued, answers, strict=True):
+            if not isinstance(answer, Claimed):
+                claimed.append(answer)
+                continue
+            self._leases.add(lease)
+            METRICS.start_attempt(query.facts.mode.value, None if query.state.attempt else queued_ms / 1000)
+            claimed.append(
+                ClaimedQuery(
+                    query=query,
+                    lease=lease,
+                    attempt=answer.attempt,
+                    sequence=answer.sequence,
+                    run_seconds=self._find_seconds(query),
+                    queued_ms=queued_ms,
+                    datasets=answer.datasets,
+                )
+            )
+        return claimed
+
+    def _to_claim(self, query: Admitted, token: str, now: datetime, queued_ms: int) -> tuple[Claim, Caller]:
+        state, request = query.state, query.request
         event = tell(
             query.facts,
             sequence=state.sequence + 1,
@@ -195,33 +241,19 @@ class Attempts:
             query_id=query.facts.query_id,
             org_id=query.facts.org_id,
             sequence=state.sequence,
-            token=lease.token,
+            token=token,
             worker=self._rules.worker,
             engine=self._engine.name,
-            still_renewal=still_renewal,
+            still_renewal=query.stale_lease_version,
             lease_seconds=self._rules.lease_seconds,
-            run_seconds=run_seconds,
+            run_seconds=self._find_seconds(query),
             shard=event.shard,
             event_id=event.event_id,
             payload=event.payload,
             headers=event.headers,
             limited=query.limits.running_queries is not None,
         )
-        try:
-            claimed = await self._transitions.claim(claim)
-        except RowRefused:
-            return None
-        if isinstance(claimed, Refusal):
-            return claimed
-        if claimed is None or claimed.token != lease.token or Status(claimed.status).terminal:
-            return None
-        scratch = self._rules.scratch / f"{query.facts.query_id}-{claimed.attempt}"
-        running = Running(
-            query, lease, claimed.attempt, claimed.sequence, time.monotonic(), run_seconds, queued_ms, scratch
-        )
-        METRICS.start_attempt(mode.value, None if state.attempt else queued_ms / 1000)
-        _log.debug(LogEvent.QUERY_STARTED, **_names(running))
-        return running
+        return claim, Caller(request.org_id, request.user_id, request.roles)
 
     def _find_seconds(self, query: Admitted) -> float:
         """How long the query may run: what it asks for, within its lane's and its org's limit."""
@@ -230,19 +262,13 @@ class Attempts:
         longest = self._rules.longest_seconds[mode]
         return min(wanted, longest) if limit is None else min(wanted, longest, float(limit))
 
-    # Authorize and execute.
+    # Execute.
 
     async def _execute(self, running: Running) -> Output | Failure:
         query = running.query
         if query.sql is None:
             return Failure(ErrorCode.SAVED_QUERY_NOT_FOUND, "the saved query has changed since it was admitted")
-        request = query.request
-
-        @in_span(SpanName.AUTHORIZE)
-        async def ask() -> tuple[Dataset, ...]:
-            return await authorize(self._pool, request.org_id, request.user_id, request.roles)
-
-        granted = await self._unless_stopped(running, until_available(ask, "postgres data"))
+        request, granted = query.request, running.datasets
         most_rows = least(request.max_rows, query.limits.result_rows)
         execution = Execution(
             query_id=request.query_id,
@@ -261,12 +287,7 @@ class Attempts:
             reads=running.reads,
         )
         try:
-            await self._unless_stopped(running, make_scratch(running))
             return await self._unless_stopped(running, self._execute_when_available(execution, running))
-        except OSError as error:
-            message = "The engine's scratch folder can't be used."
-            _log.error(LogEvent.ENGINE_FAILED, reason=f"{message} ({type(error).__name__})", **_names(running))
-            return Failure(ErrorCode.INTERNAL, message)
         except QueryFailed as failed:
             if failed.code in _OPERATORS:
                 _log.error(LogEvent.ENGINE_FAILED, reason=failed.message, **_names(running))
@@ -306,7 +327,7 @@ class Attempts:
             return outcome if outcome.detail is None else await self._store_error(running, outcome)
         try:
             with span(SpanName.STORE):
-                result = await self._find_inline(running, outcome) or await self._put_result(running, outcome)
+                result = _find_inline(running, outcome) or await self._put_result(running, outcome)
         except StoreRefused as refused:
             _log.error(LogEvent.RESULT_REFUSED, reason=str(refused), **_names(running))
             return Failure(ErrorCode.INTERNAL, "the result store refused the result")
@@ -323,60 +344,35 @@ class Attempts:
 
     async def _put_result(self, running: Running, output: Output) -> Result:
         output_format = running.query.request.output_format
-        file = await self._put(running, output.path, file_name(output_format), content_type(output_format), output.rows)
+        media_type = content_type(output_format)
+        file = await self._put(running, output.content, file_name(output_format), media_type, output.rows)
         return Result.stored(self._location(running), file)
 
     async def _store_error(self, running: Running, failure: Failure) -> Failure:
         """The failure with its detail stored for the author; without, where that is not to be had in time."""
-        path = running.scratch / ERROR_FILE
+        detail = json.dumps({"code": failure.code, "message": failure.message, "detail": failure.detail}).encode()
         try:
-            path.write_text(
-                json.dumps({"code": failure.code, "message": failure.message, "detail": failure.detail}),
-                encoding="utf-8",
-            )
             file = await self._put(
-                running, path, ERROR_FILE, ERROR_CONTENT_TYPE, 0, give_up_after=_seconds_left(running)
+                running, detail, ERROR_FILE, ERROR_CONTENT_TYPE, 0, give_up_after=_seconds_left(running)
             )
-        except (OSError, StoreRefused, StoreUnavailable) as error:
+        except (StoreRefused, StoreUnavailable) as error:
             _log.warning(LogEvent.ERROR_DETAIL_LOST, reason=type(error).__name__, **_names(running))
             return failure
         return replace(failure, error_file=ErrorFile(self._location(running), file, self._rules.retention))
 
-    async def _find_inline(self, running: Running, output: Output) -> Result | None:
-        """The result as its event will carry it, where that was asked for and it is small; None: it becomes an object.
-
-        Nobody sits and waits for a batch, so one trip to the store less is nothing to it.
-        """
-        request = running.query.request
-        if request.delivery is not Delivery.INLINE_IF_SMALL or request.mode is not Mode.INTERACTIVE:
-            return None
-
-        async def read() -> Result | None:
-            try:
-                return _read_inline(output)
-            except FileNotFoundError:
-                # Storing the result as an object raises the same error and reports it.
-                return None
-
-        reading = until_available(read, "scratch", unavailable=OSError, give_up_after=_INLINE_SECONDS)
-        try:
-            return await self._unless_stopped(running, reading)
-        except OSError:
-            return None
-
     async def _put(
         self,
         running: Running,
-        path: Path,
+        content: bytes | Path,
         name: str,
         media_type: str,
         rows: int,
         *,
         give_up_after: float | None = None,
     ) -> ResultFile:
-        """Put a file under the attempt's own prefix; raises `StoreRefused`, and `StoreUnavailable` at the end of
+        """Put an object under the attempt's own prefix; raises `StoreRefused`, and `StoreUnavailable` at the end of
         `give_up_after` seconds."""
-        store = partial(self._results.put, _prefix(running) + name, path, media_type)
+        store = partial(self._results.put, _prefix(running) + name, content, media_type)
         storing = until_available(store, "s3", unavailable=StoreUnavailable, give_up_after=give_up_after)
         stored = await self._unless_stopped(running, storing)
         return ResultFile(stored.key, stored.bytes, rows, stored.etag, stored.sha256)
@@ -393,9 +389,9 @@ class Attempts:
         failpoint(Failpoint.FINISH_BEFORE)
         now = self._clock.now()
         if isinstance(outcome, Success):
-            over = await self._end(succeed(facts, state, outcome, now=now, token=token), facts)
-            if over is not None:
-                return over
+            result = await self._end(succeed(facts, state, outcome, now=now, token=token), facts, running.attempt)
+            if result is not EndResult.CANCELLED:
+                return result in _TERMINAL
             # The cancel locked the row first. Its query has no result, and the sweep takes the object away.
             outcome = CANCELLED
         ending = fail(
@@ -407,31 +403,22 @@ class Attempts:
             duration_ms=_elapsed_ms(running),
             engine=self._engine.name,
         )
-        return bool(await self._end(ending, facts))
+        return await self._end(ending, facts, running.attempt) in _TERMINAL
 
-    async def _end(self, ending: Ending, facts: QueryFacts) -> bool | None:
-        """Whether the query is terminal then; None if it is still ours and cancelled, so that it can't succeed."""
-        try:
-            state = await self._transitions.end(ending)
-        except RowRefused:
-            # What is in the row can't be stored, so that repeating won't help: the deadline will end the query.
-            return False
+    async def _end(self, ending: Ending, facts: QueryFacts, attempt: int) -> EndResult:
+        result = await self._transitions.end(ending)
         failpoint(Failpoint.FINISH_AFTER)
-        if state is None:
-            return True
-        if state.sequence == ending.sequence + 1 and ending.token in (None, state.token):
+        if result is EndResult.ENDED:
             _log.info(
                 LogEvent.QUERY_FINISHED,
                 query_id=facts.query_id,
                 org_id=facts.org_id,
-                attempt=state.attempt,
-                status=state.status,
+                attempt=attempt,
+                status=ending.status,
                 error_code=ending.error_code,
                 duration_ms=ending.duration_ms,
             )
-        if not Status(state.status).terminal and state.cancelled and state.token == ending.token is not None:
-            return None
-        return Status(state.status).terminal
+        return result
 
     # Giving up.
 
@@ -476,7 +463,7 @@ class Attempts:
                 _log.warning(LogEvent.LEASE_LOST, **_names(running))
                 return False
 
-    async def _hand_back(self, running: Running, *, crashed: bool) -> None:
+    async def _hand_back(self, running: ClaimedQuery, *, crashed: bool) -> None:
         running.lease.ending = True
         failpoint(Failpoint.HAND_BACK_BEFORE)
         await self._transitions.hand_back(HandBack(running.query.facts.query_id, running.lease.token, crashed))
@@ -484,51 +471,32 @@ class Attempts:
             _log.info(LogEvent.QUERY_HANDED_BACK, **_names(running))
 
 
-def _find_failure(state: RunState, sql: str | None, still_renewal: int | None) -> Failure | None:
+def find_failure(query: Admitted) -> Failure | None:
     """Why a query that nobody holds must end instead of being claimed."""
-    left_behind = state.lease_token is not None and (not state.lease_alive or state.lease_renewal == still_renewal)
+    state = query.state
+    left_behind = state.lease_token is not None and (
+        not state.lease_alive or state.lease_renewal == query.stale_lease_version
+    )
     if state.cancelled:
         return CANCELLED
-    if sql is None:
+    if query.sql is None:
         return Failure(ErrorCode.SAVED_QUERY_NOT_FOUND, "the saved query has changed since it was admitted")
     if state.crashes + left_behind >= MAX_CRASHES:
         return Failure(ErrorCode.ENGINE_CRASHED, f"the query's process died {MAX_CRASHES} times")
     return None
 
 
-@asynccontextmanager
-async def _removed_afterwards(folder: Path) -> AsyncIterator[None]:
-    try:
-        yield
-    finally:
-        # Removing a large file may take long, and is another thread's.
-        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+def _find_inline(running: Running, output: Output) -> Result | None:
+    """The result for its event, if that was requested and it is small enough; else it becomes an object.
 
-
-async def make_scratch(running: Running) -> None:
-    """Make the attempt's folder, waiting while the disk is full.
-
-    Raises `EngineUnavailable` at the end of the query's time, and `OSError` at once for anything else.
+    Nobody sits and waits for a batch, so one trip to the store less is nothing to it.
     """
-
-    async def make() -> None:
-        try:
-            # Blocks the event loop only for microseconds.
-            running.scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise EngineUnavailable(Outage.SCRATCH) from None
-            raise
-
-    await until_available(make, _name_dependency, unavailable=EngineUnavailable, give_up_after=_seconds_left(running))
-
-
-def _read_inline(output: Output) -> Result | None:
-    """Return the result for its event; None if it is too large. Raises `OSError`."""
-    # Blocks the event loop only for microseconds. Read one byte more than the limit to detect a larger file.
-    with output.path.open("rb") as file:
-        body = file.read(MAX_INLINE_BYTES + 1)
-    return Result.in_event(body, output.rows) if len(body) <= MAX_INLINE_BYTES else None
+    request, content = running.query.request, output.content
+    if request.delivery is not Delivery.INLINE_IF_SMALL or request.mode is not Mode.INTERACTIVE:
+        return None
+    if isinstance(content, Path) or len(content) > MAX_INLINE_BYTES:
+        return None
+    return Result.in_event(content, output.rows)
 
 
 def _prefix(running: Running) -> str:
@@ -566,12 +534,17 @@ def _to_relation(dataset: Dataset) -> Relation:
     )
 
 
+def _to_step(query: Admitted) -> Step:
+    facts = query.facts
+    return facts.traceparent, {SpanAttribute.QUERY_ID: facts.query_id, SpanAttribute.ORG_ID: facts.org_id}
+
+
 def _as_running(running: Running) -> RunState:
     """The state in which the attempt stands by its own token: what its ending is judged against."""
     return replace(running.query.state, status=Status.RUNNING.value, sequence=running.sequence, attempt=running.attempt)
 
 
-def _names(running: Running) -> dict[str, str | int]:
+def _names(running: ClaimedQuery) -> dict[str, str | int]:
     return _name(running.query.facts, running.attempt)
 
 

@@ -1,16 +1,17 @@
 """The executor: requests in, results out. This file holds the loops; a query's way through them is
 
-    poll → admit → schedule → claim → authorize → execute → store → finish → commit
+    poll → admit → schedule → claim → execute → store → finish → commit
 
-and each arrow is one function: `_take_in`, `_admit_batch`, `FairQueue.put`, then `Attempts.run` from top to bottom.
+and each arrow is one function: `_take_in`, `_admit_batch`, `FairQueue.put`, `_claim`, then `Attempts.run` from top to
+bottom.
 """
 
 import asyncio
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Coroutine, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,15 +21,16 @@ from consumers.dead_letters import DeadLetter, DeadLetters
 from consumers.executor.admission import Admitted, Done, Legible, Refused, Rules, Verdict, admit, read_record
 from consumers.executor.ages import RecordAges
 from consumers.executor.arrivals import Arrivals
-from consumers.executor.attempt import Attempts
+from consumers.executor.attempt import Attempts, ClaimedQuery, find_failure
 from consumers.executor.cancel_news import CancelNews
 from consumers.executor.cancelling import end_tasks
+from consumers.executor.endings import Failure
 from consumers.executor.intake import Intake
 from consumers.executor.leases import Leases, Stop
 from consumers.executor.reaper import Reaper
 from consumers.executor.schedule import FairQueue, Turn
 from consumers.executor.transitions import Batcher, Refusal, RowRefused, Transitions
-from consumers.executor.watch import Takeable, Watch
+from consumers.executor.watch import Watch
 from db.clock import DatabaseClock
 from db.connection import DataPool
 from db.retrying import until_available
@@ -50,6 +52,13 @@ _ADMISSION = 500
 _WATCH_SECONDS = 0.5
 # Results waiting for the store or the finish, per lane: bounds what lies in scratch while S3 or Postgres is slow.
 _UNFINISHED_RESULTS = 32
+# Queries that will start within this time are claimed together: a statement for one costs nearly what one for 20 does.
+_AHEAD_SECONDS = 0.1
+_MOST_AHEAD = 32
+# A claimed query that has not started after this long is handed back.
+_UNSTARTED_SECONDS = 1.0
+# The weight of the newest query in the moving average of run times.
+_RUN_SHARE = 0.1
 # How long an org's queries wait here before the next is tried. Where its limit is reached: what ends here is known at
 # once, so this only says how late a place is noticed that another worker's query has left, at the price of one claim.
 # Where another worker is counting: that takes some milliseconds.
@@ -78,13 +87,67 @@ class ExecutorRules:
 
 
 class Lane:
-    """One lane: its queue, its slots, and room for results on their way out."""
+    """One lane: its waiting queries, its claimed queries that wait for a slot, and room for results to be stored."""
 
     def __init__(self, mode: Mode, slots: int) -> None:
         self.mode = mode
         self.slots = slots
         self.queue = FairQueue()
         self.unfinished = asyncio.Semaphore(slots + _UNFINISHED_RESULTS)
+        self._ready: deque[ClaimedQuery] = deque()
+        self._idle_slots = 0
+        # Wakes slots for a claimed query, and the claims for a free slot.
+        self._has_ready = asyncio.Condition()
+        self._has_room = asyncio.Event()
+        # A moving average, in seconds; None before the first query has run.
+        self._run_seconds: float | None = None
+
+    async def wait_for_room(self) -> None:
+        """Return once queries should be claimed."""
+        while self.count_wanted() == 0:
+            self._has_room.clear()
+            await self._has_room.wait()
+
+    def count_wanted(self) -> int:
+        """How many queries to claim now: one for each idle slot, and those that start within the next `_AHEAD_SECONDS`.
+
+        While enough are claimed for half of that time, none: so that a statement claims many.
+        """
+        ready, idle = len(self._ready), self._idle_slots
+        ahead = 0
+        if self._run_seconds is not None:
+            ahead = min(_MOST_AHEAD, int(self.slots * _AHEAD_SECONDS / max(self._run_seconds, 0.001)))
+        return ahead + idle - ready if ready < idle or ready <= ahead // 2 else 0
+
+    async def put_ready(self, claimed: Sequence[ClaimedQuery]) -> None:
+        """Give claimed queries to the slots."""
+        async with self._has_ready:
+            self._ready.extend(claimed)
+            self._has_ready.notify(len(claimed))
+
+    async def take_ready(self) -> ClaimedQuery:
+        """Wait for a claimed query, for a slot."""
+        self._idle_slots += 1
+        self._has_room.set()
+        try:
+            async with self._has_ready:
+                await self._has_ready.wait_for(lambda: bool(self._ready))
+                return self._ready.popleft()
+        finally:
+            self._idle_slots -= 1
+            self._has_room.set()
+
+    def withdraw(self, claimed: Collection[ClaimedQuery] | None = None) -> list[ClaimedQuery]:
+        """Remove and return claimed queries that no slot has taken: of these, or all."""
+        withdrawn = [each for each in self._ready if claimed is None or each in claimed]
+        for each in withdrawn:
+            self._ready.remove(each)
+        return withdrawn
+
+    def note_run(self, seconds: float) -> None:
+        """Learn from a query that a slot has run."""
+        before = seconds if self._run_seconds is None else self._run_seconds
+        self._run_seconds = before + (seconds - before) * _RUN_SHARE
 
 
 class Executor:
@@ -126,8 +189,6 @@ class Executor:
         self._has_arrived = asyncio.Event()
         self._arrivals = Arrivals()
         self._watch = Watch(rules.lease_seconds)
-        # Why a parked query may be taken although its lease looks alive, by query id.
-        self._still_renewals: dict[str, int | None] = {}
         self._running: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
         self._failure: BaseException | None = None
@@ -153,6 +214,10 @@ class Executor:
             asyncio.create_task(self._reaper.reap_for_ever(self.intake.is_over), name="reaper"),
             asyncio.create_task(self._retention.sweep_for_ever(), name="retention"),
             asyncio.create_task(self._cancel_news.listen_for_ever(), name="cancel news"),
+            *(
+                asyncio.create_task(self._claim_for_ever(lane), name=f"claims {lane.mode.value}")
+                for lane in self._lanes.values()
+            ),
             *(
                 asyncio.create_task(self._serve_slot(lane), name=f"slot {lane.mode.value}")
                 for lane in self._lanes.values()
@@ -241,23 +306,65 @@ class Executor:
     # Schedule and run.
 
     def _schedule(self, query: Admitted) -> None:
-        if query.state.cancelled:
+        failure = find_failure(query)
+        if failure is not None:
             # It only has to be ended, and need not wait for a slot.
-            self._start(self._end_cancelled(query))
+            self._start(self._end_unclaimed(query, failure))
         else:
             self._lanes[query.facts.mode].queue.put(query)
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+    def _start(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.create_task(work)
         self._running.add(task)
         task.add_done_callback(self._ended)
+        return task
+
+    async def _claim_for_ever(self, lane: Lane) -> None:
+        while True:
+            await lane.wait_for_room()
+            turn = await lane.queue.take()
+            # A claim that is under way when the executor stops must not be cut off: its leases would run out.
+            claim = self._start(self._claim(lane, [turn, *lane.queue.take_now(lane.count_wanted() - 1)]))
+            await asyncio.wait({claim})
+
+    async def _claim(self, lane: Lane, turns: Sequence[Turn]) -> None:
+        """Claim queries whose turn it is, ahead of need, and give them to the lane's slots."""
+        wanted = [turn for turn in turns if self.intake.owns(turn.query.record)]
+        claimed: list[ClaimedQuery] = []
+        answers = await self._attempts.claim([turn.query for turn in wanted]) if wanted else []
+        for turn, answer in zip(wanted, answers, strict=True):
+            match answer:
+                case ClaimedQuery():
+                    claimed.append(answer)
+                case Refusal():
+                    if self.intake.owns(turn.query.record):
+                        # Jitter, so that workers don't go on asking together.
+                        lane.queue.put_back(turn, _HELD_SECONDS[answer] * random.uniform(0.75, 1.25))  # noqa: S311
+                case None:
+                    self._park(turn.query)
+        if self._stopping.is_set():
+            await asyncio.gather(*map(self._hand_back, claimed))
+        elif claimed:
+            await lane.put_ready(claimed)
+            asyncio.get_running_loop().call_later(_UNSTARTED_SECONDS, self._return_unstarted, lane, claimed)
+
+    def _return_unstarted(self, lane: Lane, claimed: Sequence[ClaimedQuery]) -> None:
+        """Hand back claimed queries for which no slot was free soon enough: another worker may have one."""
+        for each in lane.withdraw(claimed):
+            self._start(self._hand_back(each))
+
+    async def _hand_back(self, claimed: ClaimedQuery) -> None:
+        await self._attempts.return_unstarted(claimed)
+        self._release(claimed.query, 0.0)
+        if not self._stopping.is_set():
+            self._park(claimed.query)
 
     async def _serve_slot(self, lane: Lane) -> None:
         while True:
             await lane.unfinished.acquire()
-            turn = await lane.queue.take()
+            claimed = await lane.take_ready()
             executed = asyncio.Event()
-            self._start(self._run(lane, turn, executed))
+            self._start(self._run(lane, claimed, executed))
             await executed.wait()
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
@@ -268,40 +375,37 @@ class Executor:
             self._failure = self._failure or error
             self._stopping.set()
 
-    async def _run(self, lane: Lane, turn: Turn, executed: asyncio.Event) -> None:
+    async def _run(self, lane: Lane, claimed: ClaimedQuery, executed: asyncio.Event) -> None:
+        started, query = time.monotonic(), claimed.query
+
+        def note_executed() -> None:
+            lane.note_run(time.monotonic() - started)
+            executed.set()
+
         try:
-            refusal = await self._attempt(turn.query, executed.set)
-            if refusal is not None and self.intake.owns(turn.query.record):
-                # Jitter, so that workers don't go on asking together.
-                lane.queue.put_back(turn, _HELD_SECONDS[refusal] * random.uniform(0.75, 1.25))  # noqa: S311
+            if await self._attempts.run(claimed, note_executed):
+                self.intake.finish(query.record)
+            elif not self._stopping.is_set():
+                self._park(query)
+            self._release(query, time.monotonic() - started)
         finally:
             lane.unfinished.release()
             executed.set()
 
-    async def _end_cancelled(self, query: Admitted) -> None:
-        # Claims may be refused, and this is none.
-        assert await self._attempt(query, _nothing) is None
-
-    async def _attempt(self, query: Admitted, executed: Callable[[], None]) -> Refusal | None:
-        query_id = query.facts.query_id
-        still_renewal = self._still_renewals.pop(query_id, None)
+    async def _end_unclaimed(self, query: Admitted, failure: Failure) -> None:
         if not self.intake.owns(query.record):
-            return None
-        started = time.monotonic()
-        answer = await self._attempts.run(query, still_renewal, executed)
-        if isinstance(answer, Refusal):
-            if still_renewal is not None:
-                self._still_renewals[query_id] = still_renewal
-            return answer
-        if answer:
+            return
+        if await self._attempts.end_unclaimed(query, failure):
             self.intake.finish(query.record)
         elif not self._stopping.is_set():
             self._park(query)
+
+    def _release(self, query: Admitted, run_seconds: float) -> None:
+        """Let another query of the org have the place that this one had."""
         limited = query.limits.running_queries is not None
-        rest_seconds = min(_LONGEST_REST_SECONDS, _REST * (time.monotonic() - started)) if limited else 0.0
+        rest_seconds = min(_LONGEST_REST_SECONDS, _REST * run_seconds) if limited else 0.0
         for lane in self._lanes.values():
             lane.queue.release(query.facts.org_id, rest_seconds)
-        return None
 
     # Watch.
 
@@ -314,17 +418,13 @@ class Executor:
             finished, takeable = self._watch.observe(asked, states, self._clock.reached_since)
             for query in finished:
                 self.intake.finish(query.record)
-            for taken in takeable:
-                self._take_over(taken)
+            for query in takeable:
+                self._schedule(query)
 
     def _park(self, query: Admitted) -> None:
         """Watch a query until it is finished or may be taken; what is another worker's record now is its to watch."""
         if self.intake.owns(query.record):
-            self._watch.park(query)
-
-    def _take_over(self, taken: Takeable) -> None:
-        self._still_renewals[taken.query.facts.query_id] = taken.still_renewal
-        self._schedule(taken.query)
+            self._watch.park(replace(query, stale_lease_version=None))
 
     def count_waiting(self) -> dict[str, int]:
         """How many queries wait here for a slot, by lane."""
@@ -358,6 +458,8 @@ class Executor:
         self._stopping.set()
         keep = [task for task in loops if task.get_name() == "leases" and not task.done()]
         await end_tasks([task for task in loops if task not in keep])
+        for lane in self._lanes.values():
+            self._return_unstarted(lane, lane.withdraw())
         drained = time.monotonic() + self._rules.drain_seconds
         leaving = asyncio.create_task(_guarded("leave the group", self.intake.close()))
         await asyncio.wait({leaving}, timeout=_LEAVE_SECONDS)
@@ -377,10 +479,6 @@ class Executor:
 
 def _to_step(item: Legible) -> Step:
     return item.traceparent, {SpanAttribute.QUERY_ID: item.query_id, SpanAttribute.ORG_ID: item.org_id}
-
-
-def _nothing() -> None:
-    """Nobody waits for the engine of a query that is not executed."""
 
 
 async def _guarded(step: str, work: Coroutine[Any, Any, None]) -> None:

@@ -2,8 +2,6 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -50,17 +48,13 @@ class Leases:
         self._renew_seconds = renew_seconds
         self._held: dict[str, Lease] = {}
 
-    @contextmanager
-    def hold(self, lease: Lease) -> Iterator[None]:
-        """Renew the lease of an attempt for as long as the context lasts.
-
-        The attempt must be claimed already: a renewal that comes before the claim is committed would find no lease.
-        """
+    def add(self, lease: Lease) -> None:
+        """Renew the lease of a claimed attempt until `remove`. Before the claim is committed there is no lease."""
         self._held[lease.token] = lease
-        try:
-            yield
-        finally:
-            del self._held[lease.token]
+
+    def remove(self, lease: Lease) -> None:
+        """Renew the lease no longer."""
+        self._held.pop(lease.token, None)
 
     def stop_all(self, why: Stop) -> None:
         """Ask every attempt to end."""

@@ -10,7 +10,7 @@ import structlog
 
 from consumers.executor.endings import CANCELLED, fail, overdue_failure
 from consumers.executor.story import QueryFacts
-from consumers.executor.transitions import RowRefused, Transitions
+from consumers.executor.transitions import EndResult, Transitions
 from db.clock import DatabaseClock
 from db.connection import DataPool, transaction
 from db.data.runs import RunState, read_canonical, read_overdue, read_states
@@ -94,15 +94,12 @@ class Reaper:
             SpanName.REAP, facts.traceparent, query_id=facts.query_id, org_id=facts.org_id, attempt=state.attempt
         ):
             ending = fail(facts, state, failure, now=self._clock.now())
-            try:
-                ended = await self._transitions.end(ending)
-            except RowRefused:
-                return
-        if ended is not None and ended.sequence == ending.sequence + 1:
+            result = await self._transitions.end(ending)
+        if result is EndResult.ENDED:
             _log.info(
                 LogEvent.QUERY_REAPED,
                 query_id=facts.query_id,
                 org_id=facts.org_id,
-                attempt=ended.attempt,
+                attempt=state.attempt,
                 error_code=failure.code.value,
             )

@@ -75,7 +75,10 @@ class FairQueue:
         while (due := self._pop_due()) is None:
             self._arrived.clear()
             await self._arrived.wait()
-        self._virtual_time, org = due
+        return self._begin_turn(*due)
+
+    def _begin_turn(self, start: float, org: str) -> Turn:
+        self._virtual_time = start
         queries = self._waiting[org]
         waiting = queries.popleft()
         # What the newest query knows of the org's weight: a change holds from here on.
@@ -87,6 +90,13 @@ class FairQueue:
             del self._waiting[org]
             self._forget_idle()
         return Turn(waiting, charged, self._releases.get(org, 0))
+
+    def take_now(self, most: int) -> list[Turn]:
+        """Return the next queries whose turn it is, at most so many, without waiting."""
+        turns: list[Turn] = []
+        while len(turns) < most and (due := self._pop_due()) is not None:
+            turns.append(self._begin_turn(*due))
+        return turns
 
     def put_back(self, turn: Turn, seconds: float) -> None:
         """The query could not be run, because its org may not run more just now: it waits in its old place.

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from enum import Enum, auto
 from typing import Generic, TypeVar
 
@@ -17,7 +18,8 @@ import structlog
 
 from db.clock import DatabaseClock
 from db.connection import Connection, DataPool, statement
-from db.data.attempts import Claim, Ending, HandBack, claim, end, hand_back
+from db.data.attempts import Claim, Ended, Ending, HandBack, claim, end, hand_back
+from db.data.datasets import Caller, Dataset, read_granted
 from db.data.limits import try_lock_running
 from db.data.runs import RunState, read_states
 from db.retrying import until_available
@@ -29,9 +31,8 @@ _log = structlog.get_logger("queryd.transitions")
 
 # As many rows as one transaction moves in some 50 ms; more would make the first wait for the last.
 _BATCH = 500
-# A slot waits for its claim, so claims go at once. An ending keeps nobody from working: a reader who waits for it does
-# not notice 10 ms, and under load it halves the commits.
-_ENDINGS_APART_SECONDS = 0.01
+# Under load endings wait for each other: no slot waits for an ending, and a transaction costs some 2 ms of CPU.
+_ENDINGS_APART_SECONDS = 0.04
 
 _LANES = {mode.topic.value: mode.value for mode in Mode}
 
@@ -128,10 +129,32 @@ class Refusal(Enum):
     BUSY = auto()
 
 
-class Transitions:
-    """The steps of a query after its admission. Each answers with what then stands in the database; None: no such row.
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A query that is ours now: its attempt's number, its event's sequence, and what its caller may read."""
 
-    Safe to repeat when the answer of a COMMIT was lost: who holds the token, or what status stands, is read back.
+    attempt: int
+    sequence: int
+    datasets: tuple[Dataset, ...]
+
+
+class EndResult(Enum):
+    """What came of ending a query."""
+
+    # It has ended as we said.
+    ENDED = auto()
+    # Somebody else has ended it, or it was deleted.
+    OVER = auto()
+    # It is still our attempt's and can't succeed, for its cancel came first.
+    CANCELLED = auto()
+    # It is another attempt's, or the database can't store the row.
+    NOT_OURS = auto()
+
+
+class Transitions:
+    """The steps of a query after its admission, many queries in one statement.
+
+    Safe to repeat after the answer of a COMMIT was lost: the state of a query that a statement did not change is read.
     """
 
     def __init__(self, pool: DataPool, clock: DatabaseClock, running_queries: int | None = None) -> None:
@@ -143,17 +166,22 @@ class Transitions:
         self._endings = Batcher(self._end, _ENDINGS_APART_SECONDS)
         self._hand_backs = Batcher(self._hand_back)
 
-    async def claim(self, wanted: Claim) -> RunState | Refusal | None:
-        """Take a query for an attempt: it is ours if its token then is ours."""
-        return await self._claims.submit(wanted)
+    async def claim(self, wanted: Sequence[tuple[Claim, Caller]]) -> list[Claimed | Refusal | None]:
+        """Claim queries, each for an attempt on behalf of its caller; None for one that could not be claimed."""
+        answers = await self._claims.run_all(wanted)
+        return [None if isinstance(answer, RowRefused) else answer for answer in answers]
 
-    async def end(self, ending: Ending) -> RunState | None:
-        """Bring a query to its terminal status: done if that then stands at our sequence, with our token."""
-        return await self._endings.submit(ending)
+    async def end(self, ending: Ending) -> EndResult:
+        """Bring a query to its terminal status."""
+        try:
+            return await self._endings.submit(ending)
+        except RowRefused:
+            # Repeating won't help: the deadline will end the query.
+            return EndResult.NOT_OURS
 
-    async def hand_back(self, given: HandBack) -> RunState | None:
+    async def hand_back(self, given: HandBack) -> None:
         """Give an attempt up."""
-        return await self._hand_backs.submit(given)
+        await self._hand_backs.submit(given)
 
     async def read(self, query_ids: Sequence[str]) -> dict[str, RunState]:
         """What stands now, for judging by the clock too; raises `DatabaseUnavailable`."""
@@ -161,86 +189,110 @@ class Transitions:
             await self._clock.check(connection)
             return await self._read(connection, query_ids)
 
-    async def _claim(self, claims: Sequence[Claim]) -> list[RunState | Refusal | None]:
+    async def _claim(self, wanted: Sequence[tuple[Claim, Caller]]) -> list[Claimed | Refusal | None]:
+        claims = [item for item, _ in wanted]
         async with statement(self._pool) as connection:
-            refused = await self._claim_within_limits(
-                connection, claims, {item.org_id for item in claims if item.limited}
-            )
-            states = await self._read(connection, [item.query_id for item in claims])
-        return [refused.get(item.query_id) or states.get(item.query_id) for item in claims]
+            limited = {item.org_id for item in claims if item.limited}
+            claimed, refused = await self._claim_within_limits(connection, claims, limited)
+            unknown = [
+                item.query_id for item in claims if item.query_id not in claimed and item.query_id not in refused
+            ]
+            states = await self._read(connection, unknown)
+            claimed |= {
+                item.query_id: (state.attempt, state.sequence)
+                for item in claims
+                # A claim that is repeated because the answer of the first was lost.
+                if (state := states.get(item.query_id)) is not None
+                and state.token == item.token
+                and not Status(state.status).terminal
+            }
+            callers = [caller for item, caller in wanted if item.query_id in claimed]
+            granted = await read_granted(connection, callers) if callers else {}
+        return [
+            Claimed(*claimed[item.query_id], granted[caller])
+            if item.query_id in claimed
+            else refused.get(item.query_id)
+            for item, caller in wanted
+        ]
 
     async def _claim_within_limits(
         self, connection: Connection, claims: Sequence[Claim], limited: set[str]
-    ) -> dict[str, Refusal]:
-        """Claim, with the limited orgs locked so that they can be counted; why which queries are refused."""
+    ) -> tuple[dict[str, tuple[int, int]], dict[str, Refusal]]:
+        """Claim, with the limited orgs locked so that they can be counted; which are claimed, which refused and why."""
         async with _lock_running(connection, limited) as locked:
-            found = await claim(
+            answer = await claim(
                 connection,
                 claims,
                 self._clock.steady_now(),
                 running_queries=self._running_queries,
                 locked_org_ids=locked,
             )
+        claimed = answer.claimed
         refused = {
             query_id: Refusal.LIMIT if org_id in locked else Refusal.BUSY
-            for query_id, org_id in found.items()
+            for query_id, org_id in answer.refused.items()
             if org_id in limited
         }
         # An org whose limit is news was refused for want of its lock.
-        again = [item for item in claims if item.query_id in found.keys() - refused.keys()]
+        again = [item for item in claims if item.query_id in answer.refused.keys() - refused.keys()]
         if again:
-            refused |= await self._claim_within_limits(connection, again, {item.org_id for item in again})
-        return refused
+            more = await self._claim_within_limits(connection, again, {item.org_id for item in again})
+            claimed, refused = claimed | more[0], refused | more[1]
+        return claimed, refused
 
-    async def _end(self, endings: Sequence[Ending]) -> list[RunState | None]:
-        moved = 0
-
-        async def move(connection: Connection) -> None:
-            nonlocal moved
-            moved = await end(connection, endings, self._clock.steady_now())
-
-        states = await self._move(move, [item.query_id for item in endings])
-        self._count(endings, states, moved)
-        return states
-
-    def _count(self, endings: Sequence[Ending], states: Sequence[RunState | None], moved: int) -> None:
-        """Tell the metrics of the queries that ended here, each once whatever other workers tell."""
-        now = self._clock.steady_now()
-        done = [
-            (ending, state)
-            for ending, state in zip(endings, states, strict=True)
-            if state is not None and Status(state.status).terminal and state.sequence == ending.sequence + 1
-        ]
-        ours = [(ending, state) for ending, state in done if ending.token is not None and ending.token == state.token]
-        # Without a token any worker may have been first: as many are ours as the statement moved.
-        open_to_all = [(ending, state) for ending, state in done if ending.token is None]
-        for ending, state in [*ours, *open_to_all[: max(0, moved - len(ours))]]:
-            METRICS.end_query(
-                _LANES.get(state.topic, state.topic),
-                ending.error_code,
-                total_seconds=(now - state.queued_at).total_seconds(),
-                run_ms=ending.duration_ms,
-                result_bytes=ending.result_bytes,
-                rows=ending.row_count,
-            )
-
-    async def _hand_back(self, given: Sequence[HandBack]) -> list[RunState | None]:
-        return await self._move(lambda connection: hand_back(connection, given), [item.query_id for item in given])
-
-    async def _move(
-        self, change: Callable[[Connection], Awaitable[None]], query_ids: Sequence[str]
-    ) -> list[RunState | None]:
-        # The change is one statement, and so whole by itself; what then stands is read after its commit.
+    async def _end(self, endings: Sequence[Ending]) -> list[EndResult]:
         async with statement(self._pool) as connection:
-            await change(connection)
-            states = await self._read(connection, query_ids)
-        return [states.get(query_id) for query_id in query_ids]
+            now = self._clock.steady_now()
+            ended = await end(connection, endings, now)
+            # A batch may have two endings of one query.
+            carried_out = {
+                item.query_id: place
+                for place, item in reversed(list(enumerate(endings)))
+                if item.query_id in ended and ended[item.query_id].token == item.token
+            }
+            places = set(carried_out.values())
+            unknown = [item.query_id for place, item in enumerate(endings) if place not in places]
+            states = await self._read(connection, unknown)
+        for query_id, place in carried_out.items():
+            _count(endings[place], ended[query_id], now)
+        return [
+            EndResult.ENDED if place in places else _find_result(item, states.get(item.query_id))
+            for place, item in enumerate(endings)
+        ]
+
+    async def _hand_back(self, given: Sequence[HandBack]) -> list[None]:
+        async with statement(self._pool) as connection:
+            await hand_back(connection, given)
+        return [None] * len(given)
 
     async def _read(self, connection: Connection, query_ids: Sequence[str]) -> dict[str, RunState]:
         states = await read_states(connection, query_ids, self._clock.steady_now()) if query_ids else {}
         if states:
             self._clock.tell(max(state.read_at for state in states.values()))
         return states
+
+
+def _count(ending: Ending, ended: Ended, now: datetime) -> None:
+    """Count a query that ended here in the metrics."""
+    METRICS.end_query(
+        _LANES.get(ended.topic, ended.topic),
+        ending.error_code,
+        total_seconds=(now - ended.queued_at).total_seconds(),
+        run_ms=ending.duration_ms,
+        result_bytes=ending.result_bytes,
+        rows=ending.row_count,
+    )
+
+
+def _find_result(ending: Ending, state: RunState | None) -> EndResult:
+    """What came of an ending that the statement did not carry out."""
+    if state is None:
+        return EndResult.OVER
+    ours = ending.token is not None and state.token == ending.token
+    if Status(state.status).terminal:
+        # Ours where the statement is repeated because its first answer was lost.
+        return EndResult.ENDED if ours and state.sequence == ending.sequence + 1 else EndResult.OVER
+    return EndResult.CANCELLED if ours and state.cancelled else EndResult.NOT_OURS
 
 
 @asynccontextmanager

@@ -16,14 +16,6 @@ from db.retrying import ASKED_AGAIN_SECONDS
 from queryd.events import Status
 
 
-@dataclass(frozen=True, slots=True)
-class Takeable:
-    """A query that may be claimed or ended now. `still_renewal` names a lease that was seen to stand still."""
-
-    query: Admitted
-    still_renewal: int | None
-
-
 @dataclass(slots=True)
 class _Watched:
     query: Admitted
@@ -58,14 +50,14 @@ class Watch:
 
     def observe(
         self, asked: Collection[str], states: dict[str, RunState], reached_since: float
-    ) -> tuple[list[Admitted], list[Takeable]]:
-        """Judge by what stands in the database: queries that are terminal or gone, and queries that may be taken.
+    ) -> tuple[list[Admitted], list[Admitted]]:
+        """Judge by what stands in the database: queries that are terminal or gone, and queries that may be claimed.
 
         Both leave the watch. `asked` are the ids that were read: a query that was parked while the answer was on its
         way is not in it, and that says nothing about the query. `reached_since` as `DatabaseClock` tells it.
         """
         finished: list[Admitted] = []
-        takeable: list[Takeable] = []
+        takeable: list[Admitted] = []
         for query_id in asked:
             watched = self._watched.get(query_id)
             if watched is None:
@@ -80,19 +72,19 @@ class Watch:
             del self._watched[query_id]
         return finished, takeable
 
-    def _judge(self, watched: _Watched, state: RunState, reached_since: float) -> Takeable | None:
-        query = replace(watched.query, state=state)
+    def _judge(self, watched: _Watched, state: RunState, reached_since: float) -> Admitted | None:
+        query = replace(watched.query, state=state, stale_lease_version=None)
         if state.overdue:
             # The reaper's to end, which makes sure of the time.
             return None
         if state.lease_token is None:
-            return Takeable(query, None)
+            return query
         if state.lease_renewal != watched.renewal:
             watched.renewal, watched.since = state.lease_renewal, elapsed()
             return None
         stood_still = elapsed() - max(watched.since, reached_since)
         if not state.lease_alive and stood_still >= self._renewed_within:
-            return Takeable(query, None)
+            return query
         if stood_still > self._lease_seconds:
-            return Takeable(query, state.lease_renewal)
+            return replace(query, stale_lease_version=state.lease_renewal)
         return None

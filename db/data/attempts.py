@@ -96,7 +96,7 @@ WITH input AS (
         deadline = %(steady_now)s + make_interval(secs => i.run_seconds), last_event = i.payload
     FROM input i JOIN judged USING (query_id)
     WHERE r.query_id = i.query_id AND judged.granted
-    RETURNING r.query_id
+    RETURNING r.query_id, r.attempt, r.sequence
 ), results AS (
     UPDATE query_results q SET status = 'Running', updated_at = now() FROM moved WHERE q.id = moved.query_id
 ), leased AS (
@@ -111,7 +111,9 @@ WITH input AS (
     FROM input i JOIN moved USING (query_id)
     ORDER BY i.query_id
 )
-SELECT query_id::text, org_id::text FROM judged WHERE NOT granted
+SELECT query_id::text, org_id::text, NULL::int, NULL::int FROM judged WHERE NOT granted
+UNION ALL
+SELECT query_id::text, NULL, attempt, sequence FROM moved
 """
 
 
@@ -178,7 +180,7 @@ WITH input AS (
            OR NOT r.cancelled AND NOT EXISTS (SELECT FROM query_cancellations c
                                               JOIN query_results q ON q.id = c.query_id AND q.org_id = c.org_id
                                               WHERE c.query_id = r.query_id))
-    RETURNING r.query_id
+    RETURNING r.query_id, i.token, r.topic, r.queued_at
 ), results AS (
     UPDATE query_results q
     SET status = i.status, output_location = i.output_location, row_count = i.row_count, bytes = i.result_bytes,
@@ -187,11 +189,13 @@ WITH input AS (
     WHERE q.id = i.query_id
 ), released AS (
     DELETE FROM query_leases l USING moved WHERE l.query_id = moved.query_id
+), told AS (
+    INSERT INTO outbox (shard, event_id, query_id, type, payload, headers)
+    SELECT i.shard, i.event_id, i.query_id, 'QueryStatusChanged', i.payload, i.headers
+    FROM allowed i JOIN moved USING (query_id)
+    ORDER BY i.query_id
 )
-INSERT INTO outbox (shard, event_id, query_id, type, payload, headers)
-SELECT i.shard, i.event_id, i.query_id, 'QueryStatusChanged', i.payload, i.headers
-FROM allowed i JOIN moved USING (query_id)
-ORDER BY i.query_id
+SELECT query_id::text, token::text, topic, queued_at FROM moved
 """
 
 
@@ -251,6 +255,19 @@ DELETE FROM query_leases l USING given WHERE l.query_id = given.query_id
 """
 
 
+@dataclass(frozen=True, slots=True)
+class ClaimAnswer:
+    """The result of a batch of claims, by query id.
+
+    `claimed` has each new attempt's number and its event's sequence. `refused` has the org of each query that could be
+    claimed but for its org's limit, or because the org has a limit and was not locked. A query in neither was not
+    claimable; read its state.
+    """
+
+    claimed: dict[str, tuple[int, int]]
+    refused: dict[str, str]
+
+
 async def claim(
     connection: Connection,
     claims: Sequence[Claim],
@@ -258,22 +275,35 @@ async def claim(
     *,
     running_queries: int | None = None,
     locked_org_ids: Collection[str] = (),
-) -> dict[str, str]:
-    """Claim what can be claimed; who succeeded is read back by token.
+) -> ClaimAnswer:
+    """Claim the queries that can be claimed.
 
-    `running_queries` is the limit of orgs that have none of their own, `locked_org_ids` are those that may be counted.
-    Answers with what could be claimed but for its org's limit, or because the org has one and was not locked: each
-    query's org.
+    `running_queries` is the limit of orgs that have none of their own; `locked_org_ids` are the orgs whose running
+    queries may be counted.
     """
     arrays: dict[str, Any] = to_arrays(Claim, claims) | {"steady_now": steady_now}
     arrays |= {"running_queries": running_queries, "locked_org_ids": list(locked_org_ids)}
-    return dict(await (await connection.execute(CLAIM, arrays)).fetchall())
+    rows = await (await connection.execute(CLAIM, arrays)).fetchall()
+    return ClaimAnswer(
+        {query_id: (attempt, sequence) for query_id, _, attempt, sequence in rows if attempt is not None},
+        {query_id: org_id for query_id, org_id, attempt, _ in rows if attempt is None},
+    )
 
 
-async def end(connection: Connection, endings: Sequence[Ending], steady_now: datetime) -> int:
-    """End what may be ended, and say how many that were; who succeeded is read back by sequence and token."""
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A query that a statement has ended: the ending's token, its request's topic, and since when it was queued."""
+
+    token: str | None
+    topic: str
+    queued_at: datetime
+
+
+async def end(connection: Connection, endings: Sequence[Ending], steady_now: datetime) -> dict[str, Ended]:
+    """End the queries that may be ended; returns those that this statement has ended, by id."""
     arrays: dict[str, Any] = to_arrays(Ending, endings) | {"steady_now": steady_now}
-    return (await connection.execute(END, arrays)).rowcount
+    rows = await (await connection.execute(END, arrays)).fetchall()
+    return {query_id: Ended(token, topic, queued_at) for query_id, token, topic, queued_at in rows}
 
 
 async def renew(connection: Connection, renewals: Sequence[Renewal], steady_now: datetime) -> dict[str, bool]:

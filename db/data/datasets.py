@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from psycopg.rows import class_row
+from psycopg.rows import class_row, dict_row
+from psycopg.types.json import Jsonb
 
 from db.connection import Connection
 from db.data.visibility import visible
@@ -36,6 +37,15 @@ class Dataset(NewDataset):
 
     id: str
     version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """On whose behalf a query runs."""
+
+    org_id: str
+    user_id: str | None
+    roles: tuple[str, ...]
 
 
 _COLUMNS = """d.id::text, d.org_id::text, d.user_id::text, d.name, d.kind, d.location, d.visibility, d.pii_columns,
@@ -72,17 +82,23 @@ ORDER BY d.org_id, lower(d.name COLLATE "C")
 # An own dataset hides others of its name. Of two foreign ones the one registered first stands, whoever grants or
 # publishes another later: so nobody can slip in under a name that is in use.
 READ_GRANTED = f"""
-SELECT DISTINCT ON (lower(d.name COLLATE "C")) {_COLUMNS}
-FROM (
-    SELECT v.* FROM datasets v
-    WHERE {visible("v")}
-       OR (v.org_id = %(org_id)s::uuid
-           AND ARRAY(SELECT g.grantee FROM dataset_grants g WHERE g.dataset_id = v.id) && %(insiders)s::text[])
-    UNION ALL
-    SELECT o.* FROM dataset_grants g JOIN datasets o ON o.id = g.dataset_id
-    WHERE g.grantee = 'org:' || %(org_id)s::uuid
+SELECT c.place, {_COLUMNS}
+FROM jsonb_to_recordset(%(callers)s::jsonb)
+     AS c(place int, org_id uuid, user_id uuid, roles text[], insiders text[])
+CROSS JOIN LATERAL (
+    SELECT DISTINCT ON (lower(f.name COLLATE "C")) f.*
+    FROM (
+        SELECT v.* FROM datasets v
+        WHERE {visible("v", org_id="c.org_id", user_id="c.user_id", roles="c.roles")}
+           OR (v.org_id = c.org_id
+               AND ARRAY(SELECT g.grantee FROM dataset_grants g WHERE g.dataset_id = v.id) && c.insiders)
+        UNION ALL
+        SELECT o.* FROM dataset_grants g JOIN datasets o ON o.id = g.dataset_id
+        WHERE g.grantee = 'org:' || c.org_id
+    ) AS f
+    ORDER BY lower(f.name COLLATE "C"), (f.org_id = c.org_id) DESC, f.created_at, f.id
 ) AS d
-ORDER BY lower(d.name COLLATE "C"), (d.org_id = %(org_id)s::uuid) DESC, d.created_at, d.id
+ORDER BY c.place, lower(d.name COLLATE "C")
 """  # noqa: S608
 
 _NAMED = 'd.org_id = %(org_id)s::uuid AND lower(d.name COLLATE "C") = lower(%(name)s COLLATE "C")'
@@ -119,13 +135,26 @@ async def list_datasets(connection: Connection, org_id: str | None) -> list[Data
         return await cursor.fetchall()
 
 
-async def read_granted(connection: Connection, org_id: str, user_id: str | None, roles: Sequence[str]) -> list[Dataset]:
-    """Everything that the caller may read, one dataset a name."""
-    insiders = [f"role:{role}" for role in roles] + ([] if user_id is None else [f"user:{user_id}"])
-    caller = {"org_id": org_id, "user_id": user_id, "roles": list(roles), "insiders": insiders}
-    async with connection.cursor(row_factory=class_row(Dataset)) as cursor:
-        await cursor.execute(READ_GRANTED, caller)
-        return await cursor.fetchall()
+async def read_granted(connection: Connection, callers: Sequence[Caller]) -> dict[Caller, tuple[Dataset, ...]]:
+    """Read every dataset that each caller may read, one of each name, with one statement."""
+    distinct = list(dict.fromkeys(callers))
+    asked = [
+        {
+            "place": place,
+            "org_id": caller.org_id,
+            "user_id": caller.user_id,
+            "roles": caller.roles,
+            "insiders": [f"role:{role}" for role in caller.roles]
+            + ([] if caller.user_id is None else [f"user:{caller.user_id}"]),
+        }
+        for place, caller in enumerate(distinct)
+    ]
+    granted: list[list[Dataset]] = [[] for _ in distinct]
+    async with connection.cursor(row_factory=dict_row) as cursor:
+        await cursor.execute(READ_GRANTED, {"callers": Jsonb(asked)})
+        for row in await cursor.fetchall():
+            granted[row.pop("place")].append(Dataset(**row))
+    return {caller: tuple(datasets) for caller, datasets in zip(distinct, granted, strict=True)}
 
 
 async def find_dataset(connection: Connection, org_id: str, name: str) -> Dataset | None:

@@ -1,5 +1,6 @@
 """The process in which DuckDB runs, one query at a time: gate, warm instance, export. Run as a module by the pool."""
 
+import base64
 import os
 import sys
 import threading
@@ -36,6 +37,9 @@ _LEAST_ADDRESS_SPACE = 3 * 1024**3
 
 # From here on the caches of idle instances may starve the next query of address space.
 _CROWDED_SHARE = 0.6
+
+# Results up to this size travel over the pipe; larger ones are a file.
+_PIPED_BYTES = 256 * 1024
 
 # What a query may burn beyond its threads' share of its time: the parent's deadline comes first, this is the belt.
 _CPU_SLACK_SECONDS = 5.0
@@ -143,7 +147,9 @@ class _Runner:
             raise _to_exception(errors.translate(error, kinds=kinds)) from None
 
     def run(self, message: Message, tell: Tell) -> Message:
-        """Run one query and return its outcome. If it succeeds, its file stays in `out` and the parent takes it.
+        """Run one query and return its outcome, with the result's bytes if it is small.
+
+        A large result stays in `out` as a file, which the parent takes.
 
         Before the query runs, `tell` reports which personal data it will read: a query that is killed may have read it.
         """
@@ -172,7 +178,13 @@ class _Runner:
                 empty(self._out)
         # What Postgres sends is not counted, so that of a statement that reads from it nothing is known.
         known = all(each.kind is RelationKind.PARQUET for each in relations if each.name in judged.references)
+        content = None
+        if exported.bytes <= _PIPED_BYTES:
+            file = self._out / f"result.{message['format']}"
+            content = base64.b64encode(file.read_bytes()).decode()
+            file.unlink()
         return {
+            "content": content,
             "rows": exported.rows,
             "bytes": exported.bytes,
             "columns": [[column.name, column.type] for column in exported.columns],

@@ -1,6 +1,7 @@
 """The DuckDB engine: pre-started child processes, one query at a time each, replaced when one can't be trusted."""
 
 import asyncio
+import base64
 import contextlib
 import errno
 import itertools
@@ -162,6 +163,8 @@ class DuckDBEngine:
 
         async with self._asking(worker, _to_message(execution, run), run, deadline, note_reads) as answering:
             answer = await _read_answer(answering, worker)
+            if (content := answer["content"]) is not None:
+                return _to_output(answer, base64.b64decode(content))
             target = execution.scratch / f"result.{execution.output_format}"
             await _move(worker.home.path / "out" / target.name, target)
             return _to_output(answer, target)
@@ -346,9 +349,9 @@ async def _read_answer(answering: asyncio.Task[Message], worker: _Worker) -> Mes
     return answer
 
 
-def _to_output(answer: Message, path: Path) -> Output:
+def _to_output(answer: Message, content: bytes | Path) -> Output:
     return Output(
-        path,
+        content,
         answer["rows"],
         answer["bytes"],
         tuple(Column(name, type_) for name, type_ in answer["columns"]),
@@ -363,6 +366,7 @@ def _to_reads(told: Iterable[tuple[str, list[str] | None]]) -> Iterator[Read]:
 async def _move(written: Path, wanted: Path) -> None:
     """Take a finished file out of a child's home, which the child itself can't: it may write nowhere else."""
     try:
+        wanted.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not _rename(written, wanted):
             await asyncio.to_thread(shutil.move, written, wanted)
     except OSError as error:
