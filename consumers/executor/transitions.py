@@ -111,7 +111,7 @@ class Batcher(Generic[_Item, _Answer]):
             if len(items) == 1:
                 _log.error(
                     LogEvent.ROW_REFUSED,
-                    query_id=getattr(items[0], "query_id", None),
+                    query_id=getattr(items[0][0] if isinstance(items[0], tuple) else items[0], "query_id", None),
                     error=type(error).__name__,
                     sqlstate=error.sqlstate,
                 )
@@ -168,8 +168,15 @@ class Transitions:
 
     async def claim(self, wanted: Sequence[tuple[Claim, Caller]]) -> list[Claimed | Refusal | None]:
         """Claim queries, each for an attempt on behalf of its caller; None for one that could not be claimed."""
-        answers = await self._claims.run_all(wanted)
-        return [None if isinstance(answer, RowRefused) else answer for answer in answers]
+        # Both lanes' claims go into one statement.
+        answers = await asyncio.gather(*map(self._claim_one, wanted))
+        return list(answers)
+
+    async def _claim_one(self, wanted: tuple[Claim, Caller]) -> Claimed | Refusal | None:
+        try:
+            return await self._claims.submit(wanted)
+        except RowRefused:
+            return None
 
     async def end(self, ending: Ending) -> EndResult:
         """Bring a query to its terminal status."""

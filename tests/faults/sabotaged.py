@@ -16,9 +16,7 @@ from unittest.mock import patch
 from confluent_kafka import Message, Producer
 
 from consumers.executor import admission, transitions
-from consumers.executor.admission import Admitted
-from consumers.executor.attempt import Attempts
-from consumers.executor.transitions import Refusal
+from consumers.executor.attempt import Attempts, ClaimedQuery
 from db.connection import Connection, DatabaseUnavailable
 from db.data import admission as admission_rows
 from db.data import attempts as attempt_rows
@@ -98,18 +96,30 @@ def _publish_before_commit() -> None:
     _bypass_outbox(change)
 
 
-_REFUSED_CLAIMS = "SELECT query_id::text, org_id::text FROM judged WHERE NOT granted"
+# What the statements return, beside which the events are returned here. No org has limits here, so no claim is refused.
+_ANSWERS = {
+    "CLAIM": (
+        "SELECT query_id::text, NULL, attempt, sequence FROM moved",
+        "SELECT m.query_id::text, NULL, m.attempt, m.sequence, e.* FROM moved m JOIN told e USING (query_id)",
+    ),
+    "END": (
+        "SELECT query_id::text, token::text, topic, queued_at FROM moved",
+        "SELECT m.query_id::text, m.token::text, m.topic, m.queued_at, e.* FROM moved m JOIN told e USING (query_id)",
+    ),
+}
+_REFUSED_CLAIMS = "SELECT query_id::text, org_id::text, NULL::int, NULL::int FROM judged WHERE NOT granted\nUNION ALL\n"
+_EVENT_COLUMNS = 6
 
 _Bypass = Callable[[Connection, Callable[[], Awaitable[list[Any]]], bool], Awaitable[None]]
 
 
 def _bypass_outbox(change: _Bypass) -> None:
     insert = "INSERT INTO outbox (shard, event_id, query_id, type, payload, headers)\n"
+    patch.object(attempt_rows, "CLAIM", _replace(attempt_rows.CLAIM, _REFUSED_CLAIMS, "")).start()
     for module, name in ((attempt_rows, "CLAIM"), (attempt_rows, "END"), (admission_rows, "INSERT_QUERIES")):
         statement = _replace(getattr(module, name), insert, "")
-        if name == "CLAIM":
-            # It answers with what its orgs' limits have refused, and there are none here.
-            statement = _replace(statement, _REFUSED_CLAIMS, "SELECT * FROM told")
+        if name in _ANSWERS:
+            statement = _replace(statement, *_ANSWERS[name])
         patch.object(module, name, statement).start()
 
     def divert(statement: Callable[..., Awaitable[Any]], finishes: bool) -> Callable[..., Awaitable[Any]]:
@@ -139,25 +149,26 @@ def _pass_all_but_finishing(place: Failpoint) -> None:
 
 
 class _Ear:
-    """A connection that keeps what its statement gives back."""
+    """A connection that keeps the events that its statement returns, and passes on the rest."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self.rows: list[Any] = []
 
     async def execute(self, statement: Any, arguments: Any) -> Any:
-        """As the connection's own, but that there is nothing to fetch any more."""
+        """As the connection's own."""
         cursor = await self._connection.execute(statement, arguments)
-        self.rows = list(await cursor.fetchall())
-        return _Emptied(cursor.rowcount)
+        rows = await cursor.fetchall()
+        self.rows = [row[-_EVENT_COLUMNS:] for row in rows]
+        return _Answer([row[:-_EVENT_COLUMNS] for row in rows])
 
 
 @dataclass(frozen=True, slots=True)
-class _Emptied:
-    rowcount: int
+class _Answer:
+    rows: list[Any]
 
     async def fetchall(self) -> list[Any]:
-        return []
+        return self.rows
 
 
 def _publish(rows: Sequence[Any]) -> None:
@@ -189,11 +200,9 @@ def _skip_on_error() -> None:
 
     run = Attempts.run
 
-    async def run_or_skip(
-        attempts: Attempts, query: Admitted, still_renewal: int | None, executed: Callable[[], None]
-    ) -> bool | Refusal:
+    async def run_or_skip(attempts: Attempts, claimed: ClaimedQuery, executed: Callable[[], None]) -> bool:
         try:
-            return await run(attempts, query, still_renewal, executed)
+            return await run(attempts, claimed, executed)
         except StoreUnavailable:
             return True
 

@@ -14,10 +14,11 @@ from consumers.executor.admission import Admitted, Legible, Rules, Verdict, admi
 from consumers.executor.ages import RecordAges
 from consumers.executor.endings import Failure, Result, Success, fail, succeed
 from consumers.executor.story import QueryFacts, tell
-from consumers.executor.transitions import Refusal, Transitions
+from consumers.executor.transitions import EndResult, Refusal, Transitions
 from db.clock import DatabaseClock
 from db.connection import DataPool, make_pool
 from db.data.attempts import Claim, Ending, HandBack
+from db.data.datasets import Caller
 from db.data.runs import CanonicalRow, RunState, read_canonical
 from queryd.codec import decode_status, encode
 from queryd.events import ErrorCode, Mode, QueryRequested, QueryStatusChanged, ResultFile, Status
@@ -129,10 +130,28 @@ class Worker:
     async def claim(
         self, facts: QueryFacts, state: RunState, token: str, still_renewal: int | None = None, **changes: Any
     ) -> RunState | None:
-        """A claim of an org without a limit; what then stands."""
-        answer = await self.transitions.claim(make_claim(facts, state, token, still_renewal, **changes))
+        """Claim a query of an org without a limit; returns its state afterwards."""
+        answer = await self.claim_or_refuse(make_claim(facts, state, token, still_renewal, **changes))
         assert not isinstance(answer, Refusal)
         return answer
+
+    async def claim_or_refuse(self, claim: Claim) -> RunState | Refusal | None:
+        """Claim a query; returns its state afterwards, which agrees with the answer, or why it was refused."""
+        [answer] = await self.transitions.claim([(claim, Caller(claim.org_id, None, ()))])
+        if isinstance(answer, Refusal):
+            return answer
+        state = (await self.transitions.read([claim.query_id])).get(claim.query_id)
+        if answer is not None and state is not None and state.token == claim.token:
+            assert (state.attempt, state.sequence) == (answer.attempt, answer.sequence)
+        return state
+
+    async def end(self, ending: Ending) -> RunState | None:
+        """End a query; returns its state afterwards, which agrees with the answer."""
+        answer = await self.transitions.end(ending)
+        state = (await self.transitions.read([ending.query_id])).get(ending.query_id)
+        if answer in (EndResult.ENDED, EndResult.OVER):
+            assert state is None or Status(state.status).terminal
+        return state
 
     async def start(self, facts: QueryFacts) -> RunState:
         """A claim that must succeed; what then stands."""
@@ -144,11 +163,12 @@ class Worker:
 
     async def hand_back(self, state: RunState, *, crashed: bool = False) -> RunState | None:
         assert state.token is not None
-        return await self.transitions.hand_back(HandBack(state.query_id, state.token, crashed))
+        await self.transitions.hand_back(HandBack(state.query_id, state.token, crashed))
+        return (await self.transitions.read([state.query_id])).get(state.query_id)
 
     async def finish(self, facts: QueryFacts, state: RunState) -> RunState | None:
         """The attempt's own success, judged against the state that its claim has made."""
-        return await self.transitions.end(make_success(facts, state))
+        return await self.end(make_success(facts, state))
 
 
 def make_claim(

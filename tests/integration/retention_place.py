@@ -119,10 +119,10 @@ class Place:
         )
         assert attempt.state.token is not None
         ending = succeed(attempt.facts, attempt.state, success, now=attempt.state.read_at, token=attempt.state.token)
-        return await self.worker.transitions.end(ending)
+        return await self.worker.end(ending)
 
     async def fail(self, attempt: Attempt) -> None:
-        ended = await self.worker.transitions.end(make_failure(attempt.facts, attempt.state, token=attempt.state.token))
+        ended = await self.worker.end(make_failure(attempt.facts, attempt.state, token=attempt.state.token))
         assert ended is not None
         assert ended.status == "Failed"
 

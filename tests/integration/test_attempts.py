@@ -15,10 +15,11 @@ from consumers.executor.admission import Admitted, Done, Refused, Verdict, admit
 from consumers.executor.endings import fail, overdue_failure
 from consumers.executor.reaper import Reaper
 from consumers.executor.story import QueryFacts
-from consumers.executor.transitions import Batcher, RowRefused
+from consumers.executor.transitions import Batcher, EndResult, RowRefused
 from db.clock import DatabaseClock
 from db.connection import DataPool
 from db.data.attempts import Renewal, claim, renew
+from db.data.datasets import Caller
 from db.data.outbox import shard_of
 from db.data.runs import RunState
 from db.data.saved_queries import insert_saved
@@ -240,7 +241,7 @@ async def test_a_finish_writes_the_row_and_frees_the_lease(worker: Worker) -> No
     query = await worker.admit_new()
     running = await worker.start(query.facts)
     ending = make_success(query.facts, running)
-    done = await worker.transitions.end(ending)
+    done = await worker.end(ending)
     assert done is not None
     assert (done.status, done.sequence, done.token, done.lease_token) == ("Succeeded", 3, running.token, None)
     row = await read_row(worker.pool, query.facts.query_id)
@@ -254,9 +255,9 @@ async def test_a_finish_is_idempotent_by_reading_back(worker: Worker) -> None:
     query = await worker.admit_new()
     running = await worker.start(query.facts)
     ending = make_success(query.facts, running)
-    first = await worker.transitions.end(ending)
+    first = await worker.end(ending)
     row = await read_row(worker.pool, query.facts.query_id)
-    again = await worker.transitions.end(ending)
+    again = await worker.end(ending)
     assert first is not None
     assert again is not None
     # Our own token on a terminal row: the first answer was lost, not the fence.
@@ -305,7 +306,7 @@ async def test_of_two_ends_at_once_one_counts(worker: Worker, other: Worker) -> 
     query = await worker.admit_new()
     running = await worker.start(query.facts)
     await expire_lease(worker.pool, query.facts.query_id)
-    await asyncio.gather(worker.finish(query.facts, running), other.transitions.end(make_failure(query.facts, running)))
+    await asyncio.gather(worker.finish(query.facts, running), other.end(make_failure(query.facts, running)))
     row = await read_row(worker.pool, query.facts.query_id)
     story = await read_story(worker.pool, query.facts.query_id)
     assert row is not None
@@ -316,13 +317,13 @@ async def test_of_two_ends_at_once_one_counts(worker: Worker, other: Worker) -> 
 async def test_an_end_without_a_token_is_refused_while_a_lease_lives(worker: Worker, other: Worker) -> None:
     query = await worker.admit_new()
     running = await worker.start(query.facts)
-    refused = await other.transitions.end(make_failure(query.facts, running))
+    refused = await other.end(make_failure(query.facts, running))
     assert refused is not None
     assert (refused.status, refused.sequence) == ("Running", 2)
     # The lease has moved on since it was seen to stand still.
     await _renew(worker, running)
     ending = make_failure(query.facts, running, still_renewal=running.lease_renewal)
-    refused = await other.transitions.end(ending)
+    refused = await other.end(ending)
     assert refused is not None
     assert refused.status == "Running"
     assert len(await read_story(worker.pool, query.facts.query_id)) == 2
@@ -341,7 +342,7 @@ async def test_an_end_without_a_token_ends_what_nobody_holds(worker: Worker, oth
         case "handed back":
             await worker.hand_back(await worker.start(query.facts))
     state = await other.read(query.facts.query_id)
-    ended = await other.transitions.end(make_failure(query.facts, state, still_renewal=still_renewal))
+    ended = await other.end(make_failure(query.facts, state, still_renewal=still_renewal))
     assert ended is not None
     assert (ended.status, ended.sequence, ended.lease_token) == ("Failed", state.sequence + 1, None)
 
@@ -356,8 +357,8 @@ async def test_a_terminal_query_stays_as_it_is(worker: Worker) -> None:
     assert claimed is not None
     assert claimed.token == running.token
     await worker.hand_back(done, crashed=True)
-    await worker.transitions.end(make_failure(query.facts, done))
-    await worker.transitions.end(make_failure(query.facts, done, token=done.token))
+    await worker.end(make_failure(query.facts, done))
+    await worker.end(make_failure(query.facts, done, token=done.token))
     state = await worker.read(query.facts.query_id)
     assert (state.token, state.crashes, state.sequence) == (done.token, 0, 3)
     assert await read_row(worker.pool, query.facts.query_id) == row
@@ -470,8 +471,8 @@ async def test_a_batch_with_one_bad_row_fails_only_that_row(worker: Worker) -> N
         make_claim(query.facts, query.state, new_id(), worker="\0" if query.facts.query_id == bad else "worker")
         for query in queries
     ]
-    answers = await asyncio.gather(*map(worker.transitions.claim, claims), return_exceptions=True)
-    assert [isinstance(answer, RowRefused) for answer in answers] == [query.facts.query_id == bad for query in queries]
+    answers = await worker.transitions.claim([(claim, Caller(claim.org_id, None, ())) for claim in claims])
+    assert [answer is None for answer in answers] == [query.facts.query_id == bad for query in queries]
     states = await worker.transitions.read([query.facts.query_id for query in queries])
     assert {state.query_id: state.status for state in states.values()} == {
         query.facts.query_id: "Queued" if query.facts.query_id == bad else "Running" for query in queries
@@ -480,8 +481,8 @@ async def test_a_batch_with_one_bad_row_fails_only_that_row(worker: Worker) -> N
     endings = [make_success(query.facts, states[query.facts.query_id]) for query in running]
     # More rows than a BIGINT counts.
     endings[0] = replace(endings[0], row_count=2**63)
-    ended = await asyncio.gather(*map(worker.transitions.end, endings), return_exceptions=True)
-    assert [isinstance(answer, RowRefused) for answer in ended] == [True] + [False] * (len(running) - 1)
+    ended = await asyncio.gather(*map(worker.transitions.end, endings))
+    assert ended == [EndResult.NOT_OURS] + [EndResult.ENDED] * (len(running) - 1)
     left = await worker.transitions.read([query.facts.query_id for query in running])
     assert [left[query.facts.query_id].status for query in running] == ["Running"] + ["Succeeded"] * (len(running) - 1)
     for query in running[1:]:
@@ -948,9 +949,7 @@ async def test_two_ends_of_one_query_in_one_batch_write_one_event(worker: Worker
     query = await worker.admit_new()
     running = await worker.start(query.facts)
     await expire_lease(worker.pool, query.facts.query_id)
-    await asyncio.gather(
-        worker.finish(query.facts, running), worker.transitions.end(make_failure(query.facts, running))
-    )
+    await asyncio.gather(worker.finish(query.facts, running), worker.end(make_failure(query.facts, running)))
     assert len(await read_story(worker.pool, query.facts.query_id)) == 3
     row = await read_row(worker.pool, query.facts.query_id)
     assert row is not None and row.status == "Succeeded"
@@ -959,9 +958,7 @@ async def test_two_ends_of_one_query_in_one_batch_write_one_event(worker: Worker
 async def test_an_end_without_token_does_not_ride_on_the_holders_in_one_batch(worker: Worker) -> None:
     query = await worker.admit_new()
     running = await worker.start(query.facts)
-    await asyncio.gather(
-        worker.transitions.end(make_failure(query.facts, running)), worker.finish(query.facts, running)
-    )
+    await asyncio.gather(worker.end(make_failure(query.facts, running)), worker.finish(query.facts, running))
     assert len(await read_story(worker.pool, query.facts.query_id)) == 3
     row = await read_row(worker.pool, query.facts.query_id)
     assert row is not None and row.status == "Succeeded"
@@ -972,7 +969,7 @@ async def test_a_slot_and_the_reaper_end_one_overdue_query_once(worker: Worker) 
     await pass_deadline(worker.pool, query.facts.query_id)
     state = await worker.read(query.facts.query_id)
     ending = fail(query.facts, state, overdue_failure(Status.QUEUED), now=state.read_at)
-    await asyncio.gather(worker.transitions.end(ending), worker.transitions.end(ending))
+    await asyncio.gather(worker.end(ending), worker.end(ending))
     assert await read_story(worker.pool, query.facts.query_id) == [(1, "Queued", 0), (2, "Failed", 0)]
 
 

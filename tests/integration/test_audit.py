@@ -20,7 +20,7 @@ from psycopg.rows import dict_row
 
 from access.audit import PersonalRead, record_reads
 from consumers.executor.admission import Admitted
-from consumers.executor.attempt import AttemptRules, Attempts
+from consumers.executor.attempt import AttemptRules, Attempts, ClaimedQuery
 from consumers.executor.leases import Leases, Stop
 from db.connection import DataPool, transaction
 from db.data.audit import AuditRefused
@@ -99,9 +99,9 @@ class Place:
 
     async def attempt(self, admitted: Admitted) -> bool:
         """One attempt at an admitted query: whether it is terminal then."""
-        answer = await self._attempts.run(admitted, None, lambda: None)
-        assert isinstance(answer, bool)
-        return answer
+        [claimed] = await self._attempts.claim([admitted])
+        assert isinstance(claimed, ClaimedQuery)
+        return await self._attempts.run(claimed, lambda: None)
 
     def read_log(self, query_id: str) -> list[dict[str, Any]]:
         """What was recorded of a query."""

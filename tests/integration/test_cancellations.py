@@ -108,7 +108,7 @@ async def test_a_running_query_cannot_succeed_any_more_and_ends_cancelled(worker
     state = await worker.finish(query.facts, running)
     assert state is not None
     assert (state.status, state.cancelled, state.sequence) == ("Running", True, running.sequence)
-    await worker.transitions.end(make_failure(query.facts, running, token=running.token))
+    await worker.end(make_failure(query.facts, running, token=running.token))
     assert await read_story(worker.pool, query.facts.query_id) == [_QUEUED, _RUNNING, (3, "Failed", 1)]
 
 
@@ -259,10 +259,10 @@ async def test_a_query_that_runs_here_is_told_at_once(worker: Worker) -> None:
     leases = Leases(worker.pool, worker.clock, lease_seconds=600.0, renew_seconds=600.0)
     lease = Lease(query.facts.query_id, state.token)
     async with _listening(worker, leases):
-        with leases.hold(lease):
-            await _cancel(worker, query.facts.query_id, query.facts.org_id)
-            async with asyncio.timeout(30):
-                assert await lease.stopped is Stop.CANCELLED
+        leases.add(lease)
+        await _cancel(worker, query.facts.query_id, query.facts.org_id)
+        async with asyncio.timeout(30):
+            assert await lease.stopped is Stop.CANCELLED
 
 
 async def test_a_query_that_waits_is_ended_without_waiting_for_the_reapers_next_look(worker: Worker) -> None:

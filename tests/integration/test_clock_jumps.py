@@ -149,15 +149,15 @@ async def test_a_lease_is_renewed_on_the_steady_clock(url: str, workers: tuple[W
     state = await worker.start(query.facts)
     assert state.token is not None
     leases = Leases(worker.pool, worker.clock, lease_seconds=30.0, renew_seconds=0.05)
-    with leases.hold(Lease(query.facts.query_id, state.token)):
-        await _jump(url, jump)
-        renewing = asyncio.create_task(leases.renew_for_ever())
+    leases.add(Lease(query.facts.query_id, state.token))
+    await _jump(url, jump)
+    renewing = asyncio.create_task(leases.renew_for_ever())
 
-        async def renewed() -> bool:
-            return (await other.read(query.facts.query_id)).lease_renewal not in (None, state.lease_renewal)
+    async def renewed() -> bool:
+        return (await other.read(query.facts.query_id)).lease_renewal not in (None, state.lease_renewal)
 
-        await until(renewed, renewing)
-        renewing.cancel()
+    await until(renewed, renewing)
+    renewing.cancel()
     assert (await other.read(query.facts.query_id)).lease_alive
     await _change(worker.pool, _PASS_LEASE, query.facts.query_id)
     assert not (await other.read(query.facts.query_id)).lease_alive

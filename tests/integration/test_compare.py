@@ -80,9 +80,7 @@ async def _announce(
     )
     state = attempt.state
     assert state.token is not None
-    ended = await place.worker.transitions.end(
-        succeed(attempt.facts, state, success, now=state.read_at, token=state.token)
-    )
+    ended = await place.worker.end(succeed(attempt.facts, state, success, now=state.read_at, token=state.token))
     assert ended is not None
     return attempt
 
@@ -91,7 +89,7 @@ async def _fail(place: Place, code: ErrorCode, attempt: Attempt | None = None) -
     attempt = attempt or await place.start()
     state = attempt.state
     failure = fail(attempt.facts, state, Failure(code, "it failed"), now=state.read_at, token=state.token)
-    assert await place.worker.transitions.end(failure) is not None
+    assert await place.worker.end(failure) is not None
     return attempt.query_id
 
 

@@ -50,7 +50,7 @@ async def test_of_many_workers_that_end_a_query_nobody_holds_one_counts_it(pool:
     admitted = await workers[0].admit_new()
     before = _count(lane="interactive", outcome="QUERY_ERROR")
     state = await workers[0].read(admitted.facts.query_id)
-    told = await asyncio.gather(*(worker.transitions.end(make_failure(admitted.facts, state)) for worker in workers))
+    told = await asyncio.gather(*(worker.end(make_failure(admitted.facts, state)) for worker in workers))
     # All of them find it ended.
     assert {each.status for each in told if each is not None} == {"Failed"}
     assert _count(lane="interactive", outcome="QUERY_ERROR") == before + 1
@@ -62,9 +62,9 @@ async def test_a_success_is_counted_with_its_result_and_only_once(pool: DataPool
     running = await worker.start(admitted.facts)
     before = _count(lane="batch", outcome="Succeeded")
     rows = METRICS.registry.get_sample_value("queryd_result_rows_sum", {"lane": "batch"}) or 0.0
-    await worker.transitions.end(make_success(admitted.facts, running, rows=3))
+    await worker.end(make_success(admitted.facts, running, rows=3))
     # The answer of a COMMIT may be lost, and the ending sent again by another attempt at it: it is too late.
-    await worker.transitions.end(make_failure(admitted.facts, running, token=new_id()))
+    await worker.end(make_failure(admitted.facts, running, token=new_id()))
     assert _count(lane="batch", outcome="Succeeded") == before + 1
     assert METRICS.registry.get_sample_value("queryd_result_rows_sum", {"lane": "batch"}) == rows + 3
 
@@ -74,7 +74,7 @@ async def test_an_attempt_whose_token_is_not_the_rows_counts_nothing(pool: DataP
     admitted = await worker.admit_new()
     running = await worker.start(admitted.facts)
     before = _count(lane="interactive", outcome="QUERY_ERROR")
-    await worker.transitions.end(make_failure(admitted.facts, running, token=new_id()))
+    await worker.end(make_failure(admitted.facts, running, token=new_id()))
     assert _count(lane="interactive", outcome="QUERY_ERROR") == before
 
 

@@ -1,5 +1,6 @@
 """Postgres datasets whose columns DuckDB's scanner reads otherwise than Postgres has them, or not at all."""
 
+import io
 import re
 import uuid
 from collections.abc import AsyncIterator, Iterator
@@ -20,6 +21,7 @@ from engines.protocol import Execution, Looked, QueryFailed, Relation, RelationK
 from queryd.events import ErrorCode, OrgId, OutputFormat, QueryId
 from service.embedded.postgres import Postgres
 from service.looking import Looker, check_looked
+from tests.integration.outputs import read_output
 
 _MIB = 1024 * 1024
 
@@ -58,7 +60,7 @@ class Database:
             timeout_seconds=60.0,
         )
         output = await self._engine.execute(execution)
-        rows: list[dict[str, Any]] = pq.read_table(output.path).to_pylist()
+        rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(read_output(output))).to_pylist()
         return rows
 
     async def fail(self, sql: str, table: str = "t") -> str:

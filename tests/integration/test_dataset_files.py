@@ -33,6 +33,7 @@ from engines.protocol import Execution, Looked, QueryFailed, Relation, RelationK
 from queryd.events import ErrorCode, OrgId, OutputFormat, QueryId
 from service.embedded.object_store import ObjectStore
 from service.looking import Looker, check_looked
+from tests.integration.outputs import read_output
 
 _MIB = 1024 * 1024
 
@@ -94,7 +95,7 @@ class Folder:
             timeout_seconds=60.0,
         )
         output = await self._engine.execute(execution)
-        rows: list[dict[str, Any]] = pq.read_table(output.path).to_pylist()
+        rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(read_output(output))).to_pylist()
         return rows
 
     async def fail(self, relation: Relation, sql: str) -> QueryFailed:

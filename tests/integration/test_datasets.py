@@ -36,6 +36,7 @@ from service.cli import app
 from service.embedded.object_store import ObjectStore
 from service.embedded.postgres import Postgres
 from service.looking import CantLook, Looker
+from tests.integration.outputs import read_output
 from tests.integration.queries import new_id, opened_pool
 
 _MIB = 1024 * 1024
@@ -362,7 +363,7 @@ async def test_every_name_that_can_be_registered_can_be_read(stores: Stores, tmp
             text = f"SELECT min(id) AS least FROM {named}"
             running = replace(_execution(tmp_path / f"run-{place}", text, relations[0]), relations=relations)
             output = await engine.execute(running)
-            assert json.loads(output.path.read_text()) == {"least": 10 * (1 + place % 12)}, name
+            assert json.loads(read_output(output).decode()) == {"least": 10 * (1 + place % 12)}, name
     finally:
         await engine.close()
 

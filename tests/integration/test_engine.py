@@ -36,6 +36,7 @@ from engines.protocol import (
 )
 from queryd.events import Column, ErrorCode, OrgId, OutputFormat, QueryId
 from service.embedded.object_store import ObjectStore
+from tests.integration.outputs import read_output
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -103,7 +104,7 @@ async def _until_busy(engine: DuckDBEngine) -> None:
 
 
 def _lines(output: Output) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in output.path.read_text("utf-8").splitlines()]
+    return [json.loads(line) for line in read_output(output).decode().splitlines()]
 
 
 async def _failure(engine: DuckDBEngine, execution: Execution) -> QueryFailed:
@@ -126,11 +127,10 @@ ORDER BY id
 
 async def test_parquet_keeps_types(engine: DuckDBEngine, prepare: _Prepare) -> None:
     output = await engine.execute(prepare(_TYPED, output_format=OutputFormat.PARQUET))
-    table = pq.read_table(output.path)
+    table = pq.read_table(io.BytesIO(read_output(output)))
     assert output.rows == table.num_rows == 2
-    assert output.bytes == output.path.stat().st_size
-    assert output.path.name == "result.parquet"
-    assert pq.ParquetFile(output.path).metadata.row_group(0).column(0).compression == "ZSTD"
+    assert output.bytes == len(read_output(output))
+    assert pq.ParquetFile(io.BytesIO(read_output(output))).metadata.row_group(0).column(0).compression == "ZSTD"
     assert table.schema.field("amount").type == pa.decimal128(9, 2)
     assert table.schema.field("moment").type == pa.timestamp("us", tz="UTC")
     assert table.schema.field("huge").type == pa.decimal128(38, 0)
@@ -157,7 +157,7 @@ async def test_parquet_keeps_types(engine: DuckDBEngine, prepare: _Prepare) -> N
 
 async def test_csv_is_rfc_4180_and_tells_null_from_empty(engine: DuckDBEngine, prepare: _Prepare) -> None:
     output = await engine.execute(prepare(_TYPED, output_format=OutputFormat.CSV))
-    text = output.path.read_bytes().decode("utf-8")
+    text = read_output(output).decode("utf-8")
     header, first, second = csv.reader(io.StringIO(text, newline=""))
     assert header[:3] == ["id", "amount", "moment"]
     assert header[7] == "naïve"
@@ -207,9 +207,9 @@ async def test_rows_keep_the_order_of_the_sql(
     sql = "SELECT range * 7919 % 300007 AS k, range::HUGEINT AS v FROM range(300007) ORDER BY k DESC"
     output = await engine.execute(prepare(sql, output_format=output_format, max_rows=1_000_000))
     if output_format is OutputFormat.PARQUET:
-        keys = pq.read_table(output.path)["k"].to_pylist()
+        keys = pq.read_table(io.BytesIO(read_output(output)))["k"].to_pylist()
     elif output_format is OutputFormat.CSV:
-        keys = [int(row["k"]) for row in csv.DictReader(io.StringIO(output.path.read_text(), newline=""))]
+        keys = [int(row["k"]) for row in csv.DictReader(io.StringIO(read_output(output).decode(), newline=""))]
     else:
         keys = [row["k"] for row in _lines(output)]
     assert keys == list(range(300006, -1, -1))
@@ -227,7 +227,7 @@ async def test_events_learn_no_sql_from_column_names(engine: DuckDBEngine, prepa
     names = ["count_star()", "sum(x)", "two words", "column_4", "column_5", "e", "s", "column_8"]
     assert [column.name for column in output.columns] == names
     assert "hunter2" not in repr(output.columns)
-    assert "'hunter2'" in pq.read_schema(output.path).names
+    assert "'hunter2'" in pq.read_schema(io.BytesIO(read_output(output))).names
 
 
 @pytest.mark.parametrize("sql", ["SELECT 1 AS a;", "SELECT 1 AS a -- ) TO 'x'", "/* ( */ SELECT 1 AS a /* ) */ ; -- ;"])
@@ -408,7 +408,7 @@ async def test_memory_stays_bounded_and_the_child_is_replaced(engine: DuckDBEngi
 async def test_a_sort_larger_than_memory_spills(engine: DuckDBEngine, prepare: _Prepare) -> None:
     sql = "SELECT h FROM (SELECT hash(range) AS h, repeat('x', 900) || range AS s FROM range(1000000)) ORDER BY h, s"
     output = await engine.execute(prepare(sql, output_format=OutputFormat.PARQUET))
-    hashes = pq.read_table(output.path, columns=["h"])["h"].to_numpy()
+    hashes = pq.read_table(io.BytesIO(read_output(output)), columns=["h"])["h"].to_numpy()
     assert len(hashes) == 1_000_000
     assert (hashes[:-1] <= hashes[1:]).all()
 

@@ -30,6 +30,7 @@ from engines.duckdb.settings import DuckDBSettings
 from engines.protocol import EngineUnavailable, Execution, Outage, Output, QueryFailed, Relation, RelationKind
 from queryd.events import ErrorCode, OrgId, OutputFormat, QueryId
 from service.embedded.object_store import ObjectStore
+from tests.integration.outputs import read_output
 from tests.servers.tcp_proxy import TcpProxy
 
 _MIB = 1024 * 1024
@@ -587,5 +588,5 @@ async def test_a_child_is_replaced_after_an_unknown_error_and_kept_after_a_known
     failure = await _failure(engine, tmp_path, statement)
     assert (failure.code, "inside the engine" in failure.message) == (ErrorCode.QUERY_ERROR, True)
     output = await _execute(engine, tmp_path, "SELECT 1 AS a")
-    assert json.loads(output.path.read_text()) == {"a": 1}
+    assert json.loads(read_output(output).decode()) == {"a": 1}
     assert child not in engine._all

@@ -14,6 +14,7 @@ from engines.duckdb.pool import DuckDBEngine
 from engines.duckdb.settings import DuckDBSettings
 from engines.protocol import Execution, QueryFailed, Relation, RelationKind
 from queryd.events import ErrorCode, OrgId, OutputFormat, Parameter, QueryId
+from tests.integration.outputs import read_output
 
 _CANARY = "topsecret1f7a"
 _SHOPS = Relation("shops", RelationKind.POSTGRES, "public.shops", "1")
@@ -48,7 +49,7 @@ async def _outcome(engine: DuckDBEngine, scratch: Path, sql: str, parameters: di
         output = await engine.execute(execution)
     except QueryFailed as failure:
         return f"{failure.code} {failure.message} {failure.detail}"
-    return f"{output.path.read_text('utf-8')} {output.columns}"
+    return f"{read_output(output).decode()} {output.columns}"
 
 
 # Statements with their parameters, some refused by the gate, some that fail, some that run.

@@ -1,10 +1,8 @@
 """Results that their events carry: the same bytes as an object's, and gone when their time is over."""
 
 import asyncio
-import errno
 import io
 import itertools
-import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -15,8 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from confluent_kafka import Message
 
-from consumers.executor import attempt as attempt_module
-from consumers.executor.attempt import AttemptRules, Attempts
+from consumers.executor.attempt import AttemptRules, Attempts, ClaimedQuery
 from consumers.executor.leases import Leases
 from db.connection import transaction
 from db.data.outbox import SHARDS, delete_published
@@ -24,7 +21,6 @@ from db.data.retention import Scope, expire_results
 from db.data.runs import read_files, read_last_event
 from engines.duckdb.pool import DuckDBEngine
 from engines.duckdb.settings import DuckDBSettings
-from engines.protocol import Output
 from producers.relay import relay as relay_module
 from producers.relay.relay import Relay, RelayRules
 from queryd.codec import decode_status
@@ -148,36 +144,6 @@ async def test_what_takes_one_byte_more_than_64_kib_is_an_object(place: Place, a
 
 async def test_a_batch_result_is_an_object(place: Place, attempts: Attempts) -> None:
     event = await _run(place, attempts, "SELECT 7 AS x", mode=Mode.BATCH)
-    assert event.inline_result is None
-    assert place.objects(f"results/{event.org_id}/") == [file.key for file in event.files]
-
-
-async def test_a_worker_without_descriptors_waits_for_one(
-    place: Place, attempts: Attempts, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read, tries = attempt_module._read_inline, itertools.count(1)
-
-    def run_out(output: Output) -> Any:
-        if next(tries) < 3:
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        return read(output)
-
-    monkeypatch.setattr(attempt_module, "_read_inline", run_out)
-    event = await _run(place, attempts, "SELECT 7 AS x")
-    assert event.inline_result == b"x\r\n7\r\n"
-    assert place.objects(f"results/{event.org_id}/") == []
-
-
-async def test_what_cannot_be_read_here_becomes_an_object(
-    place: Place, attempts: Attempts, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(attempt_module, "_INLINE_SECONDS", 0.2)
-
-    def fail(_output: Output) -> Any:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(attempt_module, "_read_inline", fail)
-    event = await _run(place, attempts, "SELECT 7 AS x")
     assert event.inline_result is None
     assert place.objects(f"results/{event.org_id}/") == [file.key for file in event.files]
 
@@ -334,7 +300,9 @@ async def _run(
     """Admit a query of an org of its own and run one attempt, which must succeed; its last event."""
     changes = {"output_format": OutputFormat.CSV} | changes
     admitted = await place.worker.admit_new(sql=sql, delivery=delivery, org_id=new_id(), **changes)
-    assert await attempts.run(admitted, None, lambda: None) is True
+    [claimed] = await attempts.claim([admitted])
+    assert isinstance(claimed, ClaimedQuery)
+    assert await attempts.run(claimed, lambda: None) is True
     event = (await read_events(place.pool, admitted.facts.query_id))[-1].event
     assert event.status == "Succeeded", event.error_message
     return event

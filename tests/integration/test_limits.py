@@ -18,10 +18,11 @@ from access.limits import OrgLimits, change, list_own, read_own, reset
 from access.visibility import InvalidRegistration
 from consumers.executor.admission import Admitted, Done, Refused, Verdict
 from consumers.executor.reaper import Reaper
-from consumers.executor.transitions import Refusal
+from consumers.executor.transitions import Claimed, Refusal
 from db.connection import DatabaseUnavailable, DataPool, transaction
 from db.data import limits as statements
 from db.data.attempts import HandBack
+from db.data.datasets import Caller
 from db.data.limits import OwnLimits, find_surplus, try_lock_running
 from db.data.runs import RunState
 from db.migrations.upgrade import upgrade_data
@@ -103,7 +104,7 @@ async def _admit(worker: Worker, org: str, count: int) -> list[Admitted]:
 async def _claim(worker: Worker, query: Admitted, state: RunState | None = None) -> RunState | Refusal | None:
     limited = query.limits.running_queries is not None
     claim = make_claim(query.facts, state or query.state, new_id(), limited=limited)
-    answer = await worker.transitions.claim(claim)
+    answer = await worker.claim_or_refuse(claim)
     if isinstance(answer, RunState) and answer.token != claim.token:
         return None
     return answer
@@ -418,7 +419,7 @@ async def test_a_query_that_can_t_be_claimed_is_not_refused_by_the_limit(worker:
     running, cancelled, ended = await _admit(worker, org, 3)
     state = await worker.start(running.facts)
     await ask_to_cancel(worker.pool, cancelled.facts.query_id, org)
-    await worker.transitions.end(make_failure(ended.facts, ended.state))
+    await worker.end(make_failure(ended.facts, ended.state))
     # Somebody else has it, it is cancelled, it is over: waiting would not help.
     for query in (running, cancelled, ended):
         assert await _claim(workers[1], query) is None
@@ -473,7 +474,10 @@ async def test_claims_of_orgs_without_a_limit_cost_one_statement(
 
     [query] = await _admit(worker, new_id(), 1)
     monkeypatch.setattr(psycopg.AsyncConnection, "execute", note)
-    assert isinstance(await _claim(worker, query), RunState)
+    claim = make_claim(query.facts, query.state, new_id())
+    [claimed] = await worker.transitions.claim([(claim, Caller(claim.org_id, None, ()))])
+    assert isinstance(claimed, Claimed)
+    # The other reads what the caller may read, by a cursor of its own.
     assert len(executed) == 1
     executed.clear()
     await _admit(worker, new_id(), 2)

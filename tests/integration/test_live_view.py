@@ -67,7 +67,7 @@ async def _succeed(worker: Worker, **changes: Any) -> QueryFacts:
 async def _fail(worker: Worker, **changes: Any) -> QueryFacts:
     facts = (await worker.admit_new(**changes)).facts
     state = await worker.start(facts)
-    await worker.transitions.end(make_failure(facts, state, token=state.token))
+    await worker.end(make_failure(facts, state, token=state.token))
     return facts
 
 

@@ -22,6 +22,7 @@ from engines.duckdb.settings import DuckDBSettings
 from engines.protocol import EngineCrashed, Execution, QueryFailed
 from processes.child import minimal_environment
 from queryd.events import ErrorCode, OrgId, OutputFormat, QueryId
+from tests.integration.outputs import read_output
 
 _BOMBS = [
     json.loads(line)
@@ -98,8 +99,7 @@ async def _run(engine: DuckDBEngine, tmp_path: Path) -> _Seen:
     async def run_small() -> None:
         while not over.is_set():
             output = await engine.execute(prepare(_SMALL, 60.0))
-            assert json.loads(output.path.read_bytes()) == {"n": 1000, "total": 499500}
-            output.path.unlink()
+            assert json.loads(read_output(output)) == {"n": 1000, "total": 499500}
             seen.small += 1
 
     async def sample() -> None:

@@ -29,6 +29,7 @@ from queryd.errors import NotSubmitted
 from queryd.events import ErrorCode, OrgId, OutputFormat, Parameter, QueryId
 from service.cli import app, query
 from service.embedded.postgres import Postgres
+from tests.integration.outputs import read_output
 from tests.integration.queries import Worker, make_record, make_request, new_id, opened_pool, read_row
 from tests.integration.recorded import recorded_statements
 
@@ -280,7 +281,7 @@ async def _run(engine: DuckDBEngine, folder: Path, text: str, parameters: dict[s
         timeout_seconds=60.0,
     )
     output = await engine.execute(execution)
-    return [json.loads(line) for line in output.path.read_text("utf-8").splitlines()]
+    return [json.loads(line) for line in read_output(output).decode().splitlines()]
 
 
 @pytest.mark.asyncio(loop_scope="module")

@@ -24,7 +24,7 @@ from psycopg import sql
 
 from access.datasets import add_dataset, grant, remove_dataset, revoke
 from access.grants import authorize
-from consumers.executor.attempt import AttemptRules, Attempts, _to_relation
+from consumers.executor.attempt import AttemptRules, Attempts, ClaimedQuery, _to_relation
 from consumers.executor.leases import Leases
 from db.connection import DataPool
 from db.data.datasets import NewDataset
@@ -37,6 +37,7 @@ from queryd.events import ErrorCode, Mode, OrgId, OutputFormat, QueryId
 from results.store import ResultStore, StoreAccess
 from service.embedded.object_store import ObjectStore
 from service.embedded.postgres import Postgres
+from tests.integration.outputs import read_output
 from tests.integration.queries import Worker, new_id, opened_pool, read_events, read_row
 from tests.integration.recorded import recorded_statements
 
@@ -306,7 +307,7 @@ async def _ask(pool: DataPool, engine: DuckDBEngine, scratch: Path, person: Pers
             output = await engine.execute(execution)
         except QueryFailed as failed:
             return Answer(None, failed.code, failed.message, failed.detail, statements)
-    rows = [json.loads(line) for line in output.path.read_text("utf-8").splitlines()]
+    rows = [json.loads(line) for line in read_output(output).decode().splitlines()]
     return Answer(rows, None, None, None, statements)
 
 
@@ -440,7 +441,9 @@ async def test_to_its_caller_a_hidden_dataset_ends_a_query_as_a_missing_one_does
                 org_id=person.org_id, user_id=person.user_id, roles=person.roles, sql=f"SELECT * FROM {name}"
             )
             with recorded_statements() as statements:
-                assert await attempts.run(query, None, lambda: None)
+                [claimed] = await attempts.claim([query])
+                assert isinstance(claimed, ClaimedQuery)
+                assert await attempts.run(claimed, lambda: None)
             row = await read_row(pool, query.facts.query_id)
             events = [stored.event for stored in await read_events(pool, query.facts.query_id)]
             assert row is not None

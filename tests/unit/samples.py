@@ -92,7 +92,9 @@ def make_state(**changes: Any) -> RunState:
     return dataclasses.replace(state, **changes)
 
 
-def make_admitted(org: str = ORG_ID, *, limits: OrgLimits = _NO_LIMITS, **state: Any) -> Admitted:
+def make_admitted(
+    org: str = ORG_ID, *, limits: OrgLimits = _NO_LIMITS, stale_lease_version: int | None = None, **state: Any
+) -> Admitted:
     """An admitted query of an org, under an id of its own."""
     query_id = QueryId(str(uuid.uuid4()))
     request = make_request(query_id=query_id, org_id=OrgId(org))
@@ -103,4 +105,5 @@ def make_admitted(org: str = ORG_ID, *, limits: OrgLimits = _NO_LIMITS, **state:
         state=make_state(query_id=query_id, org_id=org, **state),
         limits=limits,
         sql=request.sql,
+        stale_lease_version=stale_lease_version,
     )

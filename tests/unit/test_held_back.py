@@ -1,8 +1,9 @@
-"""What a slot does with a query whose org may not run more just now."""
+"""What becomes of a query whose org may not run more now, and of one that was claimed ahead of need."""
 
 import asyncio
 import inspect
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Sequence
 from itertools import chain, repeat
 from typing import Any
 from unittest.mock import Mock
@@ -11,7 +12,9 @@ import pytest
 
 from consumers.executor import executor as module
 from consumers.executor.admission import Admitted
+from consumers.executor.attempt import ClaimedQuery
 from consumers.executor.executor import Executor, ExecutorRules, Lane
+from consumers.executor.leases import Lease
 from consumers.executor.transitions import Refusal
 from queryd.events import Mode
 from tests.unit.samples import make_admitted
@@ -21,17 +24,31 @@ _LONG_SECONDS = 600.0
 _NOBODY = {"bootstrap.servers": "127.0.0.1:1", "group.id": "group", "log_level": 0}
 
 
+def _claimed(query: Admitted) -> ClaimedQuery:
+    lease = Lease(query.facts.query_id, str(uuid.uuid4()))
+    return ClaimedQuery(query, lease, attempt=1, sequence=2, run_seconds=60.0, queued_ms=0, datasets=())
+
+
 class Attempts:
-    """Answers as it was told, and notes by which renewal it was asked."""
+    """Answers claims with these refusals, and then with success."""
 
-    def __init__(self, *answers: bool | Refusal) -> None:
-        self._answers = list(answers)
-        self.asked: list[tuple[Admitted, int | None]] = []
+    def __init__(self, *refusals: Refusal) -> None:
+        self._refusals = list(refusals)
+        self.asked: list[Admitted] = []
+        self.returned: list[ClaimedQuery] = []
+        self.has_returned = asyncio.Event()
 
-    async def run(self, query: Admitted, still_renewal: int | None, executed: Callable[[], None]) -> bool | Refusal:
-        self.asked.append((query, still_renewal))
+    async def claim(self, queries: Sequence[Admitted]) -> list[ClaimedQuery | Refusal | None]:
+        self.asked += queries
+        return [self._refusals.pop(0) if self._refusals else _claimed(query) for query in queries]
+
+    async def run(self, _claimed: ClaimedQuery, executed: Callable[[], None]) -> bool:
         executed()
-        return self._answers.pop(0)
+        return True
+
+    async def return_unstarted(self, claimed: ClaimedQuery) -> None:
+        self.returned.append(claimed)
+        self.has_returned.set()
 
 
 def _make_executor(attempts: Attempts, monkeypatch: pytest.MonkeyPatch, *, owns: bool = True) -> tuple[Executor, Mock]:
@@ -41,7 +58,7 @@ def _make_executor(attempts: Attempts, monkeypatch: pytest.MonkeyPatch, *, owns:
     parts["rules"] = ExecutorRules(dict.fromkeys(Mode, 1), lease_seconds=15.0, drain_seconds=0.0)
     executor = Executor(**parts)
     intake = Mock()
-    # Before the attempt, and after it.
+    # Before the claim, and after it.
     intake.owns.side_effect = chain([True, owns], repeat(True))
     monkeypatch.setattr(executor, "intake", intake)
     for refusal in Refusal:
@@ -49,43 +66,97 @@ def _make_executor(attempts: Attempts, monkeypatch: pytest.MonkeyPatch, *, owns:
     return executor, intake
 
 
-async def _serve_one(executor: Executor, lane: Lane) -> None:
+async def _claim_one(executor: Executor, lane: Lane) -> None:
+    """What a lane's claims do once."""
+    await executor._claim(lane, [await lane.queue.take()])
+
+
+async def _run_one(executor: Executor, lane: Lane) -> None:
     """What a slot does once."""
     await lane.unfinished.acquire()
     executed = asyncio.Event()
-    await executor._run(lane, await lane.queue.take(), executed)
+    await executor._run(lane, await lane.take_ready(), executed)
     assert executed.is_set()
 
 
 @pytest.mark.parametrize("refusal", list(Refusal))
-async def test_a_refused_query_goes_back_and_keeps_why_it_may_be_taken_over(
+async def test_a_refused_query_goes_back_and_keeps_the_lease_that_it_may_take_over(
     refusal: Refusal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attempts = Attempts(refusal, True, True)
+    attempts = Attempts(refusal)
     executor, intake = _make_executor(attempts, monkeypatch)
     lane, other = executor._lanes[Mode.INTERACTIVE], executor._lanes[Mode.BATCH]
-    places = lane.unfinished._value
-    query = make_admitted()
-    executor._still_renewals[query.facts.query_id] = 7
+    query = make_admitted(stale_lease_version=7)
     lane.queue.put(query)
-    await _serve_one(executor, lane)
-    # Neither a slot nor a place for a result is taken, and nothing is done.
-    assert (len(lane.queue), lane.unfinished._value) == (1, places)
+    await _claim_one(executor, lane)
+    assert len(lane.queue) == 1
     intake.finish.assert_not_called()
-    waiting = asyncio.create_task(_serve_one(executor, lane))
+    waiting = asyncio.create_task(_claim_one(executor, lane))
     await asyncio.sleep(0)
     assert not waiting.done()
-    # The end of another of the org's queries, whichever lane's, lets it go on.
+    # The end of another of the org's queries, in either lane, lets it go on.
     other.queue.put(make_admitted())
-    await _serve_one(executor, other)
+    await _claim_one(executor, other)
+    await _run_one(executor, other)
     await waiting
-    assert attempts.asked[0] == attempts.asked[2] == (query, 7)
-    assert executor._still_renewals == {}
+    assert attempts.asked[0] == attempts.asked[2] == query
 
 
 async def test_a_refused_query_of_a_partition_that_is_gone_is_the_next_owners(monkeypatch: pytest.MonkeyPatch) -> None:
     executor, _ = _make_executor(Attempts(Refusal.LIMIT), monkeypatch, owns=False)
     lane = executor._lanes[Mode.INTERACTIVE]
     lane.queue.put(make_admitted())
-    await _serve_one(executor, lane)
+    await _claim_one(executor, lane)
     assert len(lane.queue) == 0
+
+
+async def test_a_claimed_query_that_no_slot_takes_in_time_is_handed_back_and_watched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_UNSTARTED_SECONDS", 0.01)
+    attempts = Attempts()
+    executor, intake = _make_executor(attempts, monkeypatch)
+    lane = executor._lanes[Mode.INTERACTIVE]
+    for _ in range(2):
+        lane.queue.put(make_admitted())
+    await executor._claim(lane, [await lane.queue.take(), *lane.queue.take_now(5)])
+    # A slot takes the first.
+    await _run_one(executor, lane)
+    async with asyncio.timeout(30):
+        await attempts.has_returned.wait()
+        await asyncio.gather(*executor._running)
+    assert [claimed.query for claimed in attempts.returned] == attempts.asked[1:]
+    assert executor._watch.queries == attempts.asked[1:]
+    assert intake.finish.call_count == 1
+
+
+async def test_what_is_claimed_while_the_executor_stops_is_handed_back_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts = Attempts()
+    executor, _ = _make_executor(attempts, monkeypatch)
+    lane = executor._lanes[Mode.INTERACTIVE]
+    lane.queue.put(make_admitted())
+    executor.stop()
+    await _claim_one(executor, lane)
+    assert len(attempts.returned) == 1
+    assert lane.withdraw() == []
+
+
+async def test_a_lane_claims_for_its_idle_slots_and_for_what_starts_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    lane = Lane(Mode.BATCH, slots=2)
+    assert lane.count_wanted() == 0
+    slots = [asyncio.create_task(lane.take_ready()) for _ in range(2)]
+    await asyncio.sleep(0)
+    # Nothing is known of run times yet.
+    assert lane.count_wanted() == 2
+    lane.note_run(0.02)
+    assert lane.count_wanted() == 12
+    await lane.put_ready([_claimed(make_admitted()) for _ in range(12)])
+    await asyncio.gather(*slots)
+    # Half of what was claimed ahead is enough for now.
+    assert lane.count_wanted() == 0
+    for _ in range(5):
+        await lane.take_ready()
+    assert lane.count_wanted() == 5
+    for _ in range(100):
+        lane.note_run(10.0)
+    assert lane.count_wanted() == 0

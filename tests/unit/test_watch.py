@@ -1,12 +1,13 @@
 """When a lease counts as dead: by the database's clock, or because it stood still for its whole length on ours."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from consumers.executor import watch
 from consumers.executor.admission import Admitted
-from consumers.executor.watch import Takeable, Watch
+from consumers.executor.watch import Watch
 from db.data.runs import RunState
 from db.retrying import ASKED_AGAIN_SECONDS
 from tests.unit.samples import ORG_ID, make_admitted, make_state
@@ -60,7 +61,7 @@ def test_a_lease_past_its_expiry_may_be_taken_once_a_holder_would_have_renewed_i
     clock.now += 0.1
     finished, takeable = _observe(vigil, _state(query, lease_alive=False))
     assert finished == []
-    assert [(taken.query.facts, taken.still_renewal) for taken in takeable] == [(query.facts, None)]
+    assert [(taken.facts, taken.stale_lease_version) for taken in takeable] == [(query.facts, None)]
     assert len(vigil) == 0
 
 
@@ -71,7 +72,7 @@ def test_a_lease_that_stands_still_for_its_whole_length_is_dead_whatever_the_dat
     assert _observe(vigil, _state(query)) == ([], [])
     clock.now += 0.001
     _, takeable = _observe(vigil, _state(query))
-    assert [taken.still_renewal for taken in takeable] == [7]
+    assert [taken.stale_lease_version for taken in takeable] == [7]
 
 
 def test_a_renewal_starts_the_observation_anew(clock: Clock) -> None:
@@ -83,7 +84,7 @@ def test_a_renewal_starts_the_observation_anew(clock: Clock) -> None:
     assert _observe(vigil, _state(query, lease_renewal=8)) == ([], [])
     clock.now += 2
     _, takeable = _observe(vigil, _state(query, lease_renewal=8))
-    assert [taken.still_renewal for taken in takeable] == [8]
+    assert [taken.stale_lease_version for taken in takeable] == [8]
 
 
 def test_after_an_outage_a_holder_has_a_moment_to_renew(clock: Clock) -> None:
@@ -124,9 +125,7 @@ def test_what_is_taken_over_is_judged_by_what_stands_now(clock: Clock) -> None:
     clock.now += RENEWED_WITHIN
     states = _state(query, lease_alive=False, sequence=5, attempt=3, crashes=2)
     (taken,) = _observe(vigil, states)[1]
-    assert taken == Takeable(taken.query, None)
-    assert taken.query.state == states[query.facts.query_id]
-    assert taken.query.record == query.record
+    assert taken == replace(query, state=states[query.facts.query_id])
 
 
 @pytest.mark.parametrize("status", ["Succeeded", "Failed"])
@@ -164,7 +163,7 @@ def test_a_query_handed_back_may_be_taken_at_once(clock: Clock) -> None:
     vigil = Watch(LEASE_SECONDS)
     query = _parked(vigil)
     _, takeable = _observe(vigil, _state(query, lease_token=None, lease_renewal=None, lease_alive=False))
-    assert [taken.still_renewal for taken in takeable] == [None]
+    assert [taken.stale_lease_version for taken in takeable] == [None]
 
 
 def test_a_dropped_query_is_nobodys(clock: Clock) -> None:
@@ -195,6 +194,6 @@ def test_a_query_that_was_parked_while_the_answer_was_on_its_way_stays_parked() 
 
 def _observe(
     vigil: Watch, states: dict[str, RunState], reached_since: float = _LONG_AGO
-) -> tuple[list[Admitted], list[Takeable]]:
+) -> tuple[list[Admitted], list[Admitted]]:
     """The answer to a question for everything that is parked."""
     return vigil.observe([query.facts.query_id for query in vigil.queries], states, reached_since)
