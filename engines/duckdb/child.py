@@ -1,9 +1,11 @@
 """The process in which DuckDB runs, one query at a time: gate, warm instance, export. Run as a module by the pool."""
 
 import base64
+import json
 import os
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -37,6 +39,10 @@ _LEAST_ADDRESS_SPACE = 3 * 1024**3
 
 # From here on the caches of idle instances may starve the next query of address space.
 _CROWDED_SHARE = 0.6
+
+# Statements that the gate has let through, and the longest of them, in characters with its parameters.
+_MAX_REMEMBERED = 256
+_MAX_REMEMBERED_CHARACTERS = 16_384
 
 # Results up to this size travel over the pipe; larger ones are a file.
 _PIPED_BYTES = 256 * 1024
@@ -105,6 +111,7 @@ class _Runner:
         self._gate = Gate()
         # The first statement of a parser costs 0.3 s, so it is one of ours.
         self._gate.judge("SELECT 1", (), {})
+        self._judged: OrderedDict[tuple[str, str, frozenset[Relation], frozenset[str]], Judged] = OrderedDict()
         self._instances = WarmInstances(settings, home)
         self._watch = Watch()
 
@@ -161,7 +168,7 @@ class _Runner:
             allow_cpu(message["seconds"] * (self._settings.threads + 1) + _CPU_SLACK_SECONDS)
             relations = frozenset(_relation(fields) for fields in message["relations"])
             denied = frozenset(message["denied"])
-            judged = self._gate.judge(message["sql"], relations, message["parameters"], denied)
+            judged = self._judge(message["sql"], relations, message["parameters"], denied)
             if judged.reads:
                 tell({"reads": [_to_message(read) for read in judged.reads]})
             exported = self._execute(message, relations, judged)
@@ -190,6 +197,23 @@ class _Runner:
             "columns": [[column.name, column.type] for column in exported.columns],
             "bytes_scanned": exported.bytes_read if known else None,
         }
+
+    def _judge(
+        self, sql: str, relations: frozenset[Relation], parameters: dict[str, Parameter], denied: frozenset[str]
+    ) -> Judged:
+        """Judge a statement as the gate does; what it has let through is remembered with all that it was judged by."""
+        values = json.dumps(parameters, sort_keys=True)
+        key = (sql, values, relations, denied)
+        judged = self._judged.get(key)
+        if judged is None:
+            judged = self._gate.judge(sql, relations, parameters, denied)
+            if len(sql) + len(values) <= _MAX_REMEMBERED_CHARACTERS:
+                self._judged[key] = judged
+                if len(self._judged) > _MAX_REMEMBERED:
+                    self._judged.popitem(last=False)
+        else:
+            self._judged.move_to_end(key)
+        return judged
 
     def _execute(self, message: Message, relations: frozenset[Relation], judged: Judged) -> Exported:
         """Run a judged query on an instance for exactly what its caller was granted."""
@@ -241,6 +265,7 @@ class _Runner:
                     _texts(message["parameters"]),
                     partial(instance.names_in, judged.references),
                 ),
+                plans=instance.plans,
             )
         except (duckdb.Error, MemoryError, UnicodeError, StatementFailed) as error:
             meaning = self._explain(error, instance, judged, message, relations)

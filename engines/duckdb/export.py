@@ -7,6 +7,8 @@ docs/results.md lists how each type is written. In all formats repeated names ge
 """
 
 import json
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +34,10 @@ _COPY_OPTIONS = {
 
 _NOTHING_WRITTEN = Naming()
 
+# A repeated statement, such as a saved query, is planned for its column types once.
+_MAX_PLANS = 64
+_MAX_PLANNED_CHARACTERS = 16_384
+
 
 @dataclass(frozen=True, slots=True)
 class Exported:
@@ -46,6 +52,45 @@ class Exported:
     bytes_read: int
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a statement's result is written: its columns in the file and for the event, and the SELECT to export."""
+
+    columns: list[ResultColumn]
+    told: tuple[Column, ...]
+    source: Wrapped
+
+
+class Plans:
+    """The plans of statements over one set of views, the least recently used go first.
+
+    `clear` it when a view changes. Values of parameters are part of the key, since they decide their types.
+    """
+
+    def __init__(self) -> None:
+        self._plans: OrderedDict[tuple[str, str, OutputFormat], Plan] = OrderedDict()
+
+    def clear(self) -> None:
+        """Forget all plans."""
+        self._plans.clear()
+
+    def find(
+        self, text: str, parameters: dict[str, Parameter], output_format: OutputFormat, make: Callable[[], Plan]
+    ) -> Plan:
+        """Return the statement's plan, made by `make` if it is not known."""
+        values = json.dumps(parameters, sort_keys=True)
+        if len(text) + len(values) > _MAX_PLANNED_CHARACTERS:
+            return make()
+        key = (text, values, output_format)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = make()
+            if len(self._plans) > _MAX_PLANS:
+                self._plans.popitem(last=False)
+        self._plans.move_to_end(key)
+        return plan
+
+
 def export(
     connection: duckdb.DuckDBPyConnection,
     text: str,
@@ -56,29 +101,37 @@ def export(
     max_rows: int | None,
     limits: Limits,
     naming: Naming = _NOTHING_WRITTEN,
+    plans: Plans | None = None,
 ) -> Exported:
     """Run a judged statement and write its rows to `target`, in its own order.
 
     `text` must have passed the gate: this function puts it between brackets, on separate lines. Raises `QueryFailed`
     with RESULT_TOO_LARGE or SCAN_LIMIT_EXCEEDED above a limit, or with QUERY_ERROR for a value that the format can't
-    store; and `StatementFailed`. `target` may then hold a part of the result.
+    store; and `StatementFailed`. `target` may then hold a part of the result. `plans` are those of the connection.
     """
     values = parameters or None
-    described = Wrapped("DESCRIBE (\n", text, "\n)").run(connection, values)
-    columns = read_columns(described)
-    told = redact_columns(columns, naming, output_format)
-    source = _write_exactly(text, columns, output_format)
-    copy = source.at_most(max_rows).within("COPY (", f") TO {literal(str(target))} ({_COPY_OPTIONS[output_format]})")
+
+    def make_plan() -> Plan:
+        columns = read_columns(Wrapped("DESCRIBE (\n", text, "\n)").run(connection, values))
+        told = redact_columns(columns, naming, output_format)
+        return Plan(columns, told, _write_exactly(text, columns, output_format))
+
+    # The columns of a PIVOT depend on its data.
+    known = Plans() if plans is None or naming.has_pivot else plans
+    plan = known.find(text, parameters, output_format, make_plan)
+    copy = plan.source.at_most(max_rows).within(
+        "COPY (", f") TO {literal(str(target))} ({_COPY_OPTIONS[output_format]})"
+    )
     try:
         [[counted, *_]] = copy.run(connection, values)
     except StatementFailed as failed:
-        raise _find_refusal(failed.error, columns, output_format) or failed from None
+        raise _find_refusal(failed.error, plan.columns, output_format) or failed from None
     rows, size, read = int(str(counted)), target.stat().st_size, _bytes_read(connection)
     if max_rows is not None and rows > max_rows:
         raise QueryFailed(ErrorCode.RESULT_TOO_LARGE, f"The result has more than {max_rows} rows.")
     limits.judge_written(size)
     limits.judge_scanned(read)
-    return Exported(rows, size, told, read)
+    return Exported(rows, size, plan.told, read)
 
 
 def _bytes_read(connection: duckdb.DuckDBPyConnection) -> int:

@@ -18,6 +18,7 @@ import duckdb
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from engines.duckdb import postgres_columns
+from engines.duckdb.export import Plans
 from engines.duckdb.listing import ObjectLister, StoredFile
 from engines.duckdb.parquet_source import ParquetSource
 from engines.duckdb.postgres_columns import CatalogColumn, ReadColumn
@@ -74,6 +75,7 @@ class Instance:
         self._lister = lister or ObjectLister(settings)
         self._owns_lister = lister is None
         self._views: set[str] = set()
+        self.plans = Plans()
         self._sources: dict[str, ParquetSource] = {}
         # A version mark per URL, to detect a replaced file: DuckDB never refreshes its cached file metadata.
         self._marks: dict[str, _Mark] = {}
@@ -280,6 +282,7 @@ class Instance:
         self.connection.execute(f"ATTACH {url} AS {_ATTACHED} ({options})")
 
     def _create_view(self, relation: Relation) -> None:
+        self.plans.clear()
         schema = relation.name.rpartition(".")[0]
         if schema:
             self.connection.execute(f"CREATE SCHEMA IF NOT EXISTS {quote(schema)}")
