@@ -32,7 +32,6 @@ class SpanName(StrEnum):
     # One attempt, with what it does inside it.
     ATTEMPT = "queryd.attempt"
     CLAIM = "queryd.claim"
-    AUTHORIZE = "queryd.authorize"
     EXECUTE = "queryd.execute"
     STORE = "queryd.store"
     FINISH = "queryd.finish"

@@ -47,7 +47,7 @@ from results.location import ERROR_FILE, file_name, prefix
 from results.store import ResultStore, StoreRefused, StoreUnavailable
 from telemetry.events import LogEvent
 from telemetry.metrics import METRICS
-from telemetry.traces import SpanAttribute, SpanName, Step, in_span, span, spans
+from telemetry.traces import SpanAttribute, SpanName, Step, in_span, span, spans, within
 
 _log = structlog.get_logger("queryd.attempt")
 
@@ -198,11 +198,11 @@ class Attempts:
         now, steady_now = self._clock.now(), self._clock.steady_now()
         leases = [Lease(query.facts.query_id, str(uuid.uuid4())) for query in queries]
         queued = [_queued_ms(query.state, steady_now) for query in queries]
-        wanted = [
-            self._to_claim(query, lease.token, now, queued_ms)
-            for query, lease, queued_ms in zip(queries, leases, queued, strict=True)
-        ]
-        with spans(SpanName.CLAIM, map(_to_step, queries)):
+        wanted = []
+        with spans(SpanName.CLAIM, map(_to_step, queries)) as traced:
+            for place, query in enumerate(queries):
+                with within(traced, place):
+                    wanted.append(self._to_claim(query, leases[place].token, now, queued[place]))
             answers = await self._transitions.claim(wanted)
         failpoint(Failpoint.CLAIM_AFTER)
         claimed: list[ClaimedQuery | Refusal | None] = []
@@ -212,6 +212,7 @@ class Attempts:
                 continue
             self._leases.add(lease)
             METRICS.start_attempt(query.facts.mode.value, None if query.state.attempt else queued_ms / 1000)
+            _log.debug(LogEvent.QUERY_STARTED, **_name(query.facts, answer.attempt))
             claimed.append(
                 ClaimedQuery(
                     query=query,
@@ -418,6 +419,8 @@ class Attempts:
                 error_code=ending.error_code,
                 duration_ms=ending.duration_ms,
             )
+        elif ending.token is not None and result is not EndResult.CANCELLED:
+            _log.warning(LogEvent.LEASE_LOST, **_name(facts, attempt))
         return result
 
     # Giving up.

@@ -108,6 +108,12 @@ class Lane:
             self._has_room.clear()
             await self._has_room.wait()
 
+    async def wait_for_idle_slot(self) -> None:
+        """Return once a slot is idle for which no query is claimed."""
+        while self._idle_slots <= len(self._ready):
+            self._has_room.clear()
+            await self._has_room.wait()
+
     def count_wanted(self) -> int:
         """How many queries to claim now: one for each idle slot, and those that start within the next `_AHEAD_SECONDS`.
 
@@ -323,6 +329,10 @@ class Executor:
         while True:
             await lane.wait_for_room()
             turn = await lane.queue.take()
+            if turn.query.state.attempt:
+                # A worker's death counts against all that it has claimed. A query that was claimed before is therefore
+                # not claimed ahead: three deaths that it only waited through must not fail it.
+                await lane.wait_for_idle_slot()
             # A claim that is under way when the executor stops must not be cut off: its leases would run out.
             claim = self._start(self._claim(lane, [turn, *lane.queue.take_now(lane.count_wanted() - 1)]))
             await asyncio.wait({claim})

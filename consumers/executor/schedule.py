@@ -92,10 +92,17 @@ class FairQueue:
         return Turn(waiting, charged, self._releases.get(org, 0))
 
     def take_now(self, most: int) -> list[Turn]:
-        """Return the next queries whose turn it is, at most so many, without waiting."""
+        """Return the next queries whose turn it is, at most so many, without waiting.
+
+        Ends before a query that was claimed before.
+        """
         turns: list[Turn] = []
         while len(turns) < most and (due := self._pop_due()) is not None:
-            turns.append(self._begin_turn(*due))
+            start, org = due
+            if self._waiting[org][0].query.state.attempt:
+                self._push_due(start, org)
+                break
+            turns.append(self._begin_turn(start, org))
         return turns
 
     def put_back(self, turn: Turn, seconds: float) -> None:
@@ -146,11 +153,13 @@ class FairQueue:
         if org in self._entries or org in self._held or org not in self._waiting:
             return
         # An org that was idle starts at the present virtual time: it has saved nothing up.
-        start = max(self._virtual_time, self._finish.get(org, 0.0))
+        self._push_due(max(self._virtual_time, self._finish.get(org, 0.0)), org)
+        self._arrived.set()
+
+    def _push_due(self, start: float, org: str) -> None:
         entry = next(self._order)
         self._entries[org] = entry
         heapq.heappush(self._due, (start, entry, org))
-        self._arrived.set()
 
     def _pop_due(self) -> tuple[float, str] | None:
         while self._due:

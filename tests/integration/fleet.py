@@ -93,9 +93,10 @@ class Service:
             return []
         return [child for child in psutil.Process(self.process.pid).children(recursive=True) if _is_stopped(child)]
 
-    def works_on(self, query_id: str, attempt: int) -> bool:
-        """It has not let go of that attempt: its scratch folder is there."""
-        return next(self.scratch.glob(f"*/{query_id}-{attempt}"), None) is not None
+    def has_lost(self, query_id: str, attempt: int) -> bool:
+        """It has found out that the attempt is no longer its own."""
+        lost = {"event": "lease_lost", "query_id": query_id, "attempt": attempt}
+        return any(lost.items() <= line.items() for line in self.read_log())
 
     def terminate(self) -> None:
         """SIGTERM, and wait for its end."""

@@ -59,15 +59,13 @@ def test_a_worker_that_wakes_past_its_lease_can_neither_finish_nor_publish_nor_s
     fleet.arm(place, "STOP")
     query = fleet.client.submit(SQL, org_id=ORG)
     zombie, child = _stop(fleet, place)
-    assert zombie.works_on(query.query_id, attempt=1)
     event = query.wait(PATIENCE_SECONDS)
     assert (event.status, event.attempt) == (Status.SUCCEEDED, 2)
     row, objects = fleet.read_row(query.query_id), fleet.read_objects(ORG, query.query_id)
     for process in (child, zombie.process):
         if process is not None:
             process.send_signal(signal.SIGCONT)
-    # It has tried all it could once its scratch is gone.
-    await_that(lambda: not zombie.works_on(query.query_id, attempt=1), "the zombie to let go")
+    await_that(lambda: zombie.has_lost(query.query_id, attempt=1), "the zombie to let go")
     assert fleet.read_row(query.query_id) == row
     assert _steps(fleet, query) == [
         (Status.QUEUED, 0),

@@ -32,7 +32,7 @@ from tests.servers.own_stack import PATIENCE_SECONDS, Servers, await_that, opene
 ORG = "6a1f7f4e-3f0e-4f5c-9d55-0d6f1f2f9a10"
 CANARY = f"canary{secrets.token_hex(8)}"
 
-_STEPS = ("admit", "attempt", "claim", "authorize", "execute", "store", "finish")
+_STEPS = ("admit", "claim", "attempt", "execute", "store", "finish")
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -219,9 +219,9 @@ def test_a_request_is_traced_through_every_step_to_its_events(stack: Stack) -> N
     spans = stack.collector.of_trace(trace_id)
     by_name = {span.name: span for span in spans}
     assert {f"queryd.{step}" for step in _STEPS} == by_name.keys() - {"queryd.publish", "queryd.project"}
-    assert {by_name[f"queryd.{step}"].parent_span_id.hex() for step in ("admit", "attempt")} == {parent_id}
+    assert {by_name[f"queryd.{step}"].parent_span_id.hex() for step in ("admit", "claim", "attempt")} == {parent_id}
     attempt = by_name["queryd.attempt"].span_id
-    for step in _STEPS[2:]:
+    for step in _STEPS[3:]:
         assert by_name[f"queryd.{step}"].parent_span_id == attempt, step
     # Each event names the span that made it, and is published and projected below it.
     makers = [by_name[f"queryd.{step}"].span_id.hex() for step in ("admit", "claim", "finish")]

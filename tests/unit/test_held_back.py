@@ -160,3 +160,19 @@ async def test_a_lane_claims_for_its_idle_slots_and_for_what_starts_soon(monkeyp
     for _ in range(100):
         lane.note_run(10.0)
     assert lane.count_wanted() == 0
+
+
+async def test_a_query_that_was_claimed_before_is_not_claimed_ahead() -> None:
+    lane = Lane(Mode.BATCH, slots=1)
+    lane.queue.put(make_admitted())
+    lane.queue.put(make_admitted(attempt=1))
+    lane.queue.put(make_admitted())
+    assert [turn.query.state.attempt for turn in lane.queue.take_now(5)] == [0]
+    # It keeps its place.
+    assert (await lane.queue.take()).query.state.attempt == 1
+    waiting = asyncio.create_task(lane.wait_for_idle_slot())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    slot = asyncio.create_task(lane.take_ready())
+    await waiting
+    slot.cancel()
