@@ -152,8 +152,14 @@ class Lane:
 
     def note_run(self, seconds: float) -> None:
         """Learn from a query that a slot has run."""
+        # One that takes longer stops claims ahead as well, and is forgotten sooner.
+        seconds = min(seconds, _UNSTARTED_SECONDS)
         before = seconds if self._run_seconds is None else self._run_seconds
         self._run_seconds = before + (seconds - before) * _RUN_SHARE
+
+    def note_delay(self) -> None:
+        """Learn that claimed queries have not started in time: claim none ahead until queries have run again."""
+        self._run_seconds = _UNSTARTED_SECONDS
 
 
 class Executor:
@@ -360,7 +366,10 @@ class Executor:
 
     def _return_unstarted(self, lane: Lane, claimed: Sequence[ClaimedQuery]) -> None:
         """Hand back claimed queries for which no slot was free soon enough: another worker may have one."""
-        for each in lane.withdraw(claimed):
+        unstarted = lane.withdraw(claimed)
+        if unstarted:
+            lane.note_delay()
+        for each in unstarted:
             self._start(self._hand_back(each))
 
     async def _hand_back(self, claimed: ClaimedQuery) -> None:

@@ -113,7 +113,7 @@ async def test_a_refused_query_of_a_partition_that_is_gone_is_the_next_owners(mo
 async def test_a_claimed_query_that_no_slot_takes_in_time_is_handed_back_and_watched(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "_UNSTARTED_SECONDS", 0.01)
+    monkeypatch.setattr(module, "_UNSTARTED_SECONDS", 0.2)
     attempts = Attempts()
     executor, intake = _make_executor(attempts, monkeypatch)
     lane = executor._lanes[Mode.INTERACTIVE]
@@ -128,6 +128,8 @@ async def test_a_claimed_query_that_no_slot_takes_in_time_is_handed_back_and_wat
     assert [claimed.query for claimed in attempts.returned] == attempts.asked[1:]
     assert executor._watch.queries == attempts.asked[1:]
     assert intake.finish.call_count == 1
+    # A query that takes long must not have others claimed and handed back every second.
+    assert lane.count_wanted() == 0
 
 
 async def test_what_is_claimed_while_the_executor_stops_is_handed_back_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
