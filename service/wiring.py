@@ -78,10 +78,7 @@ async def make_executor(settings: Settings, stack: AsyncExitStack) -> tuple[Exec
         reaper=Reaper(pool, clock, transitions, settings.lease_seconds),
         retention=make_retention(settings, access),
         admission_rules=Rules(
-            queue_seconds={
-                Mode.INTERACTIVE: settings.queue_timeout_interactive,
-                Mode.BATCH: settings.queue_timeout_batch,
-            },
+            queue_seconds=_queue_seconds(settings),
             engines=frozenset({"duckdb"}),
             hash_key=None if settings.sql_hash_key is None else settings.sql_hash_key.get_secret_value(),
             limits=settings.org_limits(),
@@ -149,6 +146,10 @@ async def make_projector(settings: Settings, stack: AsyncExitStack, ready: Calla
     return Projector(pool, settings.kafka, settings.group("projector"), ready)
 
 
+def _queue_seconds(settings: Settings) -> dict[Mode, float]:
+    return {Mode.INTERACTIVE: settings.queue_timeout_interactive, Mode.BATCH: settings.queue_timeout_batch}
+
+
 def _attempt_rules(settings: Settings, scratch: Path) -> AttemptRules:
     return AttemptRules(
         worker=f"{socket.gethostname()}:{os.getpid()}",
@@ -157,6 +158,7 @@ def _attempt_rules(settings: Settings, scratch: Path) -> AttemptRules:
         lease_seconds=settings.lease_seconds,
         default_seconds={Mode.INTERACTIVE: settings.timeout_interactive, Mode.BATCH: settings.timeout_batch},
         longest_seconds={Mode.INTERACTIVE: settings.timeout_interactive_max, Mode.BATCH: settings.timeout_batch_max},
+        queue_seconds=_queue_seconds(settings),
         retention=timedelta(seconds=settings.result_retention),
     )
 

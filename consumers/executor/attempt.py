@@ -74,6 +74,7 @@ class AttemptRules:
     lease_seconds: float
     default_seconds: dict[Mode, float]
     longest_seconds: dict[Mode, float]
+    queue_seconds: dict[Mode, float]
     retention: timedelta
 
 
@@ -188,7 +189,11 @@ class Attempts:
 
     async def return_unstarted(self, claimed: ClaimedQuery) -> None:
         """Hand back a claimed query that could not start soon enough."""
-        await self._hand_back(claimed, crashed=False)
+        state, mode = claimed.query.state, claimed.query.facts.mode
+        waited = (self._clock.steady_now() - state.queued_at).total_seconds()
+        # It goes on waiting in the queue, for as long as it may.
+        wait_seconds = max(0.0, self._rules.queue_seconds[mode] - waited)
+        await self._hand_back(claimed, crashed=False, wait_seconds=wait_seconds)
         self._leases.remove(claimed.lease)
 
     # Claim.
@@ -466,10 +471,12 @@ class Attempts:
                 _log.warning(LogEvent.LEASE_LOST, **_names(running))
                 return False
 
-    async def _hand_back(self, running: ClaimedQuery, *, crashed: bool) -> None:
+    async def _hand_back(self, running: ClaimedQuery, *, crashed: bool, wait_seconds: float | None = None) -> None:
         running.lease.ending = True
         failpoint(Failpoint.HAND_BACK_BEFORE)
-        await self._transitions.hand_back(HandBack(running.query.facts.query_id, running.lease.token, crashed))
+        await self._transitions.hand_back(
+            HandBack(running.query.facts.query_id, running.lease.token, crashed, wait_seconds)
+        )
         if not crashed:
             _log.info(LogEvent.QUERY_HANDED_BACK, **_names(running))
 

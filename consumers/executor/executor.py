@@ -121,7 +121,7 @@ class Lane:
         """
         ready, idle = len(self._ready), self._idle_slots
         ahead = 0
-        if self._run_seconds is not None:
+        if self._run_seconds is not None and self._run_seconds < _UNSTARTED_SECONDS / 2:
             ahead = min(_MOST_AHEAD, int(self.slots * _AHEAD_SECONDS / max(self._run_seconds, 0.001)))
         return ahead + idle - ready if ready < idle or ready <= ahead // 2 else 0
 
@@ -143,11 +143,17 @@ class Lane:
             self._idle_slots -= 1
             self._has_room.set()
 
-    def withdraw(self, claimed: Collection[ClaimedQuery] | None = None) -> list[ClaimedQuery]:
-        """Remove and return claimed queries that no slot has taken: of these, or all."""
-        withdrawn = [each for each in self._ready if claimed is None or each in claimed]
+    @property
+    def ready(self) -> list[ClaimedQuery]:
+        """The claimed queries that no slot has taken."""
+        return list(self._ready)
+
+    def withdraw(self, claimed: Collection[ClaimedQuery]) -> list[ClaimedQuery]:
+        """Remove and return those of the claimed queries that no slot has taken."""
+        withdrawn = [each for each in self._ready if each in claimed]
         for each in withdrawn:
             self._ready.remove(each)
+        self._has_room.set()
         return withdrawn
 
     def note_run(self, seconds: float) -> None:
@@ -335,7 +341,7 @@ class Executor:
         while True:
             await lane.wait_for_room()
             turn = await lane.queue.take()
-            if turn.query.state.attempt:
+            if turn.query.state.attempt or not lane.count_wanted():
                 # A worker's death counts against all that it has claimed. A query that was claimed before is therefore
                 # not claimed ahead: three deaths that it only waited through must not fail it.
                 await lane.wait_for_idle_slot()
@@ -478,7 +484,8 @@ class Executor:
         keep = [task for task in loops if task.get_name() == "leases" and not task.done()]
         await end_tasks([task for task in loops if task not in keep])
         for lane in self._lanes.values():
-            self._return_unstarted(lane, lane.withdraw())
+            for claimed in lane.withdraw(lane.ready):
+                self._start(self._hand_back(claimed))
         drained = time.monotonic() + self._rules.drain_seconds
         leaving = asyncio.create_task(_guarded("leave the group", self.intake.close()))
         await asyncio.wait({leaving}, timeout=_LEAVE_SECONDS)

@@ -7,7 +7,7 @@ query has the smallest start tag is next, so that an org that was idle comes bef
 import asyncio
 import heapq
 from bisect import insort
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
@@ -65,9 +65,13 @@ class FairQueue:
         return sum(len(queries) for queries in self._waiting.values())
 
     def put(self, query: Admitted) -> None:
-        """Append to the org's queries."""
+        """Append to the org's queries; one that was claimed before goes in front of them."""
         org = query.facts.org_id
-        self._waiting.setdefault(org, deque()).append(Waiting(next(self._numbers), query))
+        queries = self._waiting.setdefault(org, deque())
+        if query.state.attempt:
+            queries.appendleft(Waiting(-next(self._numbers), query))
+        else:
+            queries.append(Waiting(next(self._numbers), query))
         self._schedule(org)
 
     async def take(self) -> Turn:
@@ -94,14 +98,18 @@ class FairQueue:
     def take_now(self, most: int) -> list[Turn]:
         """Return the next queries whose turn it is, at most so many, without waiting.
 
-        Ends before a query that was claimed before.
+        Ends before a query that was claimed before, and before more of an org's than may run at once.
         """
         turns: list[Turn] = []
+        taken: Counter[str] = Counter()
         while len(turns) < most and (due := self._pop_due()) is not None:
             start, org = due
-            if self._waiting[org][0].query.state.attempt:
+            query = self._waiting[org][0].query
+            limit = query.limits.running_queries
+            if query.state.attempt or (limit is not None and taken[org] >= limit):
                 self._push_due(start, org)
                 break
+            taken[org] += 1
             turns.append(self._begin_turn(start, org))
         return turns
 

@@ -201,31 +201,30 @@ class Transitions:
         async with statement(self._pool) as connection:
             limited = {item.org_id for item in claims if item.limited}
             claimed, refused = await self._claim_within_limits(connection, claims, limited)
-            unknown = [
-                item.query_id for item in claims if item.query_id not in claimed and item.query_id not in refused
-            ]
+            unknown = [item.query_id for item in claims if item.token not in claimed and item.query_id not in refused]
             states = await self._read(connection, unknown)
             claimed |= {
-                item.query_id: (state.attempt, state.sequence)
+                item.token: (state.attempt, state.sequence)
                 for item in claims
                 # A claim that is repeated because the answer of the first was lost.
                 if (state := states.get(item.query_id)) is not None
                 and state.token == item.token
                 and not Status(state.status).terminal
             }
-            callers = [caller for item, caller in wanted if item.query_id in claimed]
+            callers = [caller for item, caller in wanted if item.token in claimed]
             granted = await read_granted(connection, callers) if callers else {}
         return [
-            Claimed(*claimed[item.query_id], granted[caller])
-            if item.query_id in claimed
-            else refused.get(item.query_id)
+            Claimed(*claimed[item.token], granted[caller]) if item.token in claimed else refused.get(item.query_id)
             for item, caller in wanted
         ]
 
     async def _claim_within_limits(
         self, connection: Connection, claims: Sequence[Claim], limited: set[str]
     ) -> tuple[dict[str, tuple[int, int]], dict[str, Refusal]]:
-        """Claim, with the limited orgs locked so that they can be counted; which are claimed, which refused and why."""
+        """Claim, with the limited orgs locked so that they can be counted.
+
+        Returns what is claimed, by token, and what is refused and why, by query id.
+        """
         async with _lock_running(connection, limited) as locked:
             answer = await claim(
                 connection,
@@ -269,7 +268,7 @@ class Transitions:
 
     async def _hand_back(self, given: Sequence[HandBack]) -> list[None]:
         async with statement(self._pool) as connection:
-            await hand_back(connection, given)
+            await hand_back(connection, given, self._clock.steady_now())
         return [None] * len(given)
 
     async def _read(self, connection: Connection, query_ids: Sequence[str]) -> dict[str, RunState]:
@@ -298,7 +297,8 @@ def _find_result(ending: Ending, state: RunState | None) -> EndResult:
     ours = ending.token is not None and state.token == ending.token
     if Status(state.status).terminal:
         # Ours where the statement is repeated because its first answer was lost.
-        return EndResult.ENDED if ours and state.sequence == ending.sequence + 1 else EndResult.OVER
+        repeated = ours and state.sequence == ending.sequence + 1 and state.status == ending.status
+        return EndResult.ENDED if repeated else EndResult.OVER
     return EndResult.CANCELLED if ours and state.cancelled else EndResult.NOT_OURS
 
 

@@ -96,7 +96,7 @@ WITH input AS (
         deadline = %(steady_now)s + make_interval(secs => i.run_seconds), last_event = i.payload
     FROM input i JOIN judged USING (query_id)
     WHERE r.query_id = i.query_id AND judged.granted
-    RETURNING r.query_id, r.attempt, r.sequence
+    RETURNING r.query_id, r.token, r.attempt, r.sequence
 ), results AS (
     UPDATE query_results q SET status = 'Running', updated_at = now() FROM moved WHERE q.id = moved.query_id
 ), leased AS (
@@ -111,9 +111,9 @@ WITH input AS (
     FROM input i JOIN moved USING (query_id)
     ORDER BY i.query_id
 )
-SELECT query_id::text, org_id::text, NULL::int, NULL::int FROM judged WHERE NOT granted
+SELECT query_id::text, org_id::text, NULL, NULL::int, NULL::int FROM judged WHERE NOT granted
 UNION ALL
-SELECT query_id::text, NULL, attempt, sequence FROM moved
+SELECT query_id::text, NULL, token::text, attempt, sequence FROM moved
 """
 
 
@@ -229,24 +229,30 @@ RETURNING l.query_id::text,
 
 @dataclass(frozen=True, slots=True)
 class HandBack:
-    """Give an attempt up so that another may start at once; `crashed` when it was the attempt's own doing."""
+    """Give an attempt up so that another may start at once; `crashed` when it was the attempt's own doing.
+
+    `wait_seconds` is for an attempt that has not started: how much longer its query may wait. None leaves its deadline.
+    """
 
     query_id: str
     token: str
     crashed: bool
+    wait_seconds: float | None = None
 
 
 # No event: the query stays Running until its next attempt says so.
 HAND_BACK = """
 WITH input AS (
-    SELECT * FROM unnest(%(query_id)s::uuid[], %(token)s::uuid[], %(crashed)s::boolean[])
-        AS i(query_id, token, crashed)
+    SELECT * FROM unnest(%(query_id)s::uuid[], %(token)s::uuid[], %(crashed)s::boolean[], %(wait_seconds)s::float8[])
+        AS i(query_id, token, crashed, wait_seconds)
 ), locked AS (
     SELECT r.query_id FROM query_runs r JOIN input i ON i.query_id = r.query_id AND i.token = r.token
     WHERE r.deadline IS NOT NULL
     ORDER BY r.query_id FOR UPDATE OF r
 ), given AS (
-    UPDATE query_runs r SET token = NULL, crashes = r.crashes + i.crashed::int
+    UPDATE query_runs r
+    SET token = NULL, crashes = r.crashes + i.crashed::int,
+        deadline = greatest(r.deadline, %(steady_now)s + make_interval(secs => i.wait_seconds))
     FROM input i JOIN locked USING (query_id)
     WHERE r.query_id = i.query_id
     RETURNING r.query_id
@@ -257,11 +263,11 @@ DELETE FROM query_leases l USING given WHERE l.query_id = given.query_id
 
 @dataclass(frozen=True, slots=True)
 class ClaimAnswer:
-    """The result of a batch of claims, by query id.
+    """The result of a batch of claims.
 
-    `claimed` has each new attempt's number and its event's sequence. `refused` has the org of each query that could be
-    claimed but for its org's limit, or because the org has a limit and was not locked. A query in neither was not
-    claimable; read its state.
+    `claimed` has each new attempt's number and its event's sequence, by its token. `refused` has the org of each query,
+    by its id, that could be claimed but for its org's limit, or because the org has a limit and was not locked. A query
+    in neither was not claimable; read its state.
     """
 
     claimed: dict[str, tuple[int, int]]
@@ -285,8 +291,8 @@ async def claim(
     arrays |= {"running_queries": running_queries, "locked_org_ids": list(locked_org_ids)}
     rows = await (await connection.execute(CLAIM, arrays)).fetchall()
     return ClaimAnswer(
-        {query_id: (attempt, sequence) for query_id, _, attempt, sequence in rows if attempt is not None},
-        {query_id: org_id for query_id, org_id, attempt, _ in rows if attempt is None},
+        {token: (attempt, sequence) for _, _, token, attempt, sequence in rows if token is not None},
+        {query_id: org_id for query_id, org_id, token, *_ in rows if token is None},
     )
 
 
@@ -312,6 +318,7 @@ async def renew(connection: Connection, renewals: Sequence[Renewal], steady_now:
     return dict(await (await connection.execute(RENEW, arrays)).fetchall())
 
 
-async def hand_back(connection: Connection, hand_backs: Sequence[HandBack]) -> None:
+async def hand_back(connection: Connection, hand_backs: Sequence[HandBack], steady_now: datetime) -> None:
     """Give attempts up."""
-    await connection.execute(HAND_BACK, to_arrays(HandBack, hand_backs))
+    arrays: dict[str, Any] = to_arrays(HandBack, hand_backs) | {"steady_now": steady_now}
+    await connection.execute(HAND_BACK, arrays)

@@ -40,8 +40,9 @@ _LEAST_ADDRESS_SPACE = 3 * 1024**3
 # From here on the caches of idle instances may starve the next query of address space.
 _CROWDED_SHARE = 0.6
 
-# Statements that the gate has let through, and the longest of them, in characters with its parameters.
-_MAX_REMEMBERED = 256
+# Statements that the gate has let through, by the relations granted, and the longest in characters with its parameters.
+_MAX_REMEMBERED_RELATIONS = 8
+_MAX_REMEMBERED = 64
 _MAX_REMEMBERED_CHARACTERS = 16_384
 
 # Results up to this size travel over the pipe; larger ones are a file.
@@ -111,7 +112,9 @@ class _Runner:
         self._gate = Gate()
         # The first statement of a parser costs 0.3 s, so it is one of ours.
         self._gate.judge("SELECT 1", (), {})
-        self._judged: OrderedDict[tuple[str, str, frozenset[Relation], frozenset[str]], Judged] = OrderedDict()
+        self._judged: OrderedDict[frozenset[Relation], OrderedDict[tuple[str, str, frozenset[str]], Judged]] = (
+            OrderedDict()
+        )
         self._instances = WarmInstances(settings, home)
         self._watch = Watch()
 
@@ -203,16 +206,20 @@ class _Runner:
     ) -> Judged:
         """Judge a statement as the gate does; what it has let through is remembered with all that it was judged by."""
         values = json.dumps(parameters, sort_keys=True)
-        key = (sql, values, relations, denied)
-        judged = self._judged.get(key)
+        if len(sql) + len(values) > _MAX_REMEMBERED_CHARACTERS:
+            return self._gate.judge(sql, relations, parameters, denied)
+        # By relations first: an org may have hundreds, and they are kept once for all of its statements.
+        known = self._judged.setdefault(relations, OrderedDict())
+        self._judged.move_to_end(relations)
+        if len(self._judged) > _MAX_REMEMBERED_RELATIONS:
+            self._judged.popitem(last=False)
+        key = (sql, values, denied)
+        judged = known.get(key)
         if judged is None:
-            judged = self._gate.judge(sql, relations, parameters, denied)
-            if len(sql) + len(values) <= _MAX_REMEMBERED_CHARACTERS:
-                self._judged[key] = judged
-                if len(self._judged) > _MAX_REMEMBERED:
-                    self._judged.popitem(last=False)
-        else:
-            self._judged.move_to_end(key)
+            judged = known[key] = self._gate.judge(sql, relations, parameters, denied)
+            if len(known) > _MAX_REMEMBERED:
+                known.popitem(last=False)
+        known.move_to_end(key)
         return judged
 
     def _execute(self, message: Message, relations: frozenset[Relation], judged: Judged) -> Exported:

@@ -99,15 +99,17 @@ def _publish_before_commit() -> None:
 # What the statements return, beside which the events are returned here. No org has limits here, so no claim is refused.
 _ANSWERS = {
     "CLAIM": (
-        "SELECT query_id::text, NULL, attempt, sequence FROM moved",
-        "SELECT m.query_id::text, NULL, m.attempt, m.sequence, e.* FROM moved m JOIN told e USING (query_id)",
+        "SELECT query_id::text, NULL, token::text, attempt, sequence FROM moved",
+        "SELECT m.query_id::text, NULL, m.token::text, attempt, sequence, e.* FROM moved m JOIN told e USING (query_id)",
     ),
     "END": (
         "SELECT query_id::text, token::text, topic, queued_at FROM moved",
         "SELECT m.query_id::text, m.token::text, m.topic, m.queued_at, e.* FROM moved m JOIN told e USING (query_id)",
     ),
 }
-_REFUSED_CLAIMS = "SELECT query_id::text, org_id::text, NULL::int, NULL::int FROM judged WHERE NOT granted\nUNION ALL\n"
+_REFUSED_CLAIMS = (
+    "SELECT query_id::text, org_id::text, NULL, NULL::int, NULL::int FROM judged WHERE NOT granted\nUNION ALL\n"
+)
 _EVENT_COLUMNS = 6
 
 _Bypass = Callable[[Connection, Callable[[], Awaitable[list[Any]]], bool], Awaitable[None]]

@@ -130,7 +130,7 @@ def _make_executor(
         leases=leases,
         engine=engine,
         store=cast(ResultStore, _NoStore()),
-        rules=AttemptRules("worker", "bucket", scratch, _LONG_SECONDS, seconds, seconds, timedelta(days=1)),
+        rules=AttemptRules("worker", "bucket", scratch, _LONG_SECONDS, seconds, seconds, seconds, timedelta(days=1)),
     )
     return Executor(
         pool=pool,

@@ -174,6 +174,7 @@ async def place(data_url: str, object_store: ObjectStore, tmp_path: Path) -> Asy
                 lease_seconds=_LEASE_SECONDS,
                 default_seconds=dict.fromkeys(Mode, 30.0),
                 longest_seconds=dict.fromkeys(Mode, 30.0),
+                queue_seconds=dict.fromkeys(Mode, 30.0),
                 retention=timedelta(days=7),
             ),
         )

@@ -82,6 +82,7 @@ async def attempts(place: Place, object_store: ObjectStore, tmp_path: Path) -> A
             lease_seconds=_LONG_SECONDS,
             default_seconds=dict.fromkeys(Mode, 30.0),
             longest_seconds=dict.fromkeys(Mode, 30.0),
+            queue_seconds=dict.fromkeys(Mode, 30.0),
             retention=timedelta(days=7),
         ),
     )

@@ -484,6 +484,7 @@ async def _make_attempts(stack: AsyncExitStack, world: World, worker: Worker, fo
             lease_seconds=_LEASE_SECONDS,
             default_seconds=dict.fromkeys(Mode, 30.0),
             longest_seconds=dict.fromkeys(Mode, 30.0),
+            queue_seconds=dict.fromkeys(Mode, 30.0),
             retention=timedelta(days=7),
         ),
     )

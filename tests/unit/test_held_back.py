@@ -6,10 +6,11 @@ import uuid
 from collections.abc import Callable, Sequence
 from itertools import chain, repeat
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 
+from access.limits import OrgLimits
 from consumers.executor import executor as module
 from consumers.executor.admission import Admitted
 from consumers.executor.attempt import ClaimedQuery
@@ -140,7 +141,7 @@ async def test_what_is_claimed_while_the_executor_stops_is_handed_back_at_once(m
     executor.stop()
     await _claim_one(executor, lane)
     assert len(attempts.returned) == 1
-    assert lane.withdraw() == []
+    assert lane.ready == []
 
 
 async def test_a_lane_claims_for_its_idle_slots_and_for_what_starts_soon(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,12 +170,35 @@ async def test_a_query_that_was_claimed_before_is_not_claimed_ahead() -> None:
     lane.queue.put(make_admitted())
     lane.queue.put(make_admitted(attempt=1))
     lane.queue.put(make_admitted())
-    assert [turn.query.state.attempt for turn in lane.queue.take_now(5)] == [0]
-    # It keeps its place.
+    assert lane.queue.take_now(5) == []
+    # It goes first, and the others behind it can be claimed ahead.
     assert (await lane.queue.take()).query.state.attempt == 1
+    assert len(lane.queue.take_now(5)) == 2
     waiting = asyncio.create_task(lane.wait_for_idle_slot())
     await asyncio.sleep(0)
     assert not waiting.done()
     slot = asyncio.create_task(lane.take_ready())
     await waiting
     slot.cancel()
+
+
+async def test_what_was_claimed_ahead_is_handed_back_when_the_executor_drains(monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts = Attempts()
+    executor, intake = _make_executor(attempts, monkeypatch)
+    intake.close = AsyncMock()
+    monkeypatch.setattr(executor, "_engine", AsyncMock())
+    lane = executor._lanes[Mode.INTERACTIVE]
+    for _ in range(3):
+        lane.queue.put(make_admitted())
+    await executor._claim(lane, [await lane.queue.take(), *lane.queue.take_now(5)])
+    await executor._shut_down([])
+    assert [claimed.query for claimed in attempts.returned] == attempts.asked
+    assert len(attempts.returned) == 3
+
+
+def test_no_more_of_an_org_are_claimed_together_than_may_run() -> None:
+    lane = Lane(Mode.BATCH, slots=1)
+    for _ in range(5):
+        lane.queue.put(make_admitted(limits=OrgLimits(running_queries=2)))
+    assert len(lane.queue.take_now(5)) == 2
+    assert len(lane.queue) == 3
