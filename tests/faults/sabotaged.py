@@ -100,7 +100,7 @@ def _publish_before_commit() -> None:
 _ANSWERS = {
     "CLAIM": (
         "SELECT query_id::text, NULL, token::text, attempt, sequence FROM moved",
-        "SELECT m.query_id::text, NULL, m.token::text, attempt, sequence, e.* FROM moved m JOIN told e USING (query_id)",
+        "SELECT m.query_id::text, NULL, token::text, attempt, sequence, e.* FROM moved m JOIN told e USING (query_id)",
     ),
     "END": (
         "SELECT query_id::text, token::text, topic, queued_at FROM moved",
