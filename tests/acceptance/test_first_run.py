@@ -162,8 +162,11 @@ def test_a_demo_beside_a_running_stack_is_its_own_and_a_second_one_is_refused(cl
     with _up(clone) as up:
         settings = read_env_file(clone.folder / ".queryd" / "env")
         assert Path(settings["QUERYD_SCRATCH"]) == clone.folder.resolve() / ".queryd" / "scratch"
+        log = clone.folder / ".queryd/demo/logs/kafka.log"
+        # Of an earlier demo.
+        log.unlink(missing_ok=True)
         first = clone.start("sh", "-ec", "set -a; . .queryd/env; set +a; exec make demo")
-        _await((clone.folder / ".queryd/demo/logs/kafka.log").exists)
+        _await(log.exists)
         second = clone.run("make", "demo")
         assert (second.returncode, second.stdout) == (2, "")
         assert [line for line in second.stderr.splitlines() if not line.startswith("make")] == [
