@@ -38,7 +38,7 @@ CONTRACT = Contract()
 
 
 def consumer_options(servers: Servers, topic: str) -> dict[str, Any]:
-    """librdkafka's configuration of a consumer group of its own, which commits by itself only if it is told to."""
+    """librdkafka's configuration of a consumer group of its own, without automatic commits."""
     return {
         "bootstrap.servers": servers.bootstrap,
         "group.id": f"peer-{topic}",
