@@ -6,12 +6,13 @@ from collections.abc import AsyncIterator
 import psycopg
 import pytest
 
-from consumers.executor.transitions import RowRefused
+from consumers.executor.transitions import EndResult
 from db.connection import DataPool
+from db.data.datasets import Caller
 from db.migrations.upgrade import upgrade_data
 from producers.relay.relay import Relay, RelayRules
 from queryd.events import Topic
-from tests.integration.queries import Worker, new_id, opened_pool, read_row, read_story
+from tests.integration.queries import Worker, make_claim, make_success, new_id, opened_pool, read_row, read_story
 from tests.integration.records import headers_of, prepare_topics, read_topic, until
 from tests.servers.kafka import Kafka
 
@@ -35,15 +36,17 @@ async def test_without_its_event_no_change_stands(pool: DataPool) -> None:
     """Rule 22: whichever step it is, the change and its event are written together or not at all."""
     worker = Worker(pool)
     query = await worker.admit_new()
-    running = await worker.start((await worker.admit_new()).facts)
+    running_facts = (await worker.admit_new()).facts
+    running = await worker.start(running_facts)
     before = [await read_row(pool, query_id) for query_id in (query.facts.query_id, running.query_id)]
     await _execute(pool, _NO_EVENTS)
     with pytest.raises(psycopg.errors.CheckViolation):
         await worker.admit_new()
-    with pytest.raises(RowRefused):
-        await worker.start(query.facts)
-    with pytest.raises(RowRefused):
-        await worker.finish(query.facts, running)
+    state = await worker.read(query.facts.query_id)
+    assert await worker.transitions.claim(
+        [(make_claim(query.facts, state, new_id()), Caller(query.facts.org_id, None, ()))]
+    ) == [None]
+    assert await worker.transitions.end(make_success(running_facts, running)) is EndResult.NOT_OURS
     await _execute(pool, _EVENTS_AGAIN)
     assert [await read_row(pool, query_id) for query_id in (query.facts.query_id, running.query_id)] == before
     assert await read_story(pool, query.facts.query_id) == [(1, "Queued", 0)]
