@@ -20,6 +20,7 @@ from access.limits import least
 from consumers.executor.admission import Admitted
 from consumers.executor.endings import CANCELLED, ErrorFile, Failure, Result, Success, fail, succeed
 from consumers.executor.leases import Lease, Leases, Stop
+from consumers.executor.spacing import Spacing
 from consumers.executor.story import QueryFacts, tell
 from consumers.executor.transitions import Claimed, EndResult, Refusal, Transitions
 from db.clock import DatabaseClock
@@ -55,6 +56,9 @@ _log = structlog.get_logger("queryd.attempt")
 MAX_CRASHES = 3
 
 _MOST_ROWS = 2**62
+
+# Under load, uploads start in groups; a result waits this long at most.
+_PUTS_APART_SECONDS = 0.04
 
 # An operator must act on these errors, so the log contains their messages.
 _OPERATORS = frozenset({ErrorCode.INTERNAL, ErrorCode.ENGINE_UNAVAILABLE})
@@ -133,6 +137,7 @@ class Attempts:
         self._leases = leases
         self._engine = engine
         self._results = store
+        self._puts = Spacing(_PUTS_APART_SECONDS)
         self._rules = rules
 
     async def run(self, claimed: ClaimedQuery, executed: Callable[[], None]) -> bool:
@@ -378,6 +383,7 @@ class Attempts:
     ) -> ResultFile:
         """Put an object under the attempt's own prefix; raises `StoreRefused`, and `StoreUnavailable` at the end of
         `give_up_after` seconds."""
+        await self._puts.wait()
         store = partial(self._results.put, _prefix(running) + name, content, media_type)
         storing = until_available(store, "s3", unavailable=StoreUnavailable, give_up_after=give_up_after)
         stored = await self._unless_stopped(running, storing)

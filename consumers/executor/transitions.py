@@ -5,7 +5,6 @@ That batching, not more connections, is what makes small queries fast: a commit 
 """
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Generic, TypeVar
 import psycopg
 import structlog
 
+from consumers.executor.spacing import Spacing
 from db.clock import DatabaseClock
 from db.connection import Connection, DataPool, statement
 from db.data.attempts import Claim, Ended, Ending, HandBack, claim, end, hand_back
@@ -58,12 +58,11 @@ class Batcher(Generic[_Item, _Answer]):
     """
 
     def __init__(
-        self, run: Callable[[Sequence[_Item]], Awaitable[Sequence[_Answer]]], apart_seconds: float = 0.0
+        self, run: Callable[[Sequence[_Item]], Awaitable[Sequence[_Answer]]], spacing: Spacing | None = None
     ) -> None:
-        """`apart_seconds`: under load, batches start at least this far apart, so that more share one transaction."""
+        """`spacing` lets more items share one transaction under load."""
         self._run = run
-        self._apart_seconds = apart_seconds
-        self._last_start = -apart_seconds
+        self._spacing = spacing
         self._waiting: list[_Waiting[_Item, _Answer]] = []
         self._runner: asyncio.Task[None] | None = None
 
@@ -83,8 +82,8 @@ class Batcher(Generic[_Item, _Answer]):
         # The loop turns once, so that everything due in this very turn comes along.
         await asyncio.sleep(0)
         while self._waiting:
-            await asyncio.sleep(self._last_start + self._apart_seconds - time.monotonic())
-            self._last_start = time.monotonic()
+            if self._spacing is not None:
+                await self._spacing.wait()
             batch, self._waiting = self._waiting[:_BATCH], self._waiting[_BATCH:]
             try:
                 answers = await self._send([waiting.item for waiting in batch])
@@ -163,7 +162,7 @@ class Transitions:
         self._clock = clock
         self._running_queries = running_queries
         self._claims = Batcher(self._claim)
-        self._endings = Batcher(self._end, _ENDINGS_APART_SECONDS)
+        self._endings = Batcher(self._end, Spacing(_ENDINGS_APART_SECONDS))
         self._hand_backs = Batcher(self._hand_back)
 
     async def claim(self, wanted: Sequence[tuple[Claim, Caller]]) -> list[Claimed | Refusal | None]:

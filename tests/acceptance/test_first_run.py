@@ -111,6 +111,9 @@ def wheels() -> Iterator[Path]:
     try:
         folder.chmod(0o755)
         collect_wheels(folder)
+        # Whatever the umask of who runs the tests.
+        for wheel in folder.iterdir():
+            wheel.chmod(0o644)
         yield folder
     finally:
         shutil.rmtree(folder)

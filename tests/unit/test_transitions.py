@@ -1,6 +1,7 @@
 """The batcher: idle an item goes at once, busy items share a batch, and one bad row stands alone in the end."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
 
 import psycopg
@@ -9,6 +10,7 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
+from consumers.executor.spacing import Spacing
 from consumers.executor.transitions import Batcher, RowRefused
 from db.connection import DatabaseUnavailable
 from telemetry.events import LogEvent
@@ -77,7 +79,7 @@ async def test_what_falls_due_while_a_batch_is_under_way_goes_together_next() ->
 
 async def test_batches_that_keep_apart_share_more_and_an_idle_item_still_goes_at_once() -> None:
     database = Database()
-    batcher = Batcher(database.run, 0.3)
+    batcher = Batcher(database.run, Spacing(0.3))
     assert await asyncio.wait_for(batcher.submit(1), 0.2) == 2
     second = asyncio.create_task(batcher.submit(2))
     await asyncio.sleep(0.05)
@@ -152,3 +154,17 @@ async def test_who_no_longer_waits_does_not_disturb_the_others() -> None:
     assert await stays == 4
     assert gone.cancelled()
     assert await batcher.submit(3) == 6
+
+
+async def test_starts_under_load_come_in_groups() -> None:
+    spacing = Spacing(0.2)
+    started: dict[int, float] = {}
+
+    async def start(number: int, after: float) -> None:
+        await asyncio.sleep(after)
+        await spacing.wait()
+        started[number] = time.monotonic()
+
+    await asyncio.gather(start(0, 0), start(1, 0.05), start(2, 0.15), start(3, 0.25))
+    assert abs(started[2] - started[1]) < 0.1 < started[1] - started[0]
+    assert started[3] - started[2] > 0.1
