@@ -112,7 +112,7 @@ def export(
     values = parameters or None
 
     def make_plan() -> Plan:
-        columns = read_columns(Wrapped("DESCRIBE (\n", text, "\n)").run(connection, values))
+        columns = read_columns(Wrapped("(\n", text, "\n)").describe(connection, values))
         told = redact_columns(columns, naming, output_format)
         return Plan(columns, told, _write_exactly(text, columns, output_format))
 

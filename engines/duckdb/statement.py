@@ -1,5 +1,6 @@
 """A judged statement inside text of ours, and which bytes are whose when DuckDB finds a fault."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import duckdb
@@ -40,3 +41,15 @@ class Wrapped:
             return connection.execute(self.before + self.text + self.after, values).fetchall()
         except (duckdb.Error, MemoryError, UnicodeError) as error:
             raise StatementFailed(error, len(self.before.encode())) from None
+
+    def describe(
+        self, connection: duckdb.DuckDBPyConnection, values: dict[str, Parameter] | None
+    ) -> list[tuple[object, ...]]:
+        """Plan it and return the name and the type, as text, of each column. Raises `StatementFailed`."""
+        if values is None:
+            # A relation is planned as far as its types. DESCRIBE optimizes the plan too, for four times the CPU time.
+            # A relation's error does not say where it is: then DESCRIBE fails in its place.
+            with suppress(duckdb.Error):
+                relation = connection.sql(self.before + self.text + self.after)
+                return list(zip(relation.columns, map(str, relation.types), strict=True))
+        return self.within("DESCRIBE ", "").run(connection, values)

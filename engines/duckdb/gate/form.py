@@ -53,7 +53,8 @@ def _enter(shape: grammar.Shape, node: _Node) -> Iterator[tuple[Field, Any]]:
     """The nodes below a node; its leaves are checked."""
     for name, value in node.items():
         field = shape.fields[name]
-        for each in _each(value, field.lists):
+        # A generator for each of the many single values would double the cost of this check.
+        for each in _each(value, field.lists) if field.lists else (value,):
             if field.part in grammar.LEAVES:
                 check_leaf(field, each)
             else:

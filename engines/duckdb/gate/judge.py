@@ -35,7 +35,7 @@ _PIVOT = re.compile(r"\bpivot", re.IGNORECASE)
 _Node = dict[str, Any]
 
 # The tree's fields with names that a statement gives: `t(a, b)`, `WITH t(a, b)`, `UNPIVOT … INTO NAME a VALUE b`.
-_LISTS_OF_NAMES = ("column_name_alias", "aliases", "unpivot_names")
+_LISTS_OF_NAMES = frozenset({"column_name_alias", "aliases", "unpivot_names"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,13 +203,14 @@ def _read_names(root: _Node) -> tuple[frozenset[str], bool]:
         elif isinstance(node, dict):
             if isinstance(alias := node.get("alias"), str):
                 names.add(alias)
-            for key in _LISTS_OF_NAMES:
-                names.update(name for name in node.get(key, ()) if isinstance(name, str))
-            names.update(renamed["value"] for renamed in node.get("rename_list", ()))
+            for key in _LISTS_OF_NAMES & node.keys():
+                names.update(name for name in node[key] if isinstance(name, str))
+            if "rename_list" in node:
+                names.update(renamed["value"] for renamed in node["rename_list"])
             if node.get("type") == "PIVOT" and not node.get("unpivot_names"):
                 has_pivot = True
             # A pivot's entries are values, or aliases that replace them.
-            ahead += (value for key, value in node.items() if key != "entries")
+            ahead += [value for key, value in node.items() if key != "entries" and isinstance(value, dict | list)]
     return frozenset(names), has_pivot
 
 
