@@ -279,7 +279,13 @@ def _check_width(value: Parameter) -> Parameter:
     return value
 
 
+# Most fields: only what is none of these is worth asking what it is.
+_PLAIN = frozenset({str, int, float, bool, bytes, dict, type(None)})
+
+
 def _to_wire(value: Any) -> Any:
+    if type(value) in _PLAIN:
+        return value
     match value:
         case datetime():
             return to_millis(value)

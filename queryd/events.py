@@ -9,6 +9,7 @@ import uuid
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from functools import lru_cache
 from typing import NewType
 
 QueryId = NewType("QueryId", str)
@@ -189,6 +190,8 @@ class QueryStatusChanged:
         return event_id(self.query_id, self.sequence)
 
 
+# An event's id is asked for several times while the event is made.
+@lru_cache(maxsize=1_024)
 def event_id(query_id: QueryId, sequence: int) -> str:
     """The id of a query's event number `sequence`."""
     return str(uuid.uuid5(uuid.UUID(query_id), str(sequence)))

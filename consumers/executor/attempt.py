@@ -58,7 +58,7 @@ MAX_CRASHES = 3
 _MOST_ROWS = 2**62
 
 # Under load, uploads start in groups; a result waits this long at most.
-_PUTS_APART_SECONDS = 0.04
+_PUTS_APART_SECONDS = 0.08
 
 # An operator must act on these errors, so the log contains their messages.
 _OPERATORS = frozenset({ErrorCode.INTERNAL, ErrorCode.ENGINE_UNAVAILABLE})

@@ -51,9 +51,9 @@ _ADMISSION = 500
 # A handed-back query's next attempt starts within 2 s, so the watch looks twice a second; one statement for all.
 _WATCH_SECONDS = 0.5
 # Results waiting for the store or the finish, per lane: bounds what lies in scratch while S3 or Postgres is slow.
-_UNFINISHED_RESULTS = 32
+_UNFINISHED_RESULTS = 64
 # Queries that will start within this time are claimed together: a statement for one costs nearly what one for 20 does.
-_AHEAD_SECONDS = 0.1
+_AHEAD_SECONDS = 0.25
 _MOST_AHEAD = 32
 # A claimed query that has not started after this long is handed back.
 _UNSTARTED_SECONDS = 1.0
@@ -117,13 +117,13 @@ class Lane:
     def count_wanted(self) -> int:
         """How many queries to claim now: one for each idle slot, and those that start within the next `_AHEAD_SECONDS`.
 
-        While enough are claimed for half of that time, none: so that a statement claims many.
+        While enough are claimed for a quarter of that time, none: so that a statement claims many.
         """
         ready, idle = len(self._ready), self._idle_slots
         ahead = 0
         if self._run_seconds is not None and self._run_seconds < _UNSTARTED_SECONDS / 2:
             ahead = min(_MOST_AHEAD, int(self.slots * _AHEAD_SECONDS / max(self._run_seconds, 0.001)))
-        return ahead + idle - ready if ready < idle or ready <= ahead // 2 else 0
+        return ahead + idle - ready if ready < idle or ready <= ahead // 4 else 0
 
     async def put_ready(self, claimed: Sequence[ClaimedQuery]) -> None:
         """Give claimed queries to the slots."""

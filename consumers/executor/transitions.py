@@ -32,7 +32,7 @@ _log = structlog.get_logger("queryd.transitions")
 # As many rows as one transaction moves in some 50 ms; more would make the first wait for the last.
 _BATCH = 500
 # Under load endings wait for each other: no slot waits for an ending, and a transaction costs some 2 ms of CPU.
-_ENDINGS_APART_SECONDS = 0.04
+_ENDINGS_APART_SECONDS = 0.08
 
 _LANES = {mode.topic.value: mode.value for mode in Mode}
 
