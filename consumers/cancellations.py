@@ -17,8 +17,9 @@ from processes.failpoints import Failpoint, failpoint
 from queryd.codec import InvalidEvent, Undecodable, decode_cancel
 from queryd.dead_letters import DeadCode
 from queryd.events import Invalid, Topic
+from queryd.kafka.consumer import Subscription, SubscriptionLost
 from queryd.kafka.consumer_loop import ConsumerLoop
-from queryd.subscription import Record, Subscription, SubscriptionLost
+from queryd.kafka.record import Record
 from telemetry.events import LogEvent
 from telemetry.metrics import METRICS
 

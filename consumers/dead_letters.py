@@ -20,7 +20,7 @@ from db.data.dead_letters import NewDeadLetter, insert_dead_letters
 from db.retrying import until_available
 from processes.failpoints import Failpoint, failpoint
 from queryd.dead_letters import DEAD_PREFIX, DeadCode
-from queryd.subscription import Record
+from queryd.kafka.record import Record
 from queryd.topics import TopicIdentity
 from telemetry.events import LogEvent
 from telemetry.metrics import METRICS

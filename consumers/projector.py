@@ -26,8 +26,9 @@ from processes.failpoints import Failpoint, failpoint
 from queryd import projector as projecting
 from queryd.events import QueryStatusChanged
 from queryd.headers import find_traceparent
+from queryd.kafka.consumer import SubscriptionLost
+from queryd.kafka.record import Record
 from queryd.status_records import StatusRecord, Unreadable, read_status
-from queryd.subscription import Record, SubscriptionLost
 from queryd.topics import TopicIdentity
 from telemetry.events import LogEvent
 from telemetry.metrics import METRICS

@@ -32,8 +32,9 @@ from confluent_kafka import KafkaError, KafkaException
 from queryd.errors import ClientStopped, CommitOverdue
 from queryd.events import QueryId, QueryStatusChanged, Topic, parse_uuid
 from queryd.forks import Origin
+from queryd.kafka.consumer import Rebalancing, Subscription, SubscriptionLost, Window
+from queryd.kafka.record import Record
 from queryd.status_records import StatusRecord, Unreadable, read_status
-from queryd.subscription import Rebalancing, Record, Subscription, SubscriptionLost, Window
 
 _log = logging.getLogger("queryd.feed")
 

@@ -15,9 +15,10 @@ from confluent_kafka import OFFSET_BEGINNING
 
 from queryd.events import Topic
 from queryd.feed import group_config
+from queryd.kafka.consumer import Subscription, SubscriptionLost
 from queryd.kafka.consumer_loop import ConsumerLoop
+from queryd.kafka.record import Partition, Record
 from queryd.status_records import StatusRecord, read_all
-from queryd.subscription import Partition, Record, Subscription, SubscriptionLost
 from queryd.topics import TopicIdentity, wait_for_topic
 
 _log = logging.getLogger("queryd.projector")

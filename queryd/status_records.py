@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from queryd.codec import InvalidEvent, NoRegistry, Undecodable, decode_status
 from queryd.events import Invalid, QueryId, QueryStatusChanged, parse_uuid
 from queryd.headers import ReplayHeader
-from queryd.subscription import Record
+from queryd.kafka.record import Record
 
 
 class Unreadable(ValueError):

@@ -8,7 +8,7 @@ from typing import Any
 from confluent_kafka import KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient
 
-from queryd.outages import QUIET
+from queryd.kafka.outages import QUIET
 
 _log = logging.getLogger("queryd.kafka")
 

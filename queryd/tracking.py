@@ -24,7 +24,7 @@ from queryd.errors import ClientStopped, QueryDeleted
 from queryd.events import Invalid, QueryId, QueryStatusChanged, Topic
 from queryd.forks import Origin
 from queryd.kafka.bounded_reader import BoundedReader, is_answer
-from queryd.outages import QUIET
+from queryd.kafka.outages import QUIET, explain_error
 from queryd.registry import RegistryAway
 
 _log = logging.getLogger("queryd.client")
@@ -222,7 +222,7 @@ class Tracking:
                     if is_answer(message):
                         self._hear(message)
         except (KafkaException, _Refused, NoRegistry) as error:
-            self._stop(_reason(error))
+            self._stop(explain_error(error))
 
     def _hear(self, message: Message) -> None:
         track = self._tracks.get(_key(message))
@@ -255,7 +255,7 @@ class Tracking:
             while not self._closing.is_set():
                 self._find(self._await_due())
         except (KafkaException, _Refused, NoRegistry) as error:
-            self._stop(_reason(error))
+            self._stop(explain_error(error))
 
     def _await_due(self) -> "list[weakref.ref[Track]]":
         """What is to be looked up, as soon as anything is; nothing at a close."""
@@ -351,8 +351,3 @@ def _resolve(future: "Future[None]") -> None:
 def _key(message: Message) -> bytes:
     key: Any = message.key()
     return key if isinstance(key, bytes) else b""
-
-
-def _reason(error: Exception) -> str:
-    cause = error.args[0] if error.args else error
-    return cause.str() if isinstance(cause, KafkaError) else str(cause)

@@ -11,7 +11,6 @@ from typing import Any
 from db.connection import DataPool
 from db.data.replays import Replay
 from queryd.events import Mode
-from queryd.publisher import Publisher
 from queryd.registry import URL_VARIABLE, registry_in_use
 from queryd.results import ResultReader
 from replay.compare import compare
@@ -21,7 +20,7 @@ from replay.journal import Journal, ReplayRefused, opened_journal
 from replay.kinds import ReplayKind, ReplayName
 from replay.letters import LetterLine, LetterReplay, Patch, describe_letter
 from replay.log import Window, pin
-from replay.outlets import FencedOutlet, Outlet, PlainOutlet
+from replay.outlet import Outlet
 from replay.pace import GroupLag, Lag, LagGuard, OutboxLag
 from replay.plan import Plan, PlanStale, judge_ranges, plan, read_asked
 from replay.requests import RequestReplay, digest_key
@@ -236,7 +235,9 @@ async def _run(
     told: Callable[[Progress], None],
 ) -> Outcome:
     set_up_traces("replay")
-    outlet = _open_outlet(servers, replay, kind)
+    # The last events of queries must not follow a deletion: only a transaction can be taken back.
+    is_fenced = kind.name is ReplayName.STATUS and servers.has_transactions
+    outlet = Outlet(servers.kafka, f"queryd-replay-{replay.id}" if is_fenced else None)
     replayer = Replayer(
         journal,
         outlet,
@@ -252,15 +253,6 @@ async def _run(
     finally:
         await outlet.close()
         close_traces()
-
-
-def _open_outlet(servers: Servers, replay: Replay, kind: ReplayKind) -> Outlet:
-    """Where something may change what copies were judged by while they are sent, they can be taken back."""
-    if kind.name is ReplayName.STATUS and servers.has_transactions:
-        return FencedOutlet(servers.kafka, replay.id)
-    publisher = Publisher(servers.kafka)
-    publisher.open()
-    return PlainOutlet(publisher)
 
 
 def _find_lag(servers: Servers, journal: Journal, kind: ReplayKind, pace: Pace) -> Lag:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from queryd.headers import ReplayHeader, find_traceparent
-from replay.log import LoggedRecord
+from queryd.kafka.record import NewRecord, Record
 
 # A copy's trace is its replay's; the record's own is kept beside it, as a link.
 _TRACE = frozenset({"traceparent", "tracestate"})
@@ -32,11 +32,11 @@ class HeaderRules:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A record to be published. Without a partition the key decides. `origin` is its own traceparent, `was` its
+    """A record to be published. `origin` is its own traceparent, `was` its
     query's id where the copy has another."""
 
     topic: str
-    partition: int | None
+    partition: int
     key: bytes | None
     value: bytes | None = field(repr=False)
     headers: Pairs = field(repr=False)
@@ -44,12 +44,13 @@ class Copy:
     origin: str | None
     was: str | None = None
 
-    def headers_with(self, traceparent: str) -> list[tuple[str, str | bytes | None]]:
-        """The headers as Kafka gets them, in the trace of the replay."""
-        return [*self.headers, ("traceparent", traceparent.encode())]
+    def to_record(self, traceparent: str) -> NewRecord:
+        """The record as it is published, in the trace of the replay."""
+        headers = [*self.headers, ("traceparent", traceparent.encode())]
+        return NewRecord(self.topic, self.key, self.value, headers, self.partition)
 
 
-def copy_as_it_is(record: LoggedRecord, replay_id: str, rules: HeaderRules, query_id: str) -> Copy:
+def copy_as_it_is(record: Record, replay_id: str, rules: HeaderRules, query_id: str) -> Copy:
     """The same key and value, to where the record was, whatever its producer's partitioner made of the key."""
     return Copy(
         topic=record.topic,
@@ -63,7 +64,7 @@ def copy_as_it_is(record: LoggedRecord, replay_id: str, rules: HeaderRules, quer
 
 
 def copy_headers(
-    record: LoggedRecord, replay_id: str, rules: HeaderRules, changed: Mapping[str, str | None] | None = None
+    record: Record, replay_id: str, rules: HeaderRules, changed: Mapping[str, str | None] | None = None
 ) -> Pairs:
     """A record's headers for its copy. `changed` are such that get another value, or none and so go."""
     changes = changed or {}
@@ -91,12 +92,12 @@ def copy_headers(
     return [*kept, *((name.value, value.encode()) for name, value in said.items())]
 
 
-def count_replays(record: LoggedRecord) -> int:
+def count_replays(record: Record) -> int:
     """How often the record was replayed before it lay here."""
     return read_number(record, ReplayHeader.COUNT)
 
 
-def read_number(record: LoggedRecord, header: str) -> int:
+def read_number(record: Record, header: str) -> int:
     """A header's number, of the last of that name; 0 where there is none, or no number."""
     values = [value for name, value in record.headers if name == header and value is not None]
     text = values[-1].decode("ascii", "replace") if values else ""
@@ -104,7 +105,7 @@ def read_number(record: LoggedRecord, header: str) -> int:
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS else 0
 
 
-def read_text(record: LoggedRecord, header: str) -> str | None:
+def read_text(record: Record, header: str) -> str | None:
     """A header's text, of the last of that name."""
     values = [value for name, value in record.headers if name == header and value is not None]
     return values[-1].decode("utf-8", "replace") if values else None

@@ -6,9 +6,9 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from db.connection import Connection
+from queryd.kafka.record import Record
 from queryd.registry import URL_VARIABLE
 from replay.copies import Copy
-from replay.log import LoggedRecord
 
 
 class ReplayName(StrEnum):
@@ -82,21 +82,21 @@ NOTES: Mapping[Note, str] = {
 class Verdict:
     """A record judged: its copy, or why there is none. Neither says that it was not meant at all."""
 
-    record: LoggedRecord
+    record: Record
     copy: Copy | None = None
     note: Note | None = None
     skip: Skip | None = None
 
 
 # One pass over a window; records come in order by partition.
-Judge = Callable[[Connection, Sequence[LoggedRecord]], Awaitable[list[Verdict]]]
+Judge = Callable[[Connection, Sequence[Record]], Awaitable[list[Verdict]]]
 
 
-async def judge_records(judge: Judge, connection: Connection, records: Sequence[LoggedRecord]) -> list[Verdict]:
+async def judge_records(judge: Judge, connection: Connection, records: Sequence[Record]) -> list[Verdict]:
     """Verdicts in the records' order. One whose headers are beyond the client can't be copied, whatever it is."""
-    legible = [record for record in records if record.legible]
+    legible = [record for record in records if record.has_headers]
     verdicts = iter(await judge(connection, legible) if legible else [])
-    return [next(verdicts) if record.legible else Verdict(record, skip=Skip.UNREADABLE) for record in records]
+    return [next(verdicts) if record.has_headers else Verdict(record, skip=Skip.UNREADABLE) for record in records]
 
 
 class ReplayKind(Protocol):

@@ -14,10 +14,11 @@ from queryd.dead_letters import DEAD_PREFIX, DeadCode
 from queryd.events import ErrorCode, Invalid, Mode, QueryRequested, Topic, parse_uuid
 from queryd.headers import find_traceparent
 from queryd.identity import fingerprint_request, hash_sql
+from queryd.kafka.record import BY_KEY, Record
 from queryd.registry import registry_in_use
 from replay.copies import Copy, HeaderRules, Pairs, copy_headers, read_number, read_text
 from replay.kinds import Judge, Note, ReplayName, Skip, Verdict
-from replay.log import LoggedRecord, Window
+from replay.log import Window
 from replay.requests import ReadRequest, changes_of_id, digest_key, find_request, read_request
 from replay.selection import Selection
 
@@ -108,7 +109,7 @@ class LetterReplay:
         self.patch.check()
         return self._judge
 
-    async def _judge(self, connection: Connection, records: Sequence[LoggedRecord]) -> list[Verdict]:
+    async def _judge(self, connection: Connection, records: Sequence[Record]) -> list[Verdict]:
         read = [read_request(record, read_text(record, f"{DEAD_PREFIX}topic")) for record in records]
         ids = {each.query_id for each in read if each.query_id is not None}
         standings = await read_standings(connection, ids | {name_anew(record) for record in records})
@@ -150,7 +151,7 @@ class LetterReplay:
         # Its bytes are sent again as they are, or not at all.
         return Skip.UNREADABLE if read.fields is None and self.patch.values else None
 
-    def _goes_back(self, record: LoggedRecord) -> bool:
+    def _goes_back(self, record: Record) -> bool:
         """Whether a letter that takes a registry to be read is sent back as it is: what the executors could not read
         either, as long as nothing is asked of what it says."""
         undecodable = read_text(record, f"{DEAD_PREFIX}code") == DeadCode.UNDECODABLE
@@ -189,7 +190,7 @@ class LetterReplay:
 
     def _copy(
         self,
-        record: LoggedRecord,
+        record: Record,
         topic: str,
         value: bytes | None,
         query_id: str | None,
@@ -199,7 +200,7 @@ class LetterReplay:
     ) -> Copy:
         return Copy(
             topic=topic,
-            partition=None,
+            partition=BY_KEY,
             key=query_id.encode() if renamed and query_id is not None else record.key,
             value=value,
             headers=self._headers(record, query_id if renamed else None),
@@ -208,7 +209,7 @@ class LetterReplay:
             was=was,
         )
 
-    def _headers(self, record: LoggedRecord, query_id: str | None) -> Pairs:
+    def _headers(self, record: Record, query_id: str | None) -> Pairs:
         """What it died of is over; how often it was sent again stays with it."""
         changed: dict[str, str | None] = {} if query_id is None else changes_of_id(query_id)
         changed |= {name: None for name, _ in record.headers if name.startswith(DEAD_PREFIX)}
@@ -256,7 +257,7 @@ def _find_uuid(value: object) -> str | None:
         return None
 
 
-def name_anew(letter: LoggedRecord) -> str:
+def name_anew(letter: Record) -> str:
     """The id that a letter's copy gets where its own is taken: of this letter, by its place and time, whatever replays
     it, so that it runs once. Two letters of one id are two requests."""
     place = f"{letter.topic}/{letter.partition}/{letter.offset}/{letter.timestamp_ms}"

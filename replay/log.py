@@ -1,44 +1,26 @@
 """The log between two offsets a partition, which are pinned before anything is read."""
 
+import asyncio
 import time
-from collections.abc import Mapping, Sequence
-from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource, OffsetSpec, ResourceType
 
-from producers.read_back import SILENCE_SECONDS, EndNotReached, Silence, read_ends, read_starts
 from queryd.events import Invalid, from_millis
-from queryd.outages import QUIET
+from queryd.kafka.bounded_reader import BoundedReader, read_ends, read_starts
+from queryd.kafka.outages import QUIET
+from queryd.kafka.record import Partition, Record, to_record
 from queryd.topics import TopicIdentity, read_topic_identity
 
 _BROKER_SECONDS = 15.0
-# How long to wait for a batch's first record.
-_LOOK_SECONDS = 0.1
-_GROUP = "queryd-replay"
-
-Place = tuple[str, int]
 
 
 class WindowRefused(ValueError):
     """What was asked for is not there to be read; the sentence says what is."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoggedRecord:
-    """One record as it lies in the log. `timestamp_ms` since the epoch; `legible` unless its headers can't be read."""
-
-    topic: str
-    partition: int
-    offset: int
-    key: bytes | None
-    value: bytes | None = field(repr=False)
-    headers: tuple[tuple[str, bytes | None], ...] = field(repr=False)
-    timestamp_ms: int | None
-    legible: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +31,11 @@ class OffsetRange:
     partition: int
     start: int
     end: int
+
+    @property
+    def place(self) -> Partition:
+        """Topic and partition."""
+        return self.topic, self.partition
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,91 +165,15 @@ def _say(millis: int) -> str:
     return datetime.fromtimestamp(millis / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-class LogReader:
-    """Reads ranges to their ends, committed records only. Blocks; one thread at a time. Use it as a context manager."""
-
-    def __init__(self, config: dict[str, Any], ranges: Sequence[OffsetRange], starts: Mapping[Place, int]) -> None:
-        """`starts` is where to go on, for a range that was begun before."""
-        self.positions = {
-            (each.topic, each.partition): max(each.start, starts.get((each.topic, each.partition), each.start))
-            for each in ranges
-        }
-        self._ends = {(each.topic, each.partition): each.end for each in ranges}
-        self._silence = Silence()
-        reading = {"group.id": _GROUP, "enable.auto.commit": False, "enable.partition.eof": True}
-        self._consumer = Consumer(config | QUIET | reading | {"auto.offset.reset": "error"})
-        self._consumer.assign([TopicPartition(*place, self.positions[place]) for place in self._unread()])
-
-    def __enter__(self) -> "LogReader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._consumer.close()
-
-    def read(self, most: int) -> list[LoggedRecord]:
-        """The next records, at most `most`; none where all is read. Raises `EndNotReached` and `KafkaException`."""
-        # The caller may have taken its time since the last one.
-        self._silence.end()
-        while self._unread():
-            records = [self._take(message) for message in self._consumer.consume(most, _LOOK_SECONDS)]
-            if found := [record for record in records if record is not None]:
-                return found
-            if self._silence.lasts():
-                places = sorted(self._unread())
-                raise EndNotReached(f"{places[0][0]} said nothing for {SILENCE_SECONDS:.0f} s before its end was read")
-        return []
-
-    def _unread(self) -> AbstractSet[Place]:
-        return {place for place, end in self._ends.items() if self.positions[place] < end}
-
-    def _take(self, message: Message) -> LoggedRecord | None:
-        topic, partition, offset, error = message.topic(), message.partition(), message.offset(), message.error()
-        if error is not None and error.code() != KafkaError._PARTITION_EOF:
-            if error.code() == KafkaError._AUTO_OFFSET_RESET:
-                raise WindowRefused(
-                    "the log has changed under the replay, by retention or because the topic was made anew: plan again"
-                )
-            if error.fatal():
-                raise KafkaException(error)
-            # librdkafka goes on by itself; if it can't, there is silence.
-            return None
-        assert topic is not None and partition is not None and offset is not None
-        self._silence.end()
-        place = topic, partition
-        if offset >= self._ends[place]:
-            self._finish(place)
-            return None
-        if error is not None:
-            # The end of what is committed; an open transaction keeps the rest back until it has ended.
-            return None
-        self.positions[place] = offset + 1
-        kind_and_millis = message.timestamp()
-        headers = read_headers(message)
-        return LoggedRecord(
-            topic=topic,
-            partition=partition,
-            offset=offset,
-            key=_bytes(message.key()),
-            value=_bytes(message.value()),
-            headers=headers or (),
-            timestamp_ms=kind_and_millis[1] if kind_and_millis[1] >= 0 else None,
-            legible=headers is not None,
-        )
-
-    def _finish(self, place: Place) -> None:
-        self.positions[place] = self._ends[place]
-        # Without this a busy partition that is read would crowd out the others.
-        self._consumer.pause([TopicPartition(*place)])
+def open_reader(
+    config: dict[str, Any], ranges: Sequence[OffsetRange], starts: Mapping[Partition, int]
+) -> BoundedReader:
+    """A reader of ranges. `starts` has the next offsets of ranges that were begun before."""
+    return BoundedReader(config, {each.place: max(each.start, starts.get(each.place, 0)) for each in ranges})
 
 
-def read_headers(message: Message) -> tuple[tuple[str, bytes | None], ...] | None:
-    """None where a name is not UTF-8, which is beyond the binding."""
-    try:
-        headers: Any = message.headers() or ()
-    except (SystemError, UnicodeError):
-        return None
-    return tuple((name, _bytes(value)) for name, value in headers)
-
-
-def _bytes(value: str | bytes | None) -> bytes | None:
-    return value.encode() if isinstance(value, str) else value
+async def read_batches(reader: BoundedReader, ranges: Sequence[OffsetRange], most: int) -> AsyncIterator[list[Record]]:
+    """The committed records of the ranges, at most `most` at once. Raises as `BoundedReader.read_to`."""
+    batches = reader.read_to({each.place: each.end for each in ranges}, most=most)
+    while (messages := await asyncio.to_thread(next, batches, None)) is not None:
+        yield [to_record(message) for message in messages]

@@ -10,8 +10,8 @@ from confluent_kafka.admin import AdminClient
 
 from db.connection import Connection, unavailable_told_apart
 from db.data.outbox import measure_waiting
-from producers.read_back import read_ends, read_starts
-from queryd.outages import QUIET
+from queryd.kafka.bounded_reader import read_ends, read_starts
+from queryd.kafka.outages import QUIET
 
 _BROKER_SECONDS = 15.0
 # As often as the offsets that it looks at are committed, or seldomer.

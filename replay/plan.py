@@ -10,10 +10,11 @@ from datetime import datetime
 from typing import Any
 
 from db.connection import Connection, unavailable_told_apart
+from queryd.kafka.record import Partition
 from queryd.topics import TopicIdentity
 from replay.copies import HeaderRules
 from replay.kinds import SKIP_REASONS, Judge, Note, ReplayKind, Skip, Verdict, judge_records
-from replay.log import LogReader, OffsetRange, Pinned, Place, Window, pin
+from replay.log import OffsetRange, Pinned, Window, open_reader, pin, read_batches
 from replay.marks import Marks
 from replay.selection import Selection
 
@@ -140,8 +141,8 @@ async def judge_ranges(
     connection: Connection, config: dict[str, Any], judge: Judge, ranges: Sequence[OffsetRange]
 ) -> AsyncIterator[list[Verdict]]:
     """All records of the ranges judged, batch by batch, and nothing sent. Raises as `plan`."""
-    with LogReader(config, ranges, {}) as reader:
-        while records := await asyncio.to_thread(reader.read, _BATCH):
+    with open_reader(config, ranges, {}) as reader:
+        async for records in read_batches(reader, ranges, _BATCH):
             with unavailable_told_apart():
                 verdicts = await judge_records(judge, connection, records)
             yield verdicts
@@ -178,7 +179,7 @@ def _hash(
     window: Window,
     selection: Selection,
     headers: HeaderRules,
-    matches: Mapping[Place, str],
+    matches: Mapping[Partition, str],
 ) -> str:
     """The records that match are in it by their offsets, and not where the scan ended: new records that are not asked
     for leave a plan as good as it was."""

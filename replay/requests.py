@@ -12,10 +12,11 @@ from queryd.contract import contract
 from queryd.events import ErrorCode, Invalid, Mode, QueryId, QueryRequested, Status, parse_uuid
 from queryd.headers import find_traceparent
 from queryd.identity import fingerprint_request
+from queryd.kafka.record import BY_KEY, Record
 from queryd.registry import registry_in_use
 from replay.copies import Copy, HeaderRules, copy_as_it_is, copy_headers, mint
 from replay.kinds import Judge, Note, ReplayName, Skip, Verdict
-from replay.log import LoggedRecord, Window
+from replay.log import Window
 from replay.selection import Selection
 
 _EVENT = QueryRequested.__name__
@@ -57,7 +58,7 @@ class RequestReplay:
         """See `ReplayKind`."""
         return self._judge
 
-    async def _judge(self, connection: Connection, records: Sequence[LoggedRecord]) -> list[Verdict]:
+    async def _judge(self, connection: Connection, records: Sequence[Record]) -> list[Verdict]:
         read = [read_request(record) for record in records]
         standings = await read_standings(connection, {each.query_id for each in read if each.query_id is not None})
         return [self._judge_one(each, standings.get(each.query_id or "")) for each in read]
@@ -104,11 +105,11 @@ class RequestReplay:
             return Skip.UNFINISHED
         return None
 
-    def _copy_as_new(self, record: LoggedRecord, request: QueryRequested) -> Copy:
+    def _copy_as_new(self, record: Record, request: QueryRequested) -> Copy:
         query_id = mint(self.replay_id, request.query_id)
         return Copy(
             topic=record.topic,
-            partition=None,
+            partition=BY_KEY,
             key=query_id.encode(),
             value=encode(replace(request, query_id=QueryId(query_id))),
             headers=copy_headers(record, self.replay_id, self.headers, changes_of_id(query_id)),
@@ -125,14 +126,14 @@ class ReadRequest:
     `needs_registry` says something of this process and nothing of the record: another may read it.
     """
 
-    record: LoggedRecord
+    record: Record
     fields: dict[str, Any] | None = field(default=None, repr=False)
     query_id: str | None = None
     request: QueryRequested | None = field(default=None, repr=False)
     needs_registry: bool = False
 
 
-def read_request(record: LoggedRecord, topic: str | None = None) -> ReadRequest:
+def read_request(record: Record, topic: str | None = None) -> ReadRequest:
     """Read as far as possible; a request is valid on one lane only, `topic` where it is not the record's own."""
     try:
         fields = decode_fields(record.value, _EVENT)

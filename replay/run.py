@@ -9,13 +9,14 @@ from typing import Any
 from db.connection import unavailable_told_apart
 from db.data.replays import Replay, ReplayStatus, check_hold
 from queryd.headers import continue_trace
+from queryd.kafka.record import Partition, Record
 from queryd.topics import TopicIdentity
 from replay.copies import HeaderRules
 from replay.journal import Journal, ReplayRefused
 from replay.kinds import Note, ReplayKind, Skip, Verdict, judge_records
-from replay.log import LoggedRecord, LogReader, OffsetRange, Place, Window
+from replay.log import OffsetRange, Window, open_reader, read_batches
 from replay.marks import Marks
-from replay.outlets import Outlet, Sending
+from replay.outlet import Outlet
 from replay.pace import LagGuard, TokenBucket
 from replay.plan import Plan, describe_asked, describe_topics, judge_ranges
 from replay.selection import Selection
@@ -66,7 +67,7 @@ def read_ranges(replay: Replay) -> list[OffsetRange]:
     return [OffsetRange(*each) for each in replay.plan["ranges"]]
 
 
-def read_marks(replay: Replay) -> dict[Place, Marks]:
+def read_marks(replay: Replay) -> dict[Partition, Marks]:
     """The records that a plan in a replay's row means."""
     ranges = read_ranges(replay)
     return {
@@ -101,7 +102,7 @@ async def list_pairs(
     return pairs
 
 
-def _is_marked(marks: Mapping[Place, Marks], record: LoggedRecord) -> bool:
+def _is_marked(marks: Mapping[Partition, Marks], record: Record) -> bool:
     return marks[record.topic, record.partition].holds(record.offset)
 
 
@@ -151,7 +152,7 @@ class Replayer:
     async def run(self, replay: Replay) -> Outcome:
         """From the replay's checkpoint to its end.
 
-        Raises `ReplayRefused`, `WindowRefused`, `NotDelivered`, `EndNotReached`, `KafkaException` and
+        Raises `ReplayRefused`, `LogChanged`, `NotDelivered`, `EndNotReached`, `KafkaException` and
         `DatabaseUnavailable`; it can be resumed then.
         """
         done, marks = _Done.read(replay), read_marks(replay)
@@ -161,8 +162,9 @@ class Replayer:
         starts = {} if self._kind.follows_all else done.positions
         planned = int(replay.plan["matched"])
         self._told(Progress(done.published, planned, None))
-        with LogReader(self._config, read_ranges(replay), starts) as reader:
-            while records := await asyncio.to_thread(reader.read, self._batch):
+        ranges = read_ranges(replay)
+        with open_reader(self._config, ranges, starts) as reader:
+            async for records in read_batches(reader, ranges, self._batch):
                 status = await self._hold_back(replay, done, planned)
                 if status is not ReplayStatus.ACTIVE or self._stopping.is_set():
                     return await self._leave(replay, done, status)
@@ -190,11 +192,11 @@ class Replayer:
             return list(verdicts)
         await self._bucket.take(len(copies))
         with linked_spans(SpanName.REPLAY, [each.origin for each in copies]) as traceparents:
-            sendings = [
-                Sending(each, each.headers_with(traceparent or continue_trace(None)))
+            records = [
+                each.to_record(traceparent or continue_trace(None))
                 for each, traceparent in zip(copies, traceparents, strict=True)
             ]
-            taken = iter(await self._outlet.send(sendings, self._check_hold))
+            taken = iter(await self._outlet.publish(records, self._check_hold))
         return [
             verdict if verdict.copy is None or next(taken) else Verdict(verdict.record, skip=Skip.TOO_LARGE)
             for verdict in verdicts
@@ -234,7 +236,7 @@ class Replayer:
 class _Done:
     """What is behind us: positions by partition, and counts."""
 
-    positions: dict[Place, int]
+    positions: dict[Partition, int]
     notes: Counter[Note]
     skipped: Counter[Skip]
 
@@ -252,7 +254,7 @@ class _Done:
     def published(self) -> int:
         return self.notes.total()
 
-    def covers(self, record: LoggedRecord) -> bool:
+    def covers(self, record: Record) -> bool:
         """Whether an earlier process has dealt with the record."""
         return record.offset < self.positions.get((record.topic, record.partition), 0)
 
@@ -263,7 +265,7 @@ class _Done:
             if verdict.skip is not None:
                 self.skipped[verdict.skip] += 1
 
-    def move(self, positions: Mapping[Place, int]) -> None:
+    def move(self, positions: Mapping[Partition, int]) -> None:
         for place, offset in positions.items():
             self.positions[place] = max(offset, self.positions.get(place, 0))
 

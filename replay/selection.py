@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from replay.log import LoggedRecord
+from queryd.kafka.record import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Selection:
         """Whether something is asked that only the decoded event, or the query of its id, can answer."""
         return any((self.org_id, self.user_id, self.mode, self.statuses))
 
-    def takes_record(self, record: LoggedRecord) -> bool:
+    def takes_record(self, record: Record) -> bool:
         """Whether key and headers are as asked for."""
         if self.keys and (record.key or b"").decode("utf-8", "replace") not in self.keys:
             return False

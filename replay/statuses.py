@@ -9,9 +9,10 @@ from db.connection import Connection
 from db.data.replays import hold_last_events
 from queryd.codec import NoRegistry, Undecodable, decode_fields
 from queryd.events import Invalid, QueryStatusChanged, Status, Topic, parse_uuid
+from queryd.kafka.record import Record
 from replay.copies import HeaderRules, copy_as_it_is
 from replay.kinds import Judge, Note, ReplayName, Skip, Verdict
-from replay.log import LoggedRecord, Window
+from replay.log import Window
 from replay.selection import Selection
 
 _TERMINAL = {status.value for status in Status if status.terminal}
@@ -45,7 +46,7 @@ class StatusReplay:
         """See `ReplayKind`."""
         sent: set[str] = set()
 
-        async def judge(connection: Connection, records: Sequence[LoggedRecord]) -> list[Verdict]:
+        async def judge(connection: Connection, records: Sequence[Record]) -> list[Verdict]:
             read = [_read(record) for record in records]
             wanted = {query_id for query_id, fields in read if query_id is not None and fields is not None}
             last = await hold_last_events(connection, wanted)
@@ -65,7 +66,7 @@ class StatusReplay:
 
         return judge
 
-    def _means(self, record: LoggedRecord, fields: Mapping[str, Any] | None) -> bool:
+    def _means(self, record: Record, fields: Mapping[str, Any] | None) -> bool:
         status, error_code = (None, None) if fields is None else (fields["status"], fields["error_code"])
         return (
             self.window.holds(record.timestamp_ms)
@@ -76,7 +77,7 @@ class StatusReplay:
 
 
 def _find_skip(
-    record: LoggedRecord,
+    record: Record,
     query_id: str | None,
     fields: Mapping[str, Any] | None,
     last: Mapping[str, bytes],
@@ -94,7 +95,7 @@ def _find_skip(
     return Skip.REPEATED if query_id in sent else None
 
 
-def _read(record: LoggedRecord) -> tuple[str | None, dict[str, Any] | None]:
+def _read(record: Record) -> tuple[str | None, dict[str, Any] | None]:
     """The query's id, and the event's fields; None for what can't be read, or says that the query is gone."""
     try:
         fields = decode_fields(record.value, QueryStatusChanged.__name__)

@@ -15,7 +15,7 @@ from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
 from db.health import is_writable
-from queryd.outages import QUIET
+from queryd.kafka.outages import QUIET
 from service.settings import Settings
 
 # A server that is well answers within milliseconds; whoever asks for readiness gives up after some seconds himself.

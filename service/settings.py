@@ -27,7 +27,7 @@ from access.limits import OrgLimits
 from processes.failpoints import FAILPOINTS_VARIABLE
 from processes.lifeline import LIFELINE_VARIABLE
 from queryd.events import Mode
-from queryd.outages import QUIET
+from queryd.kafka.outages import QUIET
 from queryd.registry import OPTIONS_VARIABLE, use
 from service.cores import count_cores
 from service.environment import ADDRESSES, isolate, read_env_file

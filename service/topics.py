@@ -9,7 +9,7 @@ from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, NewTopic, ResourceType
 
 from queryd.events import Topic
-from queryd.outages import QUIET
+from queryd.kafka.outages import QUIET
 
 _DAY = 24 * 3600 * 1000
 _BROKER_SECONDS = 15.0

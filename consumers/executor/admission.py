@@ -30,7 +30,7 @@ from queryd.events import (
 )
 from queryd.headers import continue_trace, find_traceparent
 from queryd.identity import fingerprint_request, hash_sql
-from queryd.subscription import Record
+from queryd.kafka.record import Record
 from telemetry.metrics import METRICS
 from telemetry.traces import RunningSpan, begin_trace, within
 

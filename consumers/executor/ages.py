@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 
 from db.clock import DatabaseClock, elapsed
-from queryd.subscription import Record
+from queryd.kafka.record import Record
 
 
 class RecordAges:

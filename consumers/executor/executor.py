@@ -37,7 +37,7 @@ from db.retrying import until_available
 from engines.protocol import Engine
 from queryd.dead_letters import DeadCode
 from queryd.events import Mode
-from queryd.subscription import Partition, Record
+from queryd.kafka.record import Partition, Record
 from results.retention.sweep import Retention
 from telemetry.events import LogEvent
 from telemetry.traces import SpanAttribute, SpanName, Step, spans

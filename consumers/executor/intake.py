@@ -10,7 +10,8 @@ from typing import Any
 
 import structlog
 
-from queryd.subscription import Partition, Record, Revoked, Subscription, SubscriptionLost
+from queryd.kafka.consumer import Revoked, Subscription, SubscriptionLost
+from queryd.kafka.record import Partition, Record
 from telemetry.events import LogEvent
 
 _log = structlog.get_logger("queryd.intake")

@@ -7,16 +7,17 @@ import base64
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from db.data.outbox import WaitingEvent
 from processes.failpoints import Failpoint, failpoint
 from producers.relay.ledger import Ledger, read_ledger, write_ledger
 from queryd.events import Topic
 from queryd.headers import to_kafka
-from queryd.kafka.transactional_producer import BROKER_SECONDS, Headers, TransactionalProducer
-from queryd.outages import QUIET, OutageLog
-from queryd.publisher import MESSAGE_BYTES
+from queryd.kafka.outages import QUIET, explain_error
+from queryd.kafka.producer import LARGE_RECORDS, IdempotentProducer, NotDelivered
+from queryd.kafka.record import Headers, NewRecord
+from queryd.kafka.transactional_producer import BROKER_SECONDS, TransactionalProducer
 
 
 class ChannelBroken(Exception):
@@ -61,7 +62,7 @@ class TransactionalChannel:
             self._producer.open()
             [committed] = self._consumer.committed([self._place], timeout=BROKER_SECONDS)
         except KafkaException as error:
-            raise ChannelBroken(_reason(error)) from error
+            raise ChannelBroken(explain_error(error)) from error
         if committed.offset < 0:
             return None
         self._last = TopicPartition(Topic.STATUS, 0, committed.offset, committed.metadata)
@@ -73,14 +74,14 @@ class TransactionalChannel:
         try:
             self._producer.begin()
             for event in events:
-                self._producer.produce(*_to_record(event), on_delivery=failures.report)
+                self._producer.produce(_to_record(event), failures.report)
             failpoint(Failpoint.RELAY_PRODUCING)
             self._send_ledger(TopicPartition(Topic.STATUS, 0, max(ledger.positions) + 1, write_ledger(ledger)))
             failpoint(Failpoint.RELAY_BEFORE_COMMIT)
             self._producer.commit()
         except (KafkaException, BufferError) as error:
             # Whether the commit went through is not known here; `open` of the next session finds out.
-            raise ChannelBroken(failures.first or _reason(error)) from error
+            raise ChannelBroken(failures.first or explain_error(error)) from error
 
     def keep(self) -> None:
         """Commit the last ledger again: a broker forgets the offsets of a group that is silent for a week."""
@@ -91,7 +92,7 @@ class TransactionalChannel:
             self._send_ledger(self._last)
             self._producer.commit()
         except KafkaException as error:
-            raise ChannelBroken(_reason(error)) from error
+            raise ChannelBroken(explain_error(error)) from error
 
     def _send_ledger(self, place: TopicPartition) -> None:
         assert self._consumer is not None
@@ -111,38 +112,22 @@ class PlainChannel:
 
     def __init__(self, config: dict[str, Any]) -> None:
         self._config = config
-        self._outages = OutageLog("the relay")
-        self._producer: Producer | None = None
+        self._producer: IdempotentProducer | None = None
 
     def open(self) -> Ledger | None:
         """Return no ledger: without transactions nothing records what an earlier session published."""
-        self._producer = Producer(
-            self._config
-            | QUIET
-            | {
-                "enable.idempotence": True,
-                "acks": "all",
-                "linger.ms": 0,
-                "compression.type": "zstd",
-                "message.max.bytes": MESSAGE_BYTES,
-                "error_cb": self._outages.complain,
-            }
-        )
+        self._producer = IdempotentProducer(self._config, "the relay", LARGE_RECORDS | {"linger.ms": 0})
         return None
 
     def publish(self, events: Sequence[WaitingEvent], ledger: Ledger) -> None:
         """All of the batch, acknowledged."""
         assert self._producer is not None
-        failures = _Failures()
         try:
-            for event in events:
-                topic, key, value, headers = _to_record(event)
-                self._producer.produce(topic, key=key, value=value, headers=headers, on_delivery=failures.report)
-            left = self._producer.flush(BROKER_SECONDS)
-        except (KafkaException, BufferError) as error:
-            raise ChannelBroken(_reason(error)) from error
-        if left or failures.first is not None:
-            raise ChannelBroken(f"publishing failed: {left} events not acknowledged, first error: {failures.first}")
+            refused = any(self._producer.publish([_to_record(event) for event in events], BROKER_SECONDS))
+        except NotDelivered as error:
+            raise ChannelBroken(str(error)) from error
+        if refused:
+            raise ChannelBroken("an event is larger than its topic accepts")
 
     def keep(self) -> None:
         """Do nothing: there is no ledger to refresh."""
@@ -150,8 +135,7 @@ class PlainChannel:
     def close(self) -> None:
         """Drop the producer and its undelivered records."""
         if self._producer is not None:
-            self._producer.purge()
-            self._producer.flush(0)
+            self._producer.close(0)
         self._producer = None
 
 
@@ -166,12 +150,11 @@ class _Failures:
             self.first = self.first or error.str()
 
 
-def _to_record(event: WaitingEvent) -> tuple[str, bytes | None, bytes | None, Headers]:
-    """Topic, key, value and headers."""
+def _to_record(event: WaitingEvent) -> NewRecord:
     if event.topic is None:
         assert event.query_id is not None
-        return Topic.STATUS.value, event.query_id.encode(), event.payload, to_kafka(event.headers)
-    return event.topic, event.key, event.payload, _read_headers(event.headers)
+        return NewRecord(Topic.STATUS.value, event.query_id.encode(), event.payload, to_kafka(event.headers))
+    return NewRecord(event.topic, event.key, event.payload, _read_headers(event.headers))
 
 
 def _read_headers(written: Sequence[tuple[str, str | None]]) -> Headers:
@@ -179,8 +162,3 @@ def _read_headers(written: Sequence[tuple[str, str | None]]) -> Headers:
     return [
         (base64.b64decode(name).decode(), None if value is None else base64.b64decode(value)) for name, value in written
     ]
-
-
-def _reason(error: Exception) -> str:
-    cause = error.args[0] if error.args else error
-    return cause.str() if isinstance(cause, KafkaError) else str(cause)

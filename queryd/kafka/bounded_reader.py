@@ -8,8 +8,8 @@ from typing import Any
 from confluent_kafka import Consumer, IsolationLevel, KafkaError, KafkaException, Message, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
-from queryd.outages import QUIET
-from queryd.subscription import Partition
+from queryd.kafka.outages import QUIET
+from queryd.kafka.record import Partition
 
 _BROKER_SECONDS = 15.0
 # A broker in reach answers each fetch, with records or with the end. An abandoned transaction hides what follows it for

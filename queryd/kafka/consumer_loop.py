@@ -3,7 +3,8 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from queryd.subscription import Partition, Record, Subscription, SubscriptionLost
+from queryd.kafka.consumer import Subscription, SubscriptionLost
+from queryd.kafka.record import Partition, Record
 
 # A consumer that fails at once would otherwise be opened again as fast as the machine can.
 _REOPEN_SECONDS = 1.0

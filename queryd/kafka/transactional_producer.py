@@ -6,13 +6,14 @@ ends the producer's next transaction, in the middle of it. A new producer has a 
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from confluent_kafka import KafkaError, Message, Producer, TopicPartition
+from confluent_kafka import Producer, TopicPartition
 
-from queryd.outages import QUIET, OutageLog
-from queryd.publisher import BY_KEY, MESSAGE_BYTES
+from queryd.kafka.outages import QUIET, OutageLog
+from queryd.kafka.producer import LARGE_RECORDS, OnDelivery
+from queryd.kafka.record import NewRecord
 
 # The broker aborts what is not committed by then: readers at read_committed wait for an abandoned one for no longer.
 _TRANSACTION_MILLIS = 10_000
@@ -22,8 +23,6 @@ BROKER_SECONDS = 15.0
 # whether one was repeated.
 _RETRY_MILLIS = 1_000
 _REPEATED_SECONDS = 0.5
-
-Headers = list[tuple[str, str | bytes | None]]
 
 
 class TransactionalProducer:
@@ -38,13 +37,11 @@ class TransactionalProducer:
         self._config = (
             dict(config)
             | QUIET
+            | LARGE_RECORDS
             | {
                 "transactional.id": transactional_id,
                 "transaction.timeout.ms": _TRANSACTION_MILLIS,
                 "retry.backoff.ms": _RETRY_MILLIS,
-                # Uncompressed, a record may be far larger than its topic's limit.
-                "compression.type": "zstd",
-                "message.max.bytes": MESSAGE_BYTES,
                 "error_cb": self._outages.complain,
             }
         )
@@ -60,25 +57,18 @@ class TransactionalProducer:
         self._outages.answered()
 
     def begin(self) -> None:
-        """Begin a transaction."""
-        if self._may_be_late:
-            # An earlier copy of a request may still be on its way: fence it.
+        """Begin a transaction; opens the producer if it is not open yet."""
+        if self._producer is None or self._may_be_late:
+            # An earlier copy of a request may still be on its way: a new epoch fences it.
             self.open()
         self._opened.begin_transaction()
 
-    def produce(
-        self,
-        topic: str,
-        key: bytes | None,
-        value: bytes | None,
-        headers: Headers,
-        partition: int = BY_KEY,
-        on_delivery: Callable[[KafkaError | None, Message], None] | None = None,
-    ) -> None:
+    def produce(self, record: NewRecord, on_delivery: OnDelivery | None = None) -> None:
         """Add a record to the transaction."""
         # The binding takes no None for a callback.
         reporting: dict[str, Any] = {} if on_delivery is None else {"on_delivery": on_delivery}
-        self._opened.produce(topic, key=key, value=value, headers=headers, partition=partition, **reporting)
+        topic, key, value, headers, partition = record
+        self._opened.produce(topic, key=key, value=value, headers=list(headers), partition=partition, **reporting)
 
     def send_offsets(self, offsets: Sequence[TopicPartition], group: Any) -> None:
         """Add offsets of a consumer group, which is given by its metadata, to the transaction."""

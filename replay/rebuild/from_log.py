@@ -5,20 +5,25 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+from confluent_kafka import Message
+
 from consumers.projector import read_step
 from db.connection import Connection
 from db.state.query_status import QueryStatusRow, read_offsets, write_offsets
 from db.state.rebuild import has_other_topics, stage, unstage
 from queryd.events import Topic
-from queryd.subscription import Record
+from queryd.kafka.bounded_reader import BoundedReader, LogChanged
+from queryd.kafka.record import to_record
 from queryd.topics import TopicIdentity, read_topic_identity
-from replay.log import Pinned, Window, pin
+from replay.log import Pinned, Window, open_reader, pin
 from replay.rebuild.source import PartitionRead, Reading, RebuildRefused, Report, SourceName
-from replay.rebuild.status_log import LogChanged, StatusLog
 
 # What is understood in one go, and written while the next is read: statements of some 10,000 rows cost the least a row,
 # and hold some 20 MB.
 _CHUNK = 10_000
+_AT_ONCE = 1_000
+# A record that the projector has read comes with the next fetch; while it is waited for, the projector waits too.
+_CATCH_UP_SECONDS = 5.0
 
 _INSTEAD = "rebuild from Postgres data instead, --source postgres"
 
@@ -35,11 +40,11 @@ class Chunk:
         self.events = 0
         self.unreadable = 0
 
-    def take(self, records: Sequence[Record]) -> None:
+    def take(self, messages: Sequence[Message]) -> None:
         """Add what follows."""
-        for record in records:
+        for message in messages:
             self.events += 1
-            step = read_step(record)
+            step = read_step(to_record(message))
             if step is None:
                 self.unreadable += 1
             elif step.row is None:
@@ -54,7 +59,7 @@ class Chunk:
 class LogSource:
     """The status topic, from its beginning."""
 
-    def __init__(self, kafka: dict[str, Any], topic: TopicIdentity, pinned: Pinned, log: StatusLog) -> None:
+    def __init__(self, kafka: dict[str, Any], topic: TopicIdentity, pinned: Pinned, log: BoundedReader) -> None:
         self._kafka = kafka
         self._topic = topic
         self._starts = _starts(pinned)
@@ -77,16 +82,15 @@ class LogSource:
     @property
     def reading(self) -> Reading:
         """What has been read so far."""
-        ends = self._log.positions
+        ends = self._positions()
         partitions = tuple(
-            PartitionRead(partition, start, ends.get(partition, start))
-            for partition, start in sorted(self._starts.items())
+            PartitionRead(partition, start, ends[partition]) for partition, start in sorted(self._starts.items())
         )
         return Reading(self._events, self._unreadable, partitions)
 
     async def stage(self, connection: Connection, report: Report) -> None:
         """Fill the copy from the whole log. Raises `EndNotReached`, `LogChanged`, `KafkaException`."""
-        batches = self._log.read_to_end()
+        batches = self._log.read_to(most=_AT_ONCE)
         # The next chunk is read and understood while the database takes the one before.
         coming = asyncio.create_task(asyncio.to_thread(_gather, batches))
         try:
@@ -108,7 +112,8 @@ class LogSource:
         live = await self._read_live(connection)
         if live.keys() - self._starts.keys():
             raise LogChanged(f"{Topic.STATUS} has got more partitions: plan again")
-        batches = self._log.read_up_to(live)
+        ends = {(Topic.STATUS.value, partition): offset for partition, offset in live.items()}
+        batches = self._log.read_to(ends, most=_AT_ONCE, silence_seconds=_CATCH_UP_SECONDS)
         while (chunk := await asyncio.to_thread(_gather, batches)) is not None:
             await self._write(connection, chunk)
 
@@ -116,7 +121,7 @@ class LogSource:
         """Only for partitions that have none. A running projector may be behind us, and writes what it reads: if its
         offset were moved on, and it died between an event and the query's deletion, nobody would read the deletion."""
         live = await self._read_live(connection)
-        ends = {partition: end for partition, end in self._log.positions.items() if partition not in live}
+        ends = {partition: end for partition, end in self._positions().items() if partition not in live}
         await write_offsets(connection, self._topic.cluster_id, self._topic.topic_id, ends)
 
     async def _read_live(self, connection: Connection) -> dict[int, int]:
@@ -128,8 +133,11 @@ class LogSource:
         await unstage(connection, list(chunk.gone))
         await stage(connection, list(chunk.rows.values()))
 
+    def _positions(self) -> dict[int, int]:
+        return {partition: end for (_, partition), end in self._log.positions.items()}
+
     def _read_offsets(self) -> int:
-        return sum(end - self._starts[partition] for partition, end in self._log.positions.items())
+        return sum(end - self._starts[partition] for partition, end in self._positions().items())
 
 
 @asynccontextmanager
@@ -146,7 +154,7 @@ async def opened_log(connection: Connection, kafka: dict[str, Any]) -> AsyncIter
             raise RebuildRefused(f"{Topic.STATUS}/{partition} has lost its records before offset {start}: {_INSTEAD}")
     if await has_other_topics(connection, topic.cluster_id, topic.topic_id):
         raise RebuildRefused(f"the state database was also fed from another topic than this one: {_INSTEAD}")
-    with StatusLog(kafka, starts) as log:
+    with open_reader(kafka, pinned.ranges, {}) as log:
         yield LogSource(kafka, topic, pinned, log)
 
 
@@ -154,11 +162,11 @@ def _starts(pinned: Pinned) -> dict[int, int]:
     return {each.partition: each.start for each in pinned.ranges}
 
 
-def _gather(batches: Iterator[list[Record]]) -> Chunk | None:
+def _gather(batches: Iterator[list[Message]]) -> Chunk | None:
     """The next chunk; None at the end."""
     chunk = Chunk()
-    for records in batches:
-        chunk.take(records)
+    for messages in batches:
+        chunk.take(messages)
         if chunk.events >= _CHUNK:
             break
     return chunk if chunk.events else None

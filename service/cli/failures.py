@@ -14,10 +14,10 @@ from confluent_kafka import KafkaException
 
 from db.connection import DatabaseUnavailable
 from db.health import SchemaMissing
-from producers.read_back import EndNotReached
 from queryd.codec import NoRegistry
 from queryd.errors import ClientStopped, NotSubmitted
-from queryd.publisher import NotDelivered
+from queryd.kafka.bounded_reader import EndNotReached
+from queryd.kafka.producer import NotDelivered
 from queryd.registry import RegistryAway, RegistryRefused
 from queryd.topics import TopicUnknown
 from results.store import StoreRefused, StoreUnavailable

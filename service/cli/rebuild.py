@@ -16,12 +16,12 @@ from db.data.replays import ReplayStatus
 from db.health import STATE, require_schema
 from db.state.rebuild import RebuildUnderWay, TablesMissing, WritersBusy
 from queryd.codec import NoRegistry
+from queryd.kafka.bounded_reader import LogChanged
 from replay.journal import Journal, ReplayRefused, opened_journal
 from replay.kinds import ReplayName
 from replay.plan import PlanStale
 from replay.rebuild.rebuild import Found, Rebuild, Rebuilt, opened
 from replay.rebuild.source import RebuildRefused, SourceName
-from replay.rebuild.status_log import LogChanged
 from service.cli.account import account
 from service.cli.failures import FAILURES, describe_failure
 from service.cli.output import complain, print_fields, print_json, print_rows

@@ -11,6 +11,7 @@ from db.data.replays import Replay, ReplayStatus, list_replays
 from db.health import DATA, require_schema
 from queryd.dead_letters import DeadCode
 from queryd.events import Mode
+from queryd.kafka.bounded_reader import LogChanged
 from replay.commands import (
     Asked,
     Cause,
@@ -373,7 +374,7 @@ def _run(work: Coroutine[Any, Any, _Answer], resumable: str | None = None) -> _A
 
     try:
         return asyncio.run(run())
-    except (WindowRefused, NothingMatches, PatchRefused, PlanStale, ReplayRefused) as error:
+    except (WindowRefused, LogChanged, NothingMatches, PatchRefused, PlanStale, ReplayRefused) as error:
         complain(str(error))
     except FAILURES as error:
         again = "" if resumable is None else f". If it had started, continue it: queryd replay resume {resumable}"

@@ -14,8 +14,8 @@ from queryd.contract import contract, schema_folder
 from queryd.dead_letters import DeadCode
 from queryd.events import Topic
 from queryd.headers import REPUBLISHED, ReplayHeader, build_headers
+from queryd.kafka.record import Record
 from queryd.registry import EVENT_OF_TOPIC
-from queryd.subscription import Record
 from service.topics import TOPICS, TopicSpec
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -24,7 +24,8 @@ from db.retrying import until_available
 from processes.failpoints import Failpoint, failpoint
 from queryd.events import Topic
 from queryd.headers import to_kafka
-from queryd.subscription import Record, Subscription
+from queryd.kafka.consumer import Subscription
+from queryd.kafka.record import Record
 from results.store import StoreUnavailable
 from service.run import Service, run_service
 from service.settings import load_settings
@@ -56,7 +57,7 @@ def _finish_on_receipt() -> None:
 
     patch.object(Subscription, "_receive", receive_and_finish).start()
     # And the very next poll says so to the broker, so that no crash comes before.
-    patch("queryd.subscription._COMMIT_SECONDS", 0.0).start()
+    patch("queryd.kafka.consumer._COMMIT_SECONDS", 0.0).start()
 
 
 # No fencing: an attempt ends its query whoever holds it by now, and however it stands. The sequence fences as the token

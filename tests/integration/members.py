@@ -10,7 +10,8 @@ from typing import Any, ClassVar, NamedTuple
 from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
-from queryd.subscription import Partition, Record, Subscription, SubscriptionLost
+from queryd.kafka.consumer import Subscription, SubscriptionLost
+from queryd.kafka.record import Partition, Record
 from tests.integration.records import PATIENCE_SECONDS, until
 
 # As short as members stay in their groups on a busy machine, whose polls come a second late at times.

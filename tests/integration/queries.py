@@ -22,7 +22,7 @@ from db.data.datasets import Caller
 from db.data.runs import CanonicalRow, RunState, read_canonical
 from queryd.codec import decode_status, encode
 from queryd.events import ErrorCode, Mode, QueryRequested, QueryStatusChanged, ResultFile, Status
-from queryd.subscription import Record
+from queryd.kafka.record import Record
 
 # Longer than any test: leases and limits end when a test says so.
 _LONG_SECONDS = 600.0

@@ -13,7 +13,7 @@ from confluent_kafka.serialization import MessageField, SerializationContext
 from db.migrations.upgrade import upgrade_data
 from queryd.codec import decode_status, encode
 from queryd.events import Mode, Topic
-from queryd.outages import QUIET
+from queryd.kafka.outages import QUIET
 from queryd.registry import announce_schemas, registry_in_use, use
 from service.embedded.broker import Broker
 from service.embedded.servers import Lifeline

@@ -7,8 +7,9 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 from confluent_kafka import Producer
 
-from queryd import subscription as subscriptions
-from queryd.subscription import Record, Subscription
+from queryd.kafka import consumer as subscriptions
+from queryd.kafka.consumer import Subscription
+from queryd.kafka.record import Record
 from tests.integration.records import PATIENCE_SECONDS, config_of
 from tests.servers.kafka import Kafka
 

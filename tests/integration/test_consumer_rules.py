@@ -16,7 +16,8 @@ import pytest
 from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
-from queryd.subscription import OffsetOutOfRange, Partition, Rebalancing, Record, Subscription, Window
+from queryd.kafka.consumer import OffsetOutOfRange, Rebalancing, Subscription, Window
+from queryd.kafka.record import Partition, Record
 from tests.integration.members import (
     MAX_POLL_SECONDS,
     PROTOCOLS,
@@ -52,13 +53,13 @@ async def _threads() -> None:
 @pytest.fixture(autouse=True)
 def _journals(monkeypatch: pytest.MonkeyPatch) -> None:
     Recorder.journals.clear()
-    monkeypatch.setattr("queryd.subscription.Consumer", Recorder)
+    monkeypatch.setattr("queryd.kafka.consumer.Consumer", Recorder)
 
 
 @pytest.fixture(autouse=True)
 def _complaints(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """No test may pass while a callback swallowed an error, unless it says so by clearing the log."""
-    caplog.set_level(logging.WARNING, "queryd.subscription")
+    caplog.set_level(logging.WARNING, "queryd.kafka.consumer")
     yield
     complaints = [line for line in caplog.messages if "callback failed" in line]
     # That the broker did not tell in time from where to read is for a new subscription to mend.

@@ -19,7 +19,7 @@ from db.migrations.upgrade import upgrade_data
 from producers.relay.relay import Relay, RelayRules
 from queryd.dead_letters import DeadCode
 from queryd.events import Topic
-from queryd.subscription import Record
+from queryd.kafka.record import Record
 from queryd.topics import read_topic_identity
 from tests.integration.queries import new_id, opened_pool
 from tests.integration.records import prepare_topics, read_topic, until

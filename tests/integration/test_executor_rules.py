@@ -25,7 +25,7 @@ from db.connection import DataPool
 from db.migrations.upgrade import upgrade_data
 from queryd.codec import decode_status, encode
 from queryd.events import Mode, Status, Topic
-from queryd.subscription import Partition
+from queryd.kafka.record import Partition
 from service.embedded.object_store import ObjectStore
 from service.embedded.servers import Lifeline
 from service.topics import apply_topics

@@ -16,7 +16,7 @@ from consumers.executor.transitions import Refusal
 from db.migrations.upgrade import upgrade_data
 from queryd.codec import encode
 from queryd.events import Mode, OrgId, QueryRequested
-from queryd.outages import QUIET
+from queryd.kafka.outages import QUIET
 from service.embedded.broker import Broker
 from service.embedded.servers import Lifeline
 from service.topics import apply_topics

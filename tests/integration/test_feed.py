@@ -22,7 +22,8 @@ from queryd import (
 from queryd import feed as feeds
 from queryd.feed import AsyncFeed
 from queryd.headers import ReplayHeader
-from queryd.subscription import Record, Subscription, SubscriptionLost
+from queryd.kafka.consumer import Subscription, SubscriptionLost
+from queryd.kafka.record import Record
 from tests.integration.queries import new_id
 from tests.integration.records import PATIENCE_SECONDS, prepare_topics
 from tests.integration.stories import make_story, publish, publish_async

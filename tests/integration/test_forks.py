@@ -15,18 +15,16 @@ from tests.servers.kafka import Kafka
 _PROGRAM = """
 import asyncio, json, os, sys
 from queryd import AsyncQueryClient, EventFeed, QueryClient
-from queryd.publisher import Publisher
 
 config, ORG = json.loads(sys.argv[1]), "6a1f7f4e-3f0e-4f5c-9d55-0d6f1f2f9a10"
 
 async def open_async():
-    client, publisher = AsyncQueryClient(config), Publisher(config)
+    client = AsyncQueryClient(config)
     await client.open()
-    publisher.open()
-    return client, publisher, client.handle(ORG, org_id=ORG)
+    return client, client.handle(ORG, org_id=ORG)
 
 loop = asyncio.new_event_loop()
-twin, publisher, twin_handle = loop.run_until_complete(open_async())
+twin, twin_handle = loop.run_until_complete(open_async())
 client = QueryClient(config)
 handle = client.handle(ORG, org_id=ORG)
 feed = EventFeed(config, "billing")
@@ -60,9 +58,8 @@ if child == 0:
         "async wait": told(awaited(twin_handle.wait)),
         "async latest": told(awaited(twin_handle.latest)),
         "async close": told(awaited(twin.close)),
-        "publish": told(awaited(lambda: publisher.publish("query.status", None, None, []))),
     }
-    del client, feed, twin, publisher, handle, twin_handle
+    del client, feed, twin, handle, twin_handle
     with QueryClient(config) as own:
         answers["own"] = str(own.submit("SELECT 1", org_id=ORG).status)
     print(json.dumps(answers), flush=True)
@@ -74,7 +71,6 @@ feed.take(0.1)
 feed.close()
 client.close()
 loop.run_until_complete(twin.close())
-loop.run_until_complete(publisher.close())
 sys.exit(os.waitstatus_to_exitcode(status))
 """
 

@@ -22,8 +22,8 @@ from db.state.platform import create_platform_tables
 from db.state.query_status import move_tasks, write_offsets
 from queryd.codec import encode
 from queryd.events import ErrorCode, Mode, OrgId, QueryId, QueryStatusChanged, Status, Topic
+from queryd.kafka.record import Record
 from queryd.status_records import StatusRecord
-from queryd.subscription import Record
 from queryd.topics import TopicIdentity, read_topic_identity
 from service.embedded.broker import Broker
 from service.embedded.servers import Lifeline

@@ -14,7 +14,7 @@ from consumers.executor.story import QueryFacts
 from db.data.runs import RunState
 from queryd.codec import encode
 from queryd.events import Mode, OrgId, QueryId, QueryRequested, QueryStatusChanged, Status
-from queryd.subscription import Record
+from queryd.kafka.record import Record
 
 # Few examples, as all unit tests together take seconds; no deadline, as the machine may be busy; no database, so that
 # no run depends on the one before.

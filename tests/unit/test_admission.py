@@ -35,7 +35,7 @@ from queryd.events import (
     Status,
 )
 from queryd.identity import fingerprint_request, hash_sql
-from queryd.subscription import Record
+from queryd.kafka.record import Record
 from tests.unit.samples import NOW, ORG_ID, QUERY_ID, SAVED_ID, TRACEPARENT, make_record, make_request, make_state
 
 CANARY = "canary4711"

@@ -8,7 +8,7 @@ import pytest
 
 from consumers.executor.ages import RecordAges
 from db.clock import DatabaseClock
-from queryd.subscription import Record
+from queryd.kafka.record import Record
 from tests.unit.samples import make_record
 
 _HOUR = 3600.0

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from queryd.events import Topic
+from queryd.kafka.record import Record
 from queryd.status_records import StatusRecord
-from queryd.subscription import Record
 from queryd.topics import TopicIdentity
 from tests.acceptance.printed import read_blocks
 from tests.unit.samples import QUERY_ID, make_status

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from confluent_kafka import Consumer
 
-from queryd.subscription import Subscription, SubscriptionLost, _consumer_config
+from queryd.kafka.consumer import Subscription, SubscriptionLost, _consumer_config
 
 _NOBODY = {"bootstrap.servers": "127.0.0.1:1", "group.id": "group", "log_level": 0}
 # What librdkafka refuses beside `group.protocol=consumer`.

@@ -11,7 +11,7 @@ from queryd import StatusFeed
 from queryd import feed as feeds
 from queryd.codec import encode
 from queryd.events import Topic
-from queryd.subscription import Record
+from queryd.kafka.record import Record
 from tests.unit.samples import QUERY_ID, make_status
 
 

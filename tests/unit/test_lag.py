@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from queryd.lag import read_behind
+from queryd.kafka.lag import read_behind
 
 
 def _tell(**changes: Any) -> str:

@@ -11,8 +11,9 @@ import structlog
 from confluent_kafka import TopicPartition
 
 from queryd.events import Topic
+from queryd.kafka.consumer import Subscription
+from queryd.kafka.record import Record
 from queryd.projector import tell_unreadable
-from queryd.subscription import Record, Subscription
 from telemetry.logs import set_up_logs
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
 
-from queryd.offsets import PartitionOffsets
+from queryd.kafka.offsets import PartitionOffsets
 from tests.unit.samples import QUICK
 
 

@@ -1,6 +1,5 @@
 """Producers: what can't be delivered surfaces, as an error of whoever wanted it delivered. No broker is there."""
 
-import asyncio
 from typing import Any
 
 import pytest
@@ -10,9 +9,8 @@ from db.data.outbox import WaitingEvent
 from producers.relay import channel
 from producers.relay.channel import ChannelBroken, PlainChannel, TransactionalChannel
 from producers.relay.ledger import Ledger
-from queryd import publisher, sender
-from queryd.kafka import transactional_producer
-from queryd.publisher import NotDelivered, Publisher
+from queryd.kafka import producer, transactional_producer
+from queryd.kafka.producer import IdempotentProducer
 from tests.unit.samples import QUERY_ID
 
 # Nobody listens on a port that only root may open; log_level 0 keeps librdkafka from telling stderr so.
@@ -40,20 +38,11 @@ def refusing(monkeypatch: pytest.MonkeyPatch) -> PlainChannel:
     return made
 
 
-@pytest.mark.parametrize("module", [publisher, sender, channel], ids=lambda module: str(module.__name__))
-def test_our_producers_are_idempotent_whatever_the_callers_options_say(
-    monkeypatch: pytest.MonkeyPatch, module: Any
-) -> None:
-    monkeypatch.setattr(module, "Producer", _catch)
+def test_our_producers_are_idempotent_whatever_the_callers_options_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(producer, "Producer", _catch)
     options = _NOBODY | {"enable.idempotence": False, "acks": "1"}
     with pytest.raises(_Constructed) as caught:
-        match module.__name__:
-            case publisher.__name__:
-                Publisher(options)
-            case sender.__name__:
-                sender.Sender(options)
-            case _:
-                PlainChannel(options).open()
+        IdempotentProducer(options, "a test", {})
     [config] = caught.value.args
     assert (config["enable.idempotence"], config["acks"]) == (True, "all")
 
@@ -66,31 +55,8 @@ def test_a_transactional_producer_is_idempotent_by_its_id_and_can_be_nothing_els
         TransactionalChannel(_NOBODY | {"enable.idempotence": False}, "relay").open()
 
 
-async def test_a_record_that_is_not_delivered_is_an_error_of_whoever_published_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(publisher, "_DELIVERY_MILLIS", int(_SOON_SECONDS * 1000))
-    made = Publisher(_NOBODY)
-    made.open()
-    with pytest.raises(NotDelivered):
-        await made.publish("topic", b"key", b"value", {})
-    await made.close()
-
-
-async def test_a_close_that_leaves_records_behind_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Publisher(_NOBODY)
-    made.open()
-    publishing = asyncio.create_task(made.publish("topic", b"key", b"value", {}))
-    await asyncio.sleep(0)
-    monkeypatch.setattr(publisher, "_DELIVERY_MILLIS", int(_SOON_SECONDS * 1000))
-    with pytest.raises(NotDelivered, match="1 records"):
-        await made.close()
-    assert not publishing.done()
-    publishing.cancel()
-
-
 def test_a_batch_that_stays_unacknowledged_breaks_the_channel(refusing: PlainChannel) -> None:
-    with pytest.raises(ChannelBroken, match="1 events not acknowledged"):
+    with pytest.raises(ChannelBroken, match="1 of 1 records not acknowledged"):
         refusing.publish([_EVENT], _LEDGER)
     refusing.close()
 
@@ -99,6 +65,6 @@ def test_a_failed_delivery_is_latched_and_breaks_the_channel() -> None:
     made = PlainChannel(_NOBODY | {"delivery.timeout.ms": int(_SOON_SECONDS * 1000)})
     made.open()
     # By the time that the flush returns nothing is left, and yet nothing was delivered.
-    with pytest.raises(ChannelBroken, match=r"0 events not acknowledged, first error: .*timed out"):
+    with pytest.raises(ChannelBroken, match=r"0 of 2 records not acknowledged, first error: .*timed out"):
         made.publish([_EVENT, _EVENT], _LEDGER)
     made.close()

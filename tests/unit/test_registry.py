@@ -42,6 +42,7 @@ from queryd.events import (
     Topic,
 )
 from queryd.identity import fingerprint_request
+from queryd.kafka.record import Record
 from queryd.registry import (
     EVENT_OF_TOPIC,
     Registry,
@@ -53,7 +54,6 @@ from queryd.registry import (
     use_environment,
 )
 from queryd.status_records import read_status
-from queryd.subscription import Record
 from service.doctor import examine_registry
 from service.settings import Settings
 from tests.unit.samples import ORG_ID, QUERY_ID, make_request, make_status

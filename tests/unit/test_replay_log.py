@@ -7,31 +7,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from db.connection import Connection
+from queryd.kafka.record import Record
 from replay.kinds import Note, Skip, Verdict, judge_records
-from replay.log import LoggedRecord, OffsetRange, Window, read_headers
+from replay.log import OffsetRange, Window
 from replay.marks import Marks
 
 _NOWHERE = cast(Connection, None)
 
 
-class _Message:
-    """As the client gives it: a header's name that is not UTF-8 raises."""
-
-    def headers(self) -> Any:
-        raise SystemError
-
-
-def _record(offset: int, *, legible: bool = True) -> LoggedRecord:
-    return LoggedRecord("topic", 0, offset, b"key", b"value", (), 0, legible)
+def _record(offset: int, *, has_headers: bool = True) -> Record:
+    return Record("topic", 0, offset, b"key", b"value", (), 0, True, 0.0, 0, has_headers)
 
 
 async def test_a_record_whose_headers_can_t_be_read_is_passed_over() -> None:
-    assert read_headers(cast(Any, _Message())) is None
-
     async def judge(_connection: Connection, records: Any) -> list[Verdict]:
         return [Verdict(record, note=Note.FINISHED) for record in records]
 
-    judged = await judge_records(judge, _NOWHERE, [_record(1), _record(2, legible=False), _record(3)])
+    judged = await judge_records(judge, _NOWHERE, [_record(1), _record(2, has_headers=False), _record(3)])
     assert [(each.record.offset, each.note, each.skip) for each in judged] == [
         (1, Note.FINISHED, None),
         (2, None, Skip.UNREADABLE),

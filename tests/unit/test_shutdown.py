@@ -10,7 +10,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from consumers.executor.executor import Executor, ExecutorRules
 from queryd.events import Mode
-from queryd.subscription import Subscription
+from queryd.kafka.consumer import Subscription
 
 # Nobody listens there, and none of this needs anybody to.
 _NOBODY = {"bootstrap.servers": "127.0.0.1:1", "group.id": "group", "log_level": 0}
@@ -50,7 +50,7 @@ def closed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             calls.append("close")
             super().close()
 
-    monkeypatch.setattr("queryd.subscription.Consumer", Failing)
+    monkeypatch.setattr("queryd.kafka.consumer.Consumer", Failing)
     return calls
 
 
@@ -101,7 +101,7 @@ async def test_a_group_that_cannot_be_left_keeps_nobody_from_handing_back(monkey
 async def test_a_subscription_whose_last_commit_fails_still_leaves_its_group(
     closed: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.WARNING, "queryd.subscription")
+    caplog.set_level(logging.WARNING, "queryd.kafka.consumer")
     subscription = Subscription(_NOBODY, _TOPICS)
     await subscription.open()
     positions = [TopicPartition(_TOPICS[0], 0, 5)]

@@ -7,20 +7,14 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any, ClassVar
+from unittest.mock import Mock
 
 import pytest
 from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 
+from queryd.kafka.consumer import OffsetOutOfRange, Subscription, SubscriptionLost, Window
+from queryd.kafka.record import Partition, Record, to_record
 from queryd.registry import RegistryAway
-from queryd.subscription import (
-    OffsetOutOfRange,
-    Partition,
-    Record,
-    Subscription,
-    SubscriptionLost,
-    Window,
-    _headers,
-)
 
 # Joining takes the mock cluster 3 s in the classic protocol and milliseconds in this one.
 QUICK_GROUP = {"group.protocol": "consumer"}
@@ -70,7 +64,7 @@ def group() -> str:
 @pytest.fixture(autouse=True)
 def _complaints(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """No test may pass while a callback swallowed an error, unless it says so by clearing the log."""
-    caplog.set_level(logging.ERROR, "queryd.subscription")
+    caplog.set_level(logging.ERROR, "queryd.kafka.consumer")
     yield
     assert [line for line in caplog.messages if "callback failed" in line] == []
 
@@ -205,7 +199,7 @@ class Recorder(Consumer):
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The pauses and resumes of this test's subscriptions, as they happen."""
     monkeypatch.setattr(Recorder, "calls", [])
-    monkeypatch.setattr("queryd.subscription.Consumer", Recorder)
+    monkeypatch.setattr("queryd.kafka.consumer.Consumer", Recorder)
     return Recorder.calls
 
 
@@ -422,24 +416,24 @@ async def test_a_failing_revoke_still_commits_and_ends_ownership(
 
 
 def test_headers_that_the_binding_cannot_read_do_not_stop_the_record(caplog: pytest.LogCaptureFixture) -> None:
-    class Unreadable:
+    class Unreadable(Mock):
         """What the binding does with a header name that is not UTF-8, such as `bad\\xff` by another client."""
 
         def headers(self) -> list[tuple[str, bytes]]:
             raise SystemError
 
-        def topic(self) -> str:
-            return "query.requests.batch"
-
-        def partition(self) -> int:
-            return 3
-
-        def offset(self) -> int:
-            return 7
-
-    caplog.set_level(logging.WARNING, "queryd.subscription")
-    unreadable: Any = Unreadable()
-    assert _headers(unreadable) == ()
+    caplog.set_level(logging.WARNING, "queryd.kafka.record")
+    message = Unreadable()
+    message.configure_mock(
+        **{
+            "topic.return_value": "query.requests.batch",
+            "partition.return_value": 3,
+            "offset.return_value": 7,
+            "timestamp.return_value": (1, 0),
+        }
+    )
+    record = to_record(message)
+    assert (record.headers, record.has_headers) == ((), False)
     [line] = caplog.records
     assert (vars(line)["topic"], vars(line)["partition"], vars(line)["offset"]) == ("query.requests.batch", 3, 7)
 
@@ -450,8 +444,8 @@ class _Registry:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked = False
         self.known = False
-        monkeypatch.setattr("queryd.subscription.registry_in_use", lambda: self)
-        monkeypatch.setattr("queryd.subscription._ASK_AGAIN_SECONDS", 0.0)
+        monkeypatch.setattr("queryd.kafka.consumer.registry_in_use", lambda: self)
+        monkeypatch.setattr("queryd.kafka.consumer._ASK_AGAIN_SECONDS", 0.0)
 
     def missing(self, records: Iterable[bytes | None]) -> set[int]:
         return {7} if any(records) and not self.known else set()

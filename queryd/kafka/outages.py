@@ -28,3 +28,9 @@ class OutageLog:
         if self._away:
             self._away = False
             _log.info("kafka is back, %s goes on", self._who)
+
+
+def explain_error(error: Exception) -> str:
+    """The sentence of an error that confluent-kafka raised."""
+    cause = error.args[0] if error.args else error
+    return cause.str() if isinstance(cause, KafkaError) else str(cause)

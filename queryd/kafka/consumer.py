@@ -20,7 +20,6 @@ from confluent_kafka import (
     OFFSET_BEGINNING,
     OFFSET_INVALID,
     OFFSET_STORED,
-    TIMESTAMP_LOG_APPEND_TIME,
     Consumer,
     KafkaError,
     KafkaException,
@@ -29,12 +28,13 @@ from confluent_kafka import (
 )
 
 from queryd.forks import Origin
-from queryd.lag import STATISTICS_MILLIS, read_behind
-from queryd.offsets import PartitionOffsets
-from queryd.outages import QUIET, OutageLog
+from queryd.kafka.lag import STATISTICS_MILLIS, read_behind
+from queryd.kafka.offsets import PartitionOffsets
+from queryd.kafka.outages import QUIET, OutageLog, explain_error
+from queryd.kafka.record import Partition, Record, to_record
 from queryd.registry import RegistryAway, registry_in_use
 
-_log = logging.getLogger("queryd.subscription")
+_log = logging.getLogger("queryd.kafka.consumer")
 
 # How many records one poll hands over at most: a batch of this size is one admission transaction of some 50 ms.
 _BATCH = 500
@@ -64,7 +64,6 @@ _REBALANCING = {
     KafkaError.GROUP_ID_NOT_FOUND,
 }
 
-Partition = tuple[str, int]
 _Answer = TypeVar("_Answer")
 
 
@@ -78,27 +77,6 @@ class Rebalancing(Exception):
 
 class OffsetOutOfRange(Exception):
     """The committed offset is no longer in the log: an operator decides where to go on."""
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One record as received. Times: `timestamp_ms` since the epoch, `polled_at` on this process's monotonic clock."""
-
-    topic: str
-    partition: int
-    offset: int
-    key: bytes | None
-    value: bytes | None = field(repr=False)
-    headers: tuple[tuple[str, bytes | None], ...]
-    timestamp_ms: int | None
-    appended_by_broker: bool
-    polled_at: float
-    epoch: int
-
-    @property
-    def size(self) -> int:
-        """Bytes of key and value."""
-        return len(self.key or b"") + len(self.value or b"")
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +223,7 @@ class Subscription:
         try:
             await self.commit()
         except (KafkaException, Rebalancing) as error:
-            _log.warning("the last commit failed, some finished records will be read again: %s", _reason(error))
+            _log.warning("the last commit failed, some finished records will be read again: %s", explain_error(error))
         finally:
             await asyncio.to_thread(self._in_turn, self._consumer.close)
 
@@ -267,7 +245,7 @@ class Subscription:
                 self._commit(synchronously=False)
                 self._next_commit = time.monotonic() + _COMMIT_SECONDS
         except KafkaException as error:
-            raise SubscriptionLost(_reason(error)) from error
+            raise SubscriptionLost(explain_error(error)) from error
         return self._wait_for_schemas(records)
 
     def _wait_for_schemas(self, records: list[Record]) -> list[Record]:
@@ -298,26 +276,14 @@ class Subscription:
             _judge(error)
             return None
         self._outages.answered()
-        topic, partition, offset = message.topic(), message.partition(), message.offset()
-        assert topic is not None and partition is not None and offset is not None
-        kind, millis = message.timestamp()
+        topic, partition = message.topic(), message.partition()
+        assert topic is not None and partition is not None
         with self._lock:
             held = self._assigned.get((topic, partition))
             if held is None:
                 return None
-            record = Record(
-                topic=topic,
-                partition=partition,
-                offset=offset,
-                key=_bytes(message.key()),
-                value=_bytes(message.value()),
-                headers=_headers(message),
-                timestamp_ms=millis if millis >= 0 else None,
-                appended_by_broker=kind == TIMESTAMP_LOG_APPEND_TIME,
-                polled_at=time.monotonic(),
-                epoch=held.epoch,
-            )
-            held.offsets.receive(offset, record.size)
+            record = to_record(message, held.epoch)
+            held.offsets.receive(record.offset, record.size)
         return record
 
     def _pause_or_resume(self) -> None:
@@ -458,7 +424,7 @@ class Subscription:
             if positions and self._commits:
                 self._commit_and_wait(positions)
         except (KafkaException, Rebalancing) as error:
-            _log.warning("the commit at a revoke failed, records will be read again: %s", _reason(error))
+            _log.warning("the commit at a revoke failed, records will be read again: %s", explain_error(error))
         finally:
             self._forget(revoked)
 
@@ -509,7 +475,7 @@ class _Guard:
         if raised is None:
             return False
         # Of an error that is not Kafka's only the class is told: its text may quote anything.
-        told = f": {_reason(raised)}" if isinstance(raised, KafkaException) else ""
+        told = f": {explain_error(raised)}" if isinstance(raised, KafkaException) else ""
         _log.error("the %s callback failed: %s%s", self._callback, type(raised).__name__, told)
         self._subscription._latch(raised if isinstance(raised, Exception) else RuntimeError(repr(raised)))
         return True
@@ -544,29 +510,9 @@ def _fields(partitions: Iterable[Partition]) -> dict[str, Any]:
     return {"partitions": by_topic}
 
 
-def _headers(message: Message) -> tuple[tuple[str, bytes | None], ...]:
-    try:
-        headers: Any = message.headers() or ()
-    except (SystemError, UnicodeError):
-        # A name that is not UTF-8 is beyond the binding. The record's key and value say all that matters.
-        where = {"topic": message.topic(), "partition": message.partition(), "offset": message.offset()}
-        _log.warning("can't read a record's headers; continuing without them", extra=where)
-        return ()
-    return tuple((name, _bytes(value)) for name, value in headers)
-
-
-def _bytes(value: str | bytes | None) -> bytes | None:
-    return value.encode() if isinstance(value, str) else value
-
-
 def _of_commit(error: KafkaException) -> KafkaException | Rebalancing:
     cause = error.args[0] if error.args else None
     return Rebalancing(cause.str()) if isinstance(cause, KafkaError) and cause.code() in _REBALANCING else error
-
-
-def _reason(error: KafkaException | Rebalancing) -> str:
-    cause = error.args[0] if error.args else error
-    return cause.str() if isinstance(cause, KafkaError) else str(cause)
 
 
 def _consumer_config(config: dict[str, Any]) -> dict[str, Any]:
