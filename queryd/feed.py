@@ -33,6 +33,7 @@ from queryd.errors import ClientStopped, CommitOverdue
 from queryd.events import QueryId, QueryStatusChanged, Topic, parse_uuid
 from queryd.forks import Origin
 from queryd.kafka.consumer import Rebalancing, Subscription, SubscriptionLost, Window
+from queryd.kafka.consumer_loop import ConsumerLoop
 from queryd.kafka.record import Record
 from queryd.status_records import StatusRecord, Unreadable, read_status
 
@@ -51,8 +52,6 @@ _WINDOW = Window(2 * MOST_UNCOMMITTED, 2 * _MOST_UNCOMMITTED_BYTES)
 _REMEMBERED = 100_000
 # While its caller works, a member polls this often, for the group's sake: a rebalance waits for it.
 _KEEP_ALIVE_SECONDS = 1.0
-# A consumer that fails at once would otherwise be made anew as fast as the machine can.
-_RESUBSCRIBE_SECONDS = 1.0
 # How soon a commit is tried again while the group is shared out anew, which takes a round of heartbeats.
 _REBALANCE_SECONDS = 0.1
 # How long it may take: a member that was to share the group out and died is waited for as long as its session lasts.
@@ -69,10 +68,10 @@ class AsyncFeed(Generic[_Item]):
     def __init__(self, kafka: Mapping[str, Any], group: str, choose: "_Choose[_Item]") -> None:
         if group.startswith(_OWN_GROUPS):
             raise ValueError(f"groups that begin with {_OWN_GROUPS} are queryd's own: choose another name")
-        self._config = group_config(kafka, group)
         self._origin = Origin(self)
         self._choose = choose
-        self._subscription: Subscription | None = None
+        subscribe = partial(Subscription, group_config(kafka, group), [Topic.STATUS.value], window=_WINDOW)
+        self._loop = ConsumerLoop(subscribe, self._take_in, on_lost=self._on_lost, wait=self._wait_until_wanted)
         self._reading: asyncio.Task[None] | None = None
         self._arrived: deque[Record] = deque()
         self._handed: list[Record] = []
@@ -138,11 +137,11 @@ class AsyncFeed(Generic[_Item]):
         `ClientStopped` when the feed is closed meanwhile: then some of it may come again.
         """
         self._origin.check()
-        if self._subscription is None:
+        if (subscription := self._loop.subscription) is None:
             return
         for record in self._handed:
             # Of partitions that are another member's by now this does nothing.
-            self._subscription.finish(record)
+            subscription.finish(record)
         self._handed.clear()
         self._handed_bytes = 0
         self._handed_queries.clear()
@@ -175,7 +174,7 @@ class AsyncFeed(Generic[_Item]):
         """True once records lie here that nobody has judged; False after `close`."""
         self._origin.check()
         if self._reading is None and not self._closed:
-            self._reading = asyncio.create_task(self._read())
+            self._reading = asyncio.create_task(self._loop.run())
             self._reading.add_done_callback(lambda _: self._news.set())
         while not self._closed:
             if self._arrived:
@@ -191,7 +190,7 @@ class AsyncFeed(Generic[_Item]):
 
     def _judge(self, record: Record) -> _Item | None:
         """The item to hand out; None for what is passed over."""
-        subscription = self._subscription
+        subscription = self._loop.subscription
         if subscription is None or not subscription.owns(record):
             return None
         try:
@@ -223,7 +222,7 @@ class AsyncFeed(Generic[_Item]):
     async def _commit_finished(self) -> None:
         deadline = time.monotonic() + _COMMIT_SECONDS
         # A subscription that was lost meanwhile has had its partitions taken away, and the next one nothing to commit.
-        while (subscription := self._subscription) is not None:
+        while not self._closed and (subscription := self._loop.subscription) is not None:
             try:
                 await subscription.commit()
             except Rebalancing as error:
@@ -243,32 +242,23 @@ class AsyncFeed(Generic[_Item]):
                 f"{len(self._handed)} events were handed out without a commit: commit() what is processed"
             )
 
-    async def _read(self) -> None:
-        while True:
-            subscription = Subscription(self._config, [Topic.STATUS.value], window=_WINDOW)
-            try:
-                await subscription.open()
-                self._subscription = subscription
-                await self._poll(subscription)
-            except SubscriptionLost as error:
-                _log.warning("the subscription was lost, opening another: %s", error)
-            finally:
-                # What is left belongs to an assignment that is over.
-                self._subscription = None
-                self._arrived.clear()
-                await subscription.close()
-            await asyncio.sleep(_RESUBSCRIBE_SECONDS)
+    async def _take_in(self, records: list[Record]) -> list[Record]:
+        """A record finishes when its event is committed or skipped."""
+        self._arrived.extend(records)
+        self._wanted.clear()
+        self._news.set()
+        return []
 
-    async def _poll(self, subscription: Subscription) -> None:
-        while True:
-            # Only when the next one is awaited, so that no poll is in the way of a commit.
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_KEEP_ALIVE_SECONDS):
-                    await self._wanted.wait()
-            if records := await subscription.poll():
-                self._arrived.extend(records)
-                self._wanted.clear()
-                self._news.set()
+    def _on_lost(self, error: SubscriptionLost) -> None:
+        # What is left belongs to an assignment that is over.
+        self._arrived.clear()
+        _log.warning("the subscription was lost, opening another: %s", error)
+
+    async def _wait_until_wanted(self) -> None:
+        # Only when the next one is awaited, so that no poll is in the way of a commit.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_KEEP_ALIVE_SECONDS):
+                await self._wanted.wait()
 
 
 class Feed(Generic[_Item]):

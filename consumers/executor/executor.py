@@ -210,7 +210,7 @@ class Executor:
         self._running: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
         self._failure: BaseException | None = None
-        self.intake = Intake(subscription_config, self._lane_of_topic, self._forget_partitions)
+        self.intake = Intake(subscription_config, self._lane_of_topic, self._take_in, self._forget_partitions)
 
     def stop(self) -> None:
         """Ask `run` to drain and return."""
@@ -219,12 +219,8 @@ class Executor:
     async def run(self) -> None:
         """Work until `stop`; raises what no retry can mend, such as a dead letter that can't be written."""
         await self._engine.start()
-        await self.intake.open()
+        intake = self.intake.start()
         loops = [
-            *(
-                asyncio.create_task(self.intake.follow(topic, self._take_in), name=f"intake {topic}")
-                for topic in self.intake.topics
-            ),
             asyncio.create_task(self._read_for_ever(), name="reading"),
             asyncio.create_task(self._admit_for_ever(), name="admission"),
             asyncio.create_task(self._leases.renew_for_ever(), name="leases"),
@@ -244,7 +240,7 @@ class Executor:
         ]
         stopping = asyncio.create_task(self._stopping.wait(), name="stopping")
         try:
-            done, _ = await asyncio.wait([stopping, *loops], return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait([stopping, *intake, *loops], return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         finally:

@@ -6,93 +6,92 @@ topics often holds all of one lane and nothing of the other, whose slots would t
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import structlog
 
 from queryd.kafka.consumer import Revoked, Subscription, SubscriptionLost
+from queryd.kafka.consumer_loop import ConsumerLoop
 from queryd.kafka.record import Partition, Record
 from telemetry.events import LogEvent
 
 _log = structlog.get_logger("queryd.intake")
 
-# A consumer that fails at once would otherwise be made anew as fast as the machine can.
-_RESUBSCRIBE_SECONDS = 1.0
-
 
 class Intake:
-    """The subscriptions of one executor, by topic."""
+    """The consumer loops of one executor, by topic."""
 
-    def __init__(self, config: dict[str, Any], topics: Iterable[str], forget: Revoked) -> None:
-        """`forget` is awaited with partitions that are taken away."""
-        self._config = config
-        self._forget = forget
-        self._subscriptions = {topic: self._subscribe(topic) for topic in topics}
+    def __init__(
+        self,
+        config: dict[str, Any],
+        topics: Iterable[str],
+        take: Callable[[Sequence[Record]], None],
+        forget: Revoked,
+    ) -> None:
+        """`take` receives what arrives, and finishes it later; `forget` is awaited with revoked partitions."""
+        self._take = take
+        self._assigned = {topic: asyncio.Event() for topic in topics}
+        self._loops = {
+            topic: ConsumerLoop(
+                partial(_subscribe, config, topic, forget),
+                self._hand_over,
+                on_assigned=assigned.set,
+                on_lost=partial(_report_lost, topic),
+            )
+            for topic, assigned in self._assigned.items()
+        }
+        self._running: list[asyncio.Task[None]] = []
 
-    def _subscribe(self, topic: str) -> Subscription:
-        config = self._config
-        if identity := config.get("group.instance.id"):
-            # A static member of each topic: two of one name would fence each other for ever.
-            config = config | {"group.instance.id": f"{identity}-{topic}"}
-        return Subscription(config, [topic], revoked=self._forget)
-
-    @property
-    def topics(self) -> Sequence[str]:
-        """Where records come from."""
-        return list(self._subscriptions)
-
-    async def open(self) -> None:
-        """Join the group."""
-        for subscription in self._subscriptions.values():
-            await subscription.open()
+    def start(self) -> "list[asyncio.Task[None]]":
+        """Join the group for each topic, and poll until `close`. A task ends before only if it fails."""
+        self._running = [asyncio.create_task(loop.run(), name=f"intake {topic}") for topic, loop in self._loops.items()]
+        return self._running
 
     async def wait_assigned(self) -> None:
         """Return once the group has answered for every topic, with partitions or with none."""
-        await asyncio.gather(*(subscription.wait_assigned() for subscription in self._subscriptions.values()))
+        await asyncio.gather(*(assigned.wait() for assigned in self._assigned.values()))
 
-    async def follow(self, topic: str, take: Callable[[Sequence[Record]], None]) -> None:
-        """Hand over what arrives, for ever: the poll goes on whatever its records' work does."""
-        while True:
-            try:
-                if records := await self._subscriptions[topic].poll():
-                    take(records)
-            except SubscriptionLost as error:
-                _log.warning(LogEvent.SUBSCRIPTION_LOST, reason=str(error), topic=topic)
-                await self._subscribe_anew(topic)
-
-    async def _subscribe_anew(self, topic: str) -> None:
-        """Nothing that a consumer that failed still says can be relied on: another takes its place."""
-        lost = self._subscriptions[topic]
-        await self._forget(set(lost.assignment))
-        try:
-            await lost.close()
-        # It has failed already; what else it runs into changes nothing.
-        except Exception as error:  # noqa: BLE001
-            _log.error(LogEvent.SERVICE_FAILED, step="leave the group", error=type(error).__name__)
-        await asyncio.sleep(_RESUBSCRIBE_SECONDS)
-        self._subscriptions[topic] = self._subscribe(topic)
-        await self._subscriptions[topic].open()
+    async def _hand_over(self, records: list[Record]) -> list[Record]:
+        self._take(records)
+        return []
 
     def owns(self, record: Record) -> bool:
         """True while the assignment that delivered the record lasts."""
-        return self._subscriptions[record.topic].owns(record)
+        subscription = self._loops[record.topic].subscription
+        return subscription is not None and subscription.owns(record)
 
     def finish(self, record: Record) -> None:
         """The record's effect is durable."""
-        self._subscriptions[record.topic].finish(record)
+        if (subscription := self._loops[record.topic].subscription) is not None:
+            subscription.finish(record)
 
     def is_over(self, topic: str, partition: int, offset: int) -> bool:
         """True when the record there will not come to this executor's work any more, see `Subscription.is_over`."""
-        known = self._subscriptions.get(topic)
-        return known is not None and known.is_over(topic, partition, offset)
+        loop = self._loops.get(topic)
+        subscription = None if loop is None else loop.subscription
+        return subscription is not None and subscription.is_over(topic, partition, offset)
 
     def lags(self) -> dict[Partition, int]:
         """Records that are not finished, by topic and partition."""
-        return {partition: lag for held in self._subscriptions.values() for partition, lag in held.lags().items()}
+        return {partition: lag for loop in self._loops.values() for partition, lag in loop.lags().items()}
 
     async def close(self) -> None:
         """Commit what is finished and leave the group; the first error is raised once all have been closed."""
-        closing = (subscription.close() for subscription in self._subscriptions.values())
-        for failed in await asyncio.gather(*closing, return_exceptions=True):
+        running = [task for task in self._running if not task.done()]
+        for loop in self._loops.values():
+            loop.stop()
+        for failed in await asyncio.gather(*running, return_exceptions=True):
             if isinstance(failed, BaseException):
                 raise failed
+
+
+def _subscribe(config: dict[str, Any], topic: str, forget: Revoked) -> Subscription:
+    if identity := config.get("group.instance.id"):
+        # A static member of each topic: two of one name would fence each other for ever.
+        config = config | {"group.instance.id": f"{identity}-{topic}"}
+    return Subscription(config, [topic], revoked=forget)
+
+
+def _report_lost(topic: str, error: SubscriptionLost) -> None:
+    _log.warning(LogEvent.SUBSCRIPTION_LOST, reason=str(error), topic=topic)

@@ -219,13 +219,23 @@ class Subscription:
         await asyncio.to_thread(self._in_turn, partial(self._commit, synchronously=True))
 
     async def close(self) -> None:
-        """Commit what is finished and leave the group. `close` of the consumer is reached whatever fails before."""
+        """Commit what is finished and leave the group. `close` of the consumer is reached whatever fails before.
+
+        `revoked` has been awaited with every partition that was still assigned, also if the consumer has failed.
+        """
         try:
             await self.commit()
         except (KafkaException, Rebalancing) as error:
             _log.warning("the last commit failed, some finished records will be read again: %s", explain_error(error))
         finally:
-            await asyncio.to_thread(self._in_turn, self._consumer.close)
+            try:
+                await asyncio.to_thread(self._in_turn, self._consumer.close)
+            finally:
+                # A consumer that has failed calls no callback.
+                left = set(self._assigned)
+                self._forget(left)
+                if left and self._revoked is not None:
+                    await self._revoked(left)
 
     # What follows runs in the worker thread that polls, callbacks included.
 

@@ -24,12 +24,17 @@ class ConsumerLoop:
         *,
         on_assigned: Callable[[], None] = lambda: None,
         on_lost: Callable[[SubscriptionLost], None],
+        wait: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        """`on_assigned` is called once a group has answered, with partitions or with none."""
+        """`on_assigned` is called once a group has answered, with partitions or with none.
+
+        `wait` is awaited before each poll. It must return within seconds, since a rebalance waits for the poll.
+        """
         self._subscribe = subscribe
         self._handle = handle
         self._on_assigned = on_assigned
         self._on_lost = on_lost
+        self._wait = wait
         # None while no subscription is open.
         self.subscription: Subscription | None = None
         self._stopping = asyncio.Event()
@@ -45,26 +50,31 @@ class ConsumerLoop:
     async def run(self) -> None:
         """Poll and handle until `stop`. Raises what `handle` raises, and `OffsetOutOfRange`."""
         while not self._stopping.is_set():
-            self.subscription = self._subscribe()
+            subscription = self.subscription = self._subscribe()
             try:
-                await self._follow(self.subscription)
+                await self._follow(subscription)
             except SubscriptionLost as error:
-                self._on_lost(error)
-                await asyncio.sleep(_REOPEN_SECONDS)
-            finally:
+                # What was received by a consumer that has failed can't be finished any more.
                 self.subscription = None
+                self._on_lost(error)
+            finally:
+                await subscription.close()
+                self.subscription = None
+            if not self._stopping.is_set():
+                await asyncio.sleep(_REOPEN_SECONDS)
 
     async def _follow(self, subscription: Subscription) -> None:
         await subscription.open()
         assigned = asyncio.create_task(self._announce(subscription))
         try:
             while not self._stopping.is_set():
+                if self._wait is not None:
+                    await self._wait()
                 if records := await subscription.poll():
                     for record in await self._handle(records):
                         subscription.finish(record)
         finally:
             assigned.cancel()
-            await subscription.close()
 
     async def _announce(self, subscription: Subscription) -> None:
         await subscription.wait_assigned()

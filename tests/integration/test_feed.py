@@ -22,6 +22,7 @@ from queryd import (
 from queryd import feed as feeds
 from queryd.feed import AsyncFeed
 from queryd.headers import ReplayHeader
+from queryd.kafka import consumer_loop
 from queryd.kafka.consumer import Subscription, SubscriptionLost
 from queryd.kafka.record import Record
 from tests.integration.queries import new_id
@@ -228,7 +229,7 @@ async def test_a_subscription_that_is_lost_is_opened_again_and_nothing_is_missed
     config: dict[str, Any], new_group: NewGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feeds, "Subscription", _Losing)
-    monkeypatch.setattr(feeds, "_RESUBSCRIBE_SECONDS", 0.0)
+    monkeypatch.setattr(consumer_loop, "_REOPEN_SECONDS", 0.0)
     group, story = await asyncio.to_thread(new_group), make_story()
     await publish_async(config, *story)
     async with asyncio.timeout(PATIENCE_SECONDS), AsyncStatusFeed(config, group) as feed:
