@@ -6,28 +6,33 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, assert_never
 
-from db.connection import DataPool
+from db.connection import Connection, DataPool
+from db.data.outbox import measure_waiting
 from db.data.replays import Replay
 from queryd.events import Mode
-from queryd.registry import URL_VARIABLE, registry_in_use
+from queryd.registry import URL_VARIABLE
 from queryd.results import ResultReader
 from replay.compare import compare
 from replay.comparison import Comparison
-from replay.copies import HeaderRules
 from replay.journal import Journal, ReplayRefused, opened_journal
-from replay.kinds import ReplayKind, ReplayName
-from replay.letters import LetterLine, LetterReplay, Patch, describe_letter
+from replay.kinds import Judge
+from replay.letters import LetterJudge, LetterLine, describe_letter
 from replay.log import Window, pin
 from replay.outlet import Outlet
-from replay.pace import GroupLag, Lag, LagGuard, OutboxLag
-from replay.plan import Plan, PlanStale, judge_ranges, plan, read_asked
-from replay.requests import RequestReplay, digest_key
-from replay.run import Outcome, Progress, Replayer, check_topics, describe_plan, list_pairs
-from replay.selection import Selection
-from replay.statuses import StatusReplay
+from replay.pace import LagGuard, measure_group_lag
+from replay.patch import Patch
+from replay.plan import OnProgress, Plan, PlanStale, describe_topics, judge_ranges, make_plan, read_marks, read_ranges
+from replay.requests import RequestJudge
+from replay.run import OnPublished, Outcome, Replayer, is_marked
+from replay.spec import ReplayName, ReplaySpec
+from replay.statuses import StatusJudge
 from telemetry.traces import close_traces, set_up_traces
+
+# For a plan or a list of letters, whose copies are not published.
+_NO_REPLAY = str(uuid.UUID(int=0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,169 +47,80 @@ class Servers:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What somebody wants to have replayed. `patch` is for dead letters, `as_new` for requests."""
-
-    name: ReplayName
-    window: Window
-    selection: Selection
-    headers: HeaderRules = field(default_factory=HeaderRules)
-    lanes: tuple[Mode, ...] = tuple(Mode)
-    as_new: bool = False
-    patch: Patch = field(default_factory=Patch)
-    max_redrives: int = 3
-
-    def kind(self, replay_id: str, servers: Servers) -> ReplayKind:
-        """The replay under that id."""
-        match self.name:
-            case ReplayName.REQUESTS:
-                return RequestReplay(
-                    replay_id=replay_id,
-                    lanes=self.lanes,
-                    window=self.window,
-                    selection=self.selection,
-                    headers=self.headers,
-                    as_new=self.as_new,
-                    hash_key=servers.hash_key,
-                )
-            case ReplayName.DEAD_LETTERS:
-                return LetterReplay(
-                    replay_id,
-                    self.window,
-                    self.selection,
-                    self.headers,
-                    self.patch,
-                    self.max_redrives,
-                    servers.hash_key,
-                )
-            case ReplayName.STATUS:
-                return StatusReplay(replay_id, self.window, self.selection, self.headers)
-            case ReplayName.STATE_DB:
-                # The command line takes it another way: nothing of it is published.
-                raise ReplayRefused("a rebuild of the state database is no replay of records")
-
-    @classmethod
-    def read(cls, replay: Replay, patch: Patch, servers: Servers) -> "Asked":
-        """What a replay's row says was asked for. The patch, which no row keeps, is given again; raises
-        `ReplayRefused` where it is another one, or the key of fingerprints is, or a schema registry has come or
-        gone."""
-        options = replay.plan["options"]
-        if options.get("hash_key") != digest_key(servers.hash_key):
-            raise ReplayRefused(
-                "QUERYD_SQL_HASH_KEY is not what it was when the replay began, so that no request could be told from "
-                "another: set it again, or cancel the replay and plan a new one"
-            )
-        registry = registry_in_use() is not None
-        if options.get("registry", registry) != registry:
-            was, now = ("not set", "set") if registry else ("set", "not set")
-            raise ReplayRefused(
-                f"{URL_VARIABLE} was {was} when the replay began and is {now}, so that other records can be read than "
-                "then: undo that, or cancel the replay and plan a new one"
-            )
-        if options.get("patch_digest") != patch.digest(servers.hash_key):
-            raise ReplayRefused(
-                "give the same --set again as at the replay's beginning: its values are kept nowhere. "
-                f"It changes {', '.join(options.get('patched') or ('nothing',))}"
-            )
-        window, selection, headers = read_asked(replay.plan["asked"])
-        return cls(
-            name=ReplayName(replay.kind),
-            window=window,
-            selection=selection,
-            headers=headers,
-            lanes=tuple(mode for mode in Mode if mode.topic.value in replay.plan["topics"]),
-            as_new=bool(options.get("as_new", False)),
-            patch=patch,
-            max_redrives=int(options.get("max_redrives", 0)),
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class Pace:
-    """Records a second, and how many may wait in live traffic before the replay does; 0 for any."""
+    """Records a second, and how many records of live traffic may wait before the replay does; 0 for any."""
 
     rate: float
     max_lag: int
 
 
-@dataclass(frozen=True, slots=True)
-class Cause:
-    """Who replays, and why."""
-
-    actor: str
-    reason: str
-
-
-async def plan_replay(servers: Servers, asked: Asked, told: Callable[[int, int], None]) -> Plan:
-    """The plan, and nothing else. Raises as `replay.plan.plan`."""
+async def plan_replay(servers: Servers, spec: ReplaySpec, on_progress: OnProgress) -> Plan:
+    """The plan, and nothing else. Raises as `make_plan`."""
     async with opened_journal(servers.data_url) as journal:
-        kind = asked.kind(str(uuid.UUID(int=0)), servers)
-        return await _plan(journal, servers, asked, kind, told)
+        return await make_plan(journal.connection, servers.kafka, spec, _make_judge(spec, _NO_REPLAY), on_progress)
 
 
-async def list_letters(servers: Servers, asked: Asked) -> list[LetterLine]:
-    """The dead letters that are asked for, those that would not be sent as well. Raises as `plan_replay`."""
+async def list_letters(servers: Servers, spec: ReplaySpec) -> list[LetterLine]:
+    """The dead letters that are asked for, those that would not be sent as well. Raises as `make_plan`."""
     async with opened_journal(servers.data_url) as journal:
-        kind = asked.kind(str(uuid.UUID(int=0)), servers)
-        pinned = await asyncio.to_thread(pin, servers.kafka, kind.topics, asked.window)
+        judge = _make_judge(spec, _NO_REPLAY)
+        pinned = await asyncio.to_thread(pin, servers.kafka, spec.topics, spec.window)
         lines: list[LetterLine] = []
-        async for verdicts in judge_ranges(journal.connection, servers.kafka, kind.begin(), pinned.ranges):
+        async for verdicts in judge_ranges(journal.connection, servers.kafka, judge, pinned.ranges):
             lines += [describe_letter(each) for each in verdicts if each.copy is not None or each.skip is not None]
         return lines
 
 
 async def begin_replay(
     servers: Servers,
-    asked: Asked,
+    spec: ReplaySpec,
     *,
-    expected: str,
+    plan_hash: str,
     replay_id: str,
-    cause: Cause,
+    actor: str,
+    reason: str,
     pace: Pace,
-    planning: Callable[[int, int], None],
-    told: Callable[[Progress], None],
+    on_planning: OnProgress,
+    on_progress: OnPublished,
 ) -> Outcome:
-    """Plan again, and carry it out if it is still the plan whose hash is `expected`.
+    """Plan again, and carry it out if its hash is still `plan_hash`.
 
-    Raises `PlanStale`, and as `replay.plan.plan` and `Replayer.run`.
+    Raises `PlanStale`, and as `make_plan` and `Replayer.run`.
     """
     async with opened_journal(servers.data_url) as journal:
-        kind = asked.kind(replay_id, servers)
-        planned = await _plan(journal, servers, asked, kind, planning)
-        if planned.hash != expected:
+        judge = _make_judge(spec, replay_id)
+        planned = await make_plan(journal.connection, servers.kafka, spec, judge, on_planning)
+        if planned.hash != plan_hash:
             raise PlanStale(
-                f"what would be replayed now is not what plan {expected} says: nothing was published. "
+                f"what would be replayed now is not what plan {plan_hash} says: nothing was published. "
                 f"Look at the plan again; its hash is {planned.hash} now"
             )
-        await journal.begin(
+        replay = await journal.begin(
             replay_id=replay_id,
-            kind=asked.name.value,
-            actor=cause.actor,
-            reason=cause.reason,
-            plan=describe_plan(planned, kind, asked.window, asked.selection, asked.headers),
-            org_id=asked.selection.org_id,
-            user_id=asked.selection.user_id,
+            kind=spec.name.value,
+            actor=actor,
+            reason=reason,
+            plan=planned.to_row(),
+            org_id=spec.selection.org_id,
+            user_id=spec.selection.user_id,
         )
-        return await _run(servers, journal, await journal.find(replay_id), kind, pace, told)
+        return await _run(servers, journal, replay, spec, pace, on_progress)
 
 
 async def resume_replay(
-    servers: Servers, replay_id: str, patch: Patch, pace: Pace, told: Callable[[Progress], None]
+    servers: Servers, replay_id: str, patch: Patch, pace: Pace, on_progress: OnPublished
 ) -> Outcome:
-    """Go on where it was left; raises as `Replayer.run`."""
+    """Continue a replay from its checkpoint; raises as `Replayer.run`."""
     async with opened_journal(servers.data_url) as journal:
         replay = await journal.resume(replay_id)
-        asked = Asked.read(replay, patch, servers)
-        kind = asked.kind(replay_id, servers)
-        pinned = await asyncio.to_thread(pin, servers.kafka, kind.topics, Window())
-        check_topics(replay, pinned.topics)
-        return await _run(servers, journal, replay, kind, pace, told)
+        spec = await _read_spec(servers, replay, patch)
+        return await _run(servers, journal, replay, spec, pace, on_progress)
 
 
 async def compare_replay(
-    servers: Servers, pool: DataPool, replay_id: str, patience: float, told: Callable[[int, int], None]
+    servers: Servers, pool: DataPool, replay_id: str, patience: float, on_progress: OnProgress
 ) -> Comparison:
-    """Compare the queries of a replay as new ones with what they were.
+    """Compare the queries of a replay as new ones with the original ones.
 
     Waits until they have ended, or none has for `patience` seconds. Raises `ReplayRefused` for another replay, and as
     `Replayer.run` and `replay.compare.compare`.
@@ -213,53 +129,100 @@ async def compare_replay(
         replay = await journal.find(replay_id)
         if not replay.plan.get("options", {}).get("as_new"):
             raise ReplayRefused(f"replay {replay_id} made no new queries: only one with --as-new can be compared")
-        kind = Asked.read(replay, Patch(), servers).kind(replay_id, servers)
-        pinned = await asyncio.to_thread(pin, servers.kafka, kind.topics, Window())
-        check_topics(replay, pinned.topics)
-        pairs = await list_pairs(journal, servers.kafka, kind, replay)
-    return await compare(pool, ResultReader(), pairs, patience=patience, told=told)
+        judge = _make_judge(await _read_spec(servers, replay, Patch()), replay_id)
+        pairs: list[tuple[str, str]] = []
+        marks = read_marks(replay)
+        async for verdicts in judge_ranges(journal.connection, servers.kafka, judge, read_ranges(replay)):
+            copies = [verdict.copy for verdict in verdicts if is_marked(marks, verdict.record)]
+            pairs += [(each.was, each.query_id) for each in copies if each is not None and each.was and each.query_id]
+    return await compare(pool, ResultReader(), pairs, patience=patience, on_progress=on_progress)
 
 
-async def _plan(
-    journal: Journal, servers: Servers, asked: Asked, kind: ReplayKind, told: Callable[[int, int], None]
-) -> Plan:
-    return await plan(journal.connection, servers.kafka, kind, asked.window, asked.selection, asked.headers, told)
+async def _read_spec(servers: Servers, replay: Replay, patch: Patch) -> ReplaySpec:
+    """The spec of a replay; `ReplayRefused` if a topic, a setting or the patch is not what it was at its beginning."""
+    plan, spec = replay.plan, ReplaySpec.read(replay.kind, replay.plan, patch, servers.hash_key)
+    was, now = plan["options"], spec.options
+    if was.get("hash_key") != now.get("hash_key"):
+        raise ReplayRefused(
+            "QUERYD_SQL_HASH_KEY is not what it was when the replay began, so that no request could be told from "
+            "another: set it again, or cancel the replay and plan a new one"
+        )
+    if "registry" in was and was["registry"] != now.get("registry"):
+        before, after = ("set", "not set") if was["registry"] else ("not set", "set")
+        raise ReplayRefused(
+            f"{URL_VARIABLE} was {before} when the replay began and is {after}, so that other records can be read than "
+            "then: undo that, or cancel the replay and plan a new one"
+        )
+    if was.get("patch_digest") != patch.digest(servers.hash_key):
+        raise ReplayRefused(
+            "give the same --set again as at the replay's beginning: its values are kept nowhere. "
+            f"It changes {', '.join(was.get('patched') or ('nothing',))}"
+        )
+    pinned = await asyncio.to_thread(pin, servers.kafka, spec.topics, Window())
+    topics = describe_topics(pinned.topics)
+    for topic, identity in plan["topics"].items():
+        if topics.get(topic) != identity:
+            raise ReplayRefused(
+                f"{topic} is not the topic that replay {replay.id} was planned for: it was made anew, or is another "
+                "cluster's. What it was about is gone; cancel it if it has not ended, and plan again"
+            )
+    return spec
 
 
 async def _run(
-    servers: Servers,
-    journal: Journal,
-    replay: Replay,
-    kind: ReplayKind,
-    pace: Pace,
-    told: Callable[[Progress], None],
+    servers: Servers, journal: Journal, replay: Replay, spec: ReplaySpec, pace: Pace, on_progress: OnPublished
 ) -> Outcome:
     set_up_traces("replay")
-    # The last events of queries must not follow a deletion: only a transaction can be taken back.
-    is_fenced = kind.name is ReplayName.STATUS and servers.has_transactions
-    outlet = Outlet(servers.kafka, f"queryd-replay-{replay.id}" if is_fenced else None)
+    is_status = spec.name is ReplayName.STATUS
+    # A last event must not follow its query's tombstone, so only a transaction may carry it, where there are any.
+    outlet = Outlet(servers.kafka, f"queryd-replay-{replay.id}" if is_status and servers.has_transactions else None)
+    # Requests delay those who wait for executors; events delay those who wait for the relay.
+    measure = (
+        partial(_measure_outbox, journal.connection, pace.max_lag)
+        if is_status
+        else partial(_measure_executors, servers)
+    )
     replayer = Replayer(
         journal,
+        replay,
+        _make_judge(spec, replay.id),
         outlet,
         servers.kafka,
-        kind,
         rate=pace.rate,
-        guard=LagGuard(_find_lag(servers, journal, kind, pace), pace.max_lag),
-        told=told,
+        guard=LagGuard(measure, pace.max_lag),
+        on_progress=on_progress,
     )
     try:
         with _stopped_by_signals(replayer.stop):
-            return await replayer.run(replay)
+            return await replayer.run()
     finally:
         await outlet.close()
         close_traces()
 
 
-def _find_lag(servers: Servers, journal: Journal, kind: ReplayKind, pace: Pace) -> Lag:
-    """Who suffers from requests are those who wait for executors; from events, those who wait for the relay."""
-    if kind.name is ReplayName.STATUS:
-        return OutboxLag(journal.connection, pace.max_lag)
-    return GroupLag(servers.kafka, servers.executor_group, [mode.topic.value for mode in Mode])
+def _make_judge(spec: ReplaySpec, replay_id: str) -> Judge:
+    """Raises `PatchRefused`."""
+    match spec.name:
+        case ReplayName.REQUESTS:
+            return RequestJudge(spec, replay_id).judge
+        case ReplayName.DEAD_LETTERS:
+            return LetterJudge(spec, replay_id).judge
+        case ReplayName.STATUS:
+            return StatusJudge(spec, replay_id).judge
+        case ReplayName.STATE_DB:
+            raise ReplayRefused("a rebuild of the state database is no replay of records")
+        case _:
+            assert_never(spec.name)
+
+
+async def _measure_executors(servers: Servers) -> int:
+    topics = [mode.topic.value for mode in Mode]
+    return await asyncio.to_thread(measure_group_lag, servers.kafka, servers.executor_group, topics)
+
+
+async def _measure_outbox(connection: Connection, most: int) -> int:
+    events, _ = await measure_waiting(connection, most + 1)
+    return events
 
 
 @contextmanager

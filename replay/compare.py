@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
 
+import duckdb
+
 from db.connection import DataPool, statement
 from db.data.last_events import read_last_events_of
 from db.data.runs import CanonicalRow, read_canonical
@@ -18,6 +20,11 @@ from queryd.results import ResultReader
 from queryd.tables import open_batches
 from replay.comparison import Comparison, Judged, Verdict
 from replay.result_difference import Difference, ResultRows, find_differences
+
+
+class ComparisonFailed(Exception):
+    """DuckDB could not compare two results; the sentence names the queries."""
+
 
 # (original query_id, new query_id)
 Pair = tuple[str, str]
@@ -56,35 +63,35 @@ async def compare(
     pairs: Iterable[Pair],
     *,
     patience: float,
-    told: Callable[[int, int], None] = lambda _done, _all: None,
+    on_progress: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> Comparison:
     """Compare each original with its repetition, once both have ended.
 
     Waits while anything ends, and gives up when nothing has for `patience` seconds: what has not ended by then is
-    `unfinished`. `told` hears how many of how many queries have ended, then how many of how many pairs are judged.
-    Raises `DatabaseUnavailable` when the database is away for as long, and botocore's errors where the store can't be
-    read.
+    `unfinished`. `on_progress` receives how many of how many queries have ended, then of pairs judged.
+    Raises `DatabaseUnavailable` when the database is away for as long, `ComparisonFailed`, and botocore's errors if the
+    store can't be read.
     """
     wanted = list(pairs)
-    ended = await _wait_until_ended(pool, wanted, patience, told)
+    ended = await _wait_until_ended(pool, wanted, patience, on_progress)
     judged: list[Judged] = []
     reading = asyncio.Semaphore(_READERS)
     for batch in _cut(wanted, _PAIRS):
         known = await _read_known(pool, [query_id for pair in batch for query_id in pair], patience)
         judged += await asyncio.gather(*(_judge(reader, reading, pair, known, ended) for pair in batch))
-        told(len(judged), len(wanted))
+        on_progress(len(judged), len(wanted))
     return Comparison(tuple(judged))
 
 
 async def _wait_until_ended(
-    pool: DataPool, pairs: Sequence[Pair], patience: float, told: Callable[[int, int], None]
+    pool: DataPool, pairs: Sequence[Pair], patience: float, on_progress: Callable[[int, int], None]
 ) -> frozenset[str]:
     """The ids that need not be waited for: of queries that have ended, and of originals that are not there."""
     rows = await _read_rows(pool, {original for original, _ in pairs}, patience)
     everything = {query_id for pair in pairs for query_id in pair}
     pending = {new for _, new in pairs} | {query_id for query_id, row in rows.items() if not _has_ended(row)}
     async for still in _ask_again(pool, pending, patience):
-        told(len(everything) - len(still), len(everything))
+        on_progress(len(everything) - len(still), len(everything))
         pending = still
     return frozenset(everything - pending)
 
@@ -173,6 +180,12 @@ async def _judge_ended(
             found = await asyncio.to_thread(compare_results, reader, before.event, after.event)
     except ResultExpired:
         return Verdict.GONE, ()
+    except duckdb.Error as error:
+        # Its text may quote a value.
+        raise ComparisonFailed(
+            f"DuckDB can't compare the results of {before.event.query_id} and {after.event.query_id}: "
+            f"{type(error).__name__}. Free memory and space for temporary files, then compare again"
+        ) from error
     return Verdict.DIFFERENT if found else Verdict.SAME, _explain(before, after, found)
 
 

@@ -1,47 +1,32 @@
-"""The copy of a record: what it keeps, what it loses, and what it says of where it comes from."""
+"""The copy of a record: what it keeps, and what it says of where it comes from."""
 
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from queryd.headers import ReplayHeader, find_traceparent
-from queryd.kafka.record import NewRecord, Record
+from queryd.kafka.record import BY_KEY, NewRecord, Record
+from replay.spec import HeaderRules
 
 # A copy's trace is its replay's; the record's own is kept beside it, as a link.
-_TRACE = frozenset({"traceparent", "tracestate"})
-_OURS = frozenset(header.value for header in ReplayHeader)
+_NEVER_KEPT = frozenset({"traceparent", "tracestate"}) | {header.value for header in ReplayHeader}
+# A count above this was never counted.
+_MOST_DIGITS = 9
 
 Pairs = list[tuple[str, bytes | None]]
 
 
 @dataclass(frozen=True, slots=True)
-class HeaderRules:
-    """Which of a record's headers its copy keeps: all but `denied`, or, where any is named, only those `allowed`.
-    Names are compared without regard to case."""
-
-    allowed: frozenset[str] = frozenset()
-    denied: frozenset[str] = frozenset()
-
-    def keeps(self, name: str) -> bool:
-        """Whether a header of that name stays."""
-        lower = name.lower()
-        if lower in _TRACE or lower in _OURS or lower in self.denied:
-            return False
-        return not self.allowed or lower in self.allowed
-
-
-@dataclass(frozen=True, slots=True)
 class Copy:
-    """A record to be published. `origin` is its own traceparent, `was` its
-    query's id where the copy has another."""
+    """A record to publish. `origin` is the original's traceparent, `was` its query's id if the copy has another."""
 
     topic: str
-    partition: int
     key: bytes | None
     value: bytes | None = field(repr=False)
     headers: Pairs = field(repr=False)
     query_id: str | None
     origin: str | None
+    partition: int = BY_KEY
     was: str | None = None
 
     def to_record(self, traceparent: str) -> NewRecord:
@@ -50,58 +35,41 @@ class Copy:
         return NewRecord(self.topic, self.key, self.value, headers, self.partition)
 
 
-def copy_as_it_is(record: Record, replay_id: str, rules: HeaderRules, query_id: str) -> Copy:
-    """The same key and value, to where the record was, whatever its producer's partitioner made of the key."""
-    return Copy(
-        topic=record.topic,
-        partition=record.partition,
-        key=record.key,
-        value=record.value,
-        headers=copy_headers(record, replay_id, rules),
-        query_id=query_id,
-        origin=find_traceparent(record.headers),
-    )
+def copy_unchanged(record: Record, replay_id: str, rules: HeaderRules, query_id: str) -> Copy:
+    """The same key and value, in the record's partition, whatever its producer's partitioner made of the key."""
+    headers = copy_headers(record, replay_id, rules)
+    origin = find_traceparent(record.headers)
+    return Copy(record.topic, record.key, record.value, headers, query_id, origin, record.partition)
 
 
 def copy_headers(
     record: Record, replay_id: str, rules: HeaderRules, changed: Mapping[str, str | None] | None = None
 ) -> Pairs:
-    """A record's headers for its copy. `changed` are such that get another value, or none and so go."""
-    changes = changed or {}
+    """A record's headers for its copy. `changed` has new values; None removes a header."""
     kept: Pairs = []
     for name, value in record.headers:
-        if not rules.keeps(name):
+        if name.lower() in _NEVER_KEPT or not rules.keeps(name):
             continue
-        if name in changes:
-            told = changes[name]
-            if told is not None:
-                kept.append((name, told.encode()))
-        else:
+        if changed is None or name not in changed:
             kept.append((name, value))
-    said = {
+        elif (new := changed[name]) is not None:
+            kept.append((name, new.encode()))
+    added = {
         ReplayHeader.ID: replay_id,
-        ReplayHeader.COUNT: str(count_replays(record) + 1),
+        ReplayHeader.COUNT: str(read_number(record, ReplayHeader.COUNT) + 1),
         ReplayHeader.TOPIC: record.topic,
         ReplayHeader.PARTITION: str(record.partition),
         ReplayHeader.OFFSET: str(record.offset),
+        ReplayHeader.TIMESTAMP: None if record.timestamp_ms is None else str(record.timestamp_ms),
+        ReplayHeader.TRACEPARENT: find_traceparent(record.headers),
     }
-    if record.timestamp_ms is not None:
-        said[ReplayHeader.TIMESTAMP] = str(record.timestamp_ms)
-    if (traceparent := find_traceparent(record.headers)) is not None:
-        said[ReplayHeader.TRACEPARENT] = traceparent
-    return [*kept, *((name.value, value.encode()) for name, value in said.items())]
-
-
-def count_replays(record: Record) -> int:
-    """How often the record was replayed before it lay here."""
-    return read_number(record, ReplayHeader.COUNT)
+    return [*kept, *((name.value, value.encode()) for name, value in added.items() if value is not None)]
 
 
 def read_number(record: Record, header: str) -> int:
-    """A header's number, of the last of that name; 0 where there is none, or no number."""
-    values = [value for name, value in record.headers if name == header and value is not None]
-    text = values[-1].decode("ascii", "replace") if values else ""
-    # `isdecimal` knows digits of every script, and as many as you like.
+    """A header's number, of the last of that name; 0 if there is none, or no number."""
+    text = read_text(record, header) or ""
+    # `isdecimal` accepts digits of every script, in any number.
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS else 0
 
 
@@ -111,10 +79,6 @@ def read_text(record: Record, header: str) -> str | None:
     return values[-1].decode("utf-8", "replace") if values else None
 
 
-def mint(replay_id: str, name: str) -> str:
+def make_new_id(replay_id: str, query_id: str) -> str:
     """The id of a copy that is a query of its own: `uuid5(replay_id, query_id)`, the same however often it is made."""
-    return str(uuid.uuid5(uuid.UUID(replay_id), name))
-
-
-# A count above this was never counted.
-_MOST_DIGITS = 9
+    return str(uuid.uuid5(uuid.UUID(replay_id), query_id))

@@ -1,23 +1,15 @@
-"""What the kinds of replays have in common: each judges records, and makes copies of those that are to be replayed."""
+"""What the kinds of replays have in common: each judges records, and copies those that are to be replayed."""
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any
 
 from db.connection import Connection
 from queryd.kafka.record import Record
 from queryd.registry import URL_VARIABLE
 from replay.copies import Copy
-
-
-class ReplayName(StrEnum):
-    """What is replayed; also the scope on which one replay at a time is active."""
-
-    REQUESTS = "requests"
-    DEAD_LETTERS = "dead-letters"
-    STATUS = "status"
-    STATE_DB = "state-db"
 
 
 class Skip(StrEnum):
@@ -80,7 +72,7 @@ NOTES: Mapping[Note, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A record judged: its copy, or why there is none. Neither says that it was not meant at all."""
+    """A record judged: its copy, or why there is none. A record without both was not asked for."""
 
     record: Record
     copy: Copy | None = None
@@ -88,41 +80,47 @@ class Verdict:
     skip: Skip | None = None
 
 
-# One pass over a window; records come in order by partition.
+# One pass over a window; records come in order by partition. A judge that returns copies of what may change holds it in
+# the connection's transaction.
 Judge = Callable[[Connection, Sequence[Record]], Awaitable[list[Verdict]]]
 
 
 async def judge_records(judge: Judge, connection: Connection, records: Sequence[Record]) -> list[Verdict]:
-    """Verdicts in the records' order. One whose headers are beyond the client can't be copied, whatever it is."""
-    legible = [record for record in records if record.has_headers]
-    verdicts = iter(await judge(connection, legible) if legible else [])
+    """Verdicts in the records' order. A record whose headers the client can't read can't be copied."""
+    readable = [record for record in records if record.has_headers]
+    verdicts = iter(await judge(connection, readable) if readable else [])
     return [next(verdicts) if record.has_headers else Verdict(record, skip=Skip.UNREADABLE) for record in records]
 
 
-class ReplayKind(Protocol):
-    """What is replayed, and how."""
+@dataclass(slots=True)
+class Tally:
+    """Verdicts counted."""
+
+    notes: Counter[Note] = field(default_factory=Counter)
+    skipped: Counter[Skip] = field(default_factory=Counter)
+
+    @classmethod
+    def read(cls, counts: Mapping[str, Any]) -> "Tally":
+        """What `to_json` has written."""
+        notes = Counter({Note(name): count for name, count in counts.get("notes", {}).items()})
+        return cls(notes, Counter({Skip(name): count for name, count in counts.get("skipped", {}).items()}))
 
     @property
-    def name(self) -> ReplayName:
-        """Its name."""
-        ...
+    def copies(self) -> int:
+        """How many copies there are."""
+        return self.notes.total()
 
-    @property
-    def topics(self) -> Sequence[str]:
-        """Where its records lie."""
-        ...
+    def add(self, verdicts: Iterable[Verdict]) -> None:
+        """Count them."""
+        for verdict in verdicts:
+            if verdict.note is not None:
+                self.notes[verdict.note] += 1
+            if verdict.skip is not None:
+                self.skipped[verdict.skip] += 1
 
-    @property
-    def follows_all(self) -> bool:
-        """True where a pass must see its window from the beginning, even to go on in the middle."""
-        ...
-
-    @property
-    def options(self) -> Mapping[str, Any]:
-        """What else makes it another plan: JSON, without SQL or values."""
-        ...
-
-    def begin(self) -> Judge:
-        """A new pass. Where records must stay as they are judged until they are sent, the judge holds them in the
-        connection's transaction."""
-        ...
+    def to_json(self) -> dict[str, dict[str, int]]:
+        """Notes and reasons with their counts."""
+        return {
+            "notes": {note.value: count for note, count in self.notes.items()},
+            "skipped": {skip.value: count for skip, count in self.skipped.items()},
+        }

@@ -51,6 +51,11 @@ class Window:
     since: datetime | None = None
     until: datetime | None = None
 
+    @property
+    def has_offsets(self) -> bool:
+        """True if the window has a first or a last offset."""
+        return self.from_offset is not None or self.to_offset is not None
+
     def holds(self, timestamp_ms: int | None) -> bool:
         """Whether a record of that time is in the window; its offset is another matter."""
         if self.since is None and self.until is None:

@@ -6,8 +6,7 @@ content by what differs. So readers see the old table or the new one, whatever s
 projector goes on. A rebuild that dies before has changed nothing; it begins again from the start.
 """
 
-import hashlib
-import json
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 from db.connection import Connection, DataPool, transaction
 from db.data.last_events import count_queries
+from db.data.replays import ReplayStatus
 from db.state.rebuild import (
     Difference,
     compare,
@@ -25,13 +25,18 @@ from db.state.rebuild import (
     snapshot,
     writers_locked_out,
 )
-from replay.plan import PlanStale
+from replay.journal import Journal
+from replay.plan import OnProgress, PlanStale, digest_json
 from replay.rebuild.from_log import opened_log
 from replay.rebuild.from_postgres import opened_postgres
 from replay.rebuild.source import Reading, Report, Source, SourceName
 
-# Enough to tell two plans apart by accident; short enough to be typed.
-_HASH_DIGITS = 16
+# How soon a cancel takes effect.
+_CHECKPOINT_SECONDS = 2.0
+
+
+class RebuildCancelled(Exception):
+    """The replay was cancelled; nothing was changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,7 @@ class Found:
 
         Neither changes by live traffic. The rows to come and to change may, and no fewer of them would be right.
         """
-        return f"{_digest(self.facts)}-{self.difference.surplus}"
+        return f"{digest_json(self.facts)}-{self.difference.surplus}"
 
     def describe(self) -> dict[str, Any]:
         """As JSON: counts, ids of the topic and offsets."""
@@ -72,6 +77,10 @@ class Rebuilt:
 
     found: Found
     tasks: int
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON."""
+        return self.found.describe() | {"tasks": self.tasks}
 
 
 class Rebuild:
@@ -131,9 +140,40 @@ class Rebuild:
     def _allowed(self, plan_hash: str) -> int:
         """How many rows the plan has said will go."""
         digest, _, surplus = plan_hash.partition("-")
-        if digest != _digest(self._source.facts) or not surplus.isdecimal():
+        if digest != digest_json(self._source.facts) or not surplus.isdecimal():
             raise PlanStale("the plan was made over another source, or another topic: plan again")
         return int(surplus)
+
+
+async def carry_out(
+    rebuild: Rebuild, journal: Journal, replay_id: str, plan_hash: str, on_progress: OnProgress
+) -> Rebuilt:
+    """Stage and swap, and write the replay's end. After an error of the network or a server it can be resumed.
+
+    Raises `RebuildCancelled`, `PlanStale`, and as `Rebuild.stage` and `Rebuild.swap`.
+    """
+    checkpoint = time.monotonic()
+
+    async def report(read: int, total: int) -> None:
+        nonlocal checkpoint
+        on_progress(read, total)
+        if time.monotonic() - checkpoint > _CHECKPOINT_SECONDS:
+            checkpoint = time.monotonic()
+            if await journal.save(replay_id, {}, {"read": read, "total": total}) is not ReplayStatus.ACTIVE:
+                raise RebuildCancelled
+
+    try:
+        rebuild.check(plan_hash)
+        await rebuild.stage(report)
+        rebuilt = await rebuild.swap(plan_hash)
+    except RebuildCancelled:
+        await journal.end(replay_id, ReplayStatus.CANCELLED, {})
+        raise
+    except PlanStale:
+        await journal.end(replay_id, ReplayStatus.FAILED, {})
+        raise
+    await journal.end(replay_id, ReplayStatus.DONE, rebuilt.describe())
+    return rebuilt
 
 
 @asynccontextmanager
@@ -157,7 +197,3 @@ def _opened_source(
             return opened_log(connection, kafka)
         case SourceName.POSTGRES:
             return opened_postgres(pool)
-
-
-def _digest(facts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:_HASH_DIGITS]

@@ -1,141 +1,106 @@
 """`queryd replay state-db`."""
 
-import asyncio
-import shlex
-import sys
-import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, TypeVar
+from dataclasses import asdict
+from typing import Annotated, Any
 
 import typer
 
 from db.data.replays import ReplayStatus
 from db.health import STATE, require_schema
-from db.state.rebuild import RebuildUnderWay, TablesMissing, WritersBusy
-from queryd.codec import NoRegistry
-from queryd.kafka.bounded_reader import LogChanged
-from replay.journal import Journal, ReplayRefused, opened_journal
-from replay.kinds import ReplayName
-from replay.plan import PlanStale
-from replay.rebuild.rebuild import Found, Rebuild, Rebuilt, opened
-from replay.rebuild.source import RebuildRefused, SourceName
-from service.cli.account import account
-from service.cli.failures import FAILURES, describe_failure
-from service.cli.output import complain, print_fields, print_json, print_rows
-from service.cli.progress import PlanningBar
-from service.cli.query import Json
+from db.state.rebuild import WritersBusy
+from replay.journal import opened_journal
+from replay.plan import OnProgress
+from replay.rebuild.rebuild import Found, Rebuild, RebuildCancelled, Rebuilt, carry_out, opened
+from replay.rebuild.source import SourceName
+from replay.spec import ReplayName
+from service.cli.output import INTERRUPTED, complain, print_fields, print_json, print_rows
+from service.cli.progress import Bar
+from service.cli.replay_options import PlanOptions, with_options
+from service.cli.replay_output import say_how_to_execute
+from service.cli.replay_running import run_replay
 from service.settings import Settings, load_settings
 from service.wiring import opened_data_pool
 from telemetry.logs import set_up_logs
 
-_Answer = TypeVar("_Answer")
-# How soon a cancel is heard; a row written that often is nothing.
-_CHECKPOINT_SECONDS = 2.0
-_INTERRUPTED = 130
-# What is true wherever it ends early: the swap is one transaction.
-_LEFT = "the live table is whole. If it had begun, `queryd replay list` has its id: resume or cancel it"
+# True at any early end: the swap is one transaction.
+_LEFT = "; the live table is whole. If it had begun, `queryd replay list` has its id: resume or cancel it"
 
 
-class _Cancelled(Exception):
-    """Somebody asked for the replay's end."""
-
-
+@with_options
 def state_db(
+    plan: PlanOptions,
     source: Annotated[
         SourceName, typer.Option(help="What to rebuild from; Postgres data where the log no longer reaches.")
     ] = SourceName.LOG,
-    execute: Annotated[str | None, typer.Option("--execute", help="Carry out the plan that has this hash.")] = None,
-    reason: Annotated[str | None, typer.Option("--reason", help="Why, for whoever audits it.")] = None,
-    by: Annotated[str | None, typer.Option("--by", help="Who; the account's name where not given.")] = None,
-    as_json: Json = False,
 ) -> None:
     """The state database made anew beside the live one, and then swapped. Readers and projectors go on."""
-    if execute is None:
-        found = _run(as_json, lambda settings, told: _plan(settings, source, told))
-        _print_plan(found, as_json)
+    settings = _prepare()
+    if plan.execute is None:
+        with Bar("reading", quiet=plan.as_json) as bar:
+            found = run_replay(settings, _plan(settings, source, bar.show), _LEFT)
+        _print_plan(found, plan.as_json)
         return
-    if reason is None or not reason.strip():
-        complain("say why: --reason is kept with the replay for whoever audits it", 2)
-    order = _Order(source, execute, by or account(), reason)
-    replay_id, rebuilt = _run(as_json, lambda settings, told: _begin(settings, order, told))
-    _print_done(replay_id, rebuilt, as_json)
+    plan.require_reason()
+    _carry_out(settings, str(uuid.uuid4()), plan.as_json, (plan, source))
 
 
 def resume_state_db(replay_id: str, as_json: bool) -> None:
     """Do a rebuild that was left once more, from its start: what it had made went with its process."""
-    _, rebuilt = _run(as_json, lambda settings, told: _resume(settings, replay_id, told))
+    _carry_out(_prepare(), replay_id, as_json, None)
+
+
+def _prepare() -> Settings:
+    # An event that can't be read is reported on stderr; stdout is for the answer.
+    set_up_logs("ERROR")
+    return load_settings()
+
+
+# What a new rebuild begins with; None to resume one.
+_Order = tuple[PlanOptions, SourceName] | None
+
+
+def _carry_out(settings: Settings, replay_id: str, as_json: bool, order: _Order) -> None:
+    with Bar("reading", quiet=as_json) as bar:
+        try:
+            rebuilt = run_replay(settings, _begin_or_resume(settings, replay_id, order, bar.show), _LEFT)
+        except RebuildCancelled:
+            complain("the rebuild was cancelled; nothing was changed")
+        except KeyboardInterrupt:
+            complain(f"stopped{_LEFT}", INTERRUPTED)
+        except WritersBusy as error:
+            complain(f"Postgres state (QUERYD_STATE_URL): {error}{_LEFT}")
     _print_done(replay_id, rebuilt, as_json)
 
 
-@dataclass(frozen=True, slots=True)
-class _Order:
-    source: SourceName
-    plan_hash: str
-    actor: str
-    reason: str
-
-
-_Told = Callable[[int, int], None]
-
-
-async def _plan(settings: Settings, source: SourceName, told: _Told) -> Found:
+async def _plan(settings: Settings, source: SourceName, on_progress: OnProgress) -> Found:
     async def report(read: int, total: int) -> None:
-        told(read, total)
+        on_progress(read, total)
 
     async with _opened_rebuild(settings, source) as rebuild:
         await rebuild.stage(report)
         return await rebuild.plan()
 
 
-async def _begin(settings: Settings, order: _Order, told: _Told) -> tuple[str, Rebuilt]:
-    replay_id = str(uuid.uuid4())
-    async with _opened_rebuild(settings, order.source) as rebuild, opened_journal(_data_url(settings)) as journal:
-        rebuild.check(order.plan_hash)
-        await journal.begin(
-            replay_id=replay_id,
-            kind=ReplayName.STATE_DB,
-            actor=order.actor,
-            reason=order.reason,
-            plan={"source": order.source, "hash": order.plan_hash},
-        )
-        return replay_id, await _carry_out(rebuild, journal, replay_id, order.plan_hash, told)
-
-
-async def _resume(settings: Settings, replay_id: str, told: _Told) -> tuple[str, Rebuilt]:
-    async with opened_journal(_data_url(settings)) as journal:
-        plan = (await journal.resume(replay_id)).plan
-        async with _opened_rebuild(settings, SourceName(plan["source"])) as rebuild:
-            return replay_id, await _carry_out(rebuild, journal, replay_id, plan["hash"], told)
-
-
-async def _carry_out(rebuild: Rebuild, journal: Journal, replay_id: str, plan_hash: str, told: _Told) -> Rebuilt:
-    """From the start to the end. What the network or a server is to blame for leaves the replay to be resumed."""
-    checkpoint = time.monotonic()
-
-    async def report(read: int, total: int) -> None:
-        nonlocal checkpoint
-        told(read, total)
-        if time.monotonic() - checkpoint > _CHECKPOINT_SECONDS:
-            checkpoint = time.monotonic()
-            status = await journal.save(replay_id, {}, {"read": read, "total": total})
-            if status is not ReplayStatus.ACTIVE:
-                raise _Cancelled
-
-    try:
-        rebuild.check(plan_hash)
-        await rebuild.stage(report)
-        rebuilt = await rebuild.swap(plan_hash)
-    except _Cancelled:
-        await journal.end(replay_id, ReplayStatus.CANCELLED, {})
-        raise
-    except PlanStale:
-        await journal.end(replay_id, ReplayStatus.FAILED, {})
-        raise
-    await journal.end(replay_id, ReplayStatus.DONE, _describe(rebuilt))
-    return rebuilt
+async def _begin_or_resume(settings: Settings, replay_id: str, order: _Order, on_progress: OnProgress) -> Rebuilt:
+    async with opened_journal(settings.data_url.get_secret_value()) as journal:
+        if order is None:
+            row = (await journal.resume(replay_id)).plan
+        else:
+            row = {"source": order[1].value, "hash": order[0].execute}
+        async with _opened_rebuild(settings, SourceName(row["source"])) as rebuild:
+            if order is not None:
+                rebuild.check(row["hash"])
+                await journal.begin(
+                    replay_id=replay_id,
+                    kind=ReplayName.STATE_DB,
+                    actor=order[0].actor,
+                    reason=order[0].require_reason(),
+                    plan=row,
+                )
+            return await carry_out(rebuild, journal, replay_id, row["hash"], on_progress)
 
 
 @asynccontextmanager
@@ -144,36 +109,6 @@ async def _opened_rebuild(settings: Settings, source: SourceName) -> AsyncIterat
     await require_schema(state_url, STATE)
     async with opened_data_pool(settings) as pool, opened(source, state_url, pool, settings.kafka) as rebuild:
         yield rebuild
-
-
-def _data_url(settings: Settings) -> str:
-    return settings.data_url.get_secret_value()
-
-
-def _run(as_json: bool, work: Callable[[Settings, _Told], Coroutine[Any, Any, _Answer]]) -> _Answer:
-    """The answer of `work`, with a bar on stderr; exits with one sentence for whatever is refused or away."""
-    settings = load_settings()
-    # An event that can't be understood is told of on stderr: stdout is for the answer.
-    set_up_logs("ERROR")
-    try:
-        with PlanningBar(quiet=as_json) as bar:
-            return asyncio.run(work(settings, bar.show))
-    except (PlanStale, RebuildRefused, ReplayRefused, RebuildUnderWay, TablesMissing, NoRegistry) as error:
-        complain(str(error))
-    except _Cancelled:
-        complain("the rebuild was cancelled; nothing was changed")
-    except KeyboardInterrupt:
-        complain(f"stopped; {_LEFT}", _INTERRUPTED)
-    except WritersBusy as error:
-        complain(f"Postgres state (QUERYD_STATE_URL): {error}; {_LEFT}")
-    except LogChanged as error:
-        complain(f"Kafka request failed: {error}; {_LEFT}")
-    except FAILURES as error:
-        complain(f"{describe_failure(error)}; {_LEFT}")
-
-
-def _describe(rebuilt: Rebuilt) -> dict[str, Any]:
-    return rebuilt.found.describe() | {"tasks": rebuilt.tasks}
 
 
 def _print_plan(found: Found, as_json: bool) -> None:
@@ -186,22 +121,19 @@ def _print_plan(found: Found, as_json: bool) -> None:
     print(f"of {found.reading.events} events read, {found.reading.unreadable} could not be understood")
     print(f"{found.queries} queries stand in the rebuilt table; Postgres data knows {found.queries_in_data}")
     print(f"the live table lacks {difference.missing} rows, has {difference.stale} wrong and {difference.surplus} more")
-    print(f"plan: {found.hash}")
-    again = shlex.join(["queryd", *sys.argv[1:]])
-    print(f"nothing was changed. To carry it out: {again} --execute {found.hash} --reason 'why'")
+    say_how_to_execute(found.hash, "nothing was changed")
 
 
 def _print_done(replay_id: str, rebuilt: Rebuilt, as_json: bool) -> None:
     if as_json:
-        print_json({"id": replay_id, "status": ReplayStatus.DONE, **_describe(rebuilt)})
+        print_json({"id": replay_id, "status": ReplayStatus.DONE, **rebuilt.describe()})
         return
     difference = rebuilt.found.difference
     print(f"replay {replay_id}: {ReplayStatus.DONE}, {rebuilt.found.queries} queries stand in the state database")
-    print_fields(
-        {
-            "rows added": difference.missing,
-            "rows put right": difference.stale,
-            "rows removed": difference.surplus,
-            "tasks moved": rebuilt.tasks,
-        }
-    )
+    fields: dict[str, Any] = {
+        "rows added": difference.missing,
+        "rows put right": difference.stale,
+        "rows removed": difference.surplus,
+        "tasks moved": rebuilt.tasks,
+    }
+    print_fields(fields)

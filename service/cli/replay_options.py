@@ -1,108 +1,166 @@
-"""The options of replays, and what they come to."""
+"""The options that the replay commands share, each defined once."""
 
+import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from queryd.events import ErrorCode, Mode, Status
-from replay.commands import Asked
-from replay.copies import HeaderRules
-from replay.letters import Patch
+from replay.commands import Pace
 from replay.log import Window
-from replay.selection import Selection
+from replay.patch import Patch
+from replay.spec import HeaderRules, ReplayName, ReplaySpec, Selection
+from service.cli.account import account
 from service.cli.database import optional_uuid
-from service.cli.output import complain, read_time
+from service.cli.output import WRONGLY_ASKED, complain, read_time
+from service.cli.query import Json
 
-Since = Annotated[
-    str | None, typer.Option("--since", help="Records of this time or later, in UTC: 2026-11-23T10:00:00Z.")
-]
-Until = Annotated[str | None, typer.Option("--until", help="Records from before this time, in UTC.")]
-Partitions = Annotated[list[int] | None, typer.Option("--partition", help="Only this partition; may be repeated.")]
-FromOffset = Annotated[int | None, typer.Option("--from-offset", help="From this offset of the one partition.", min=0)]
-ToOffset = Annotated[int | None, typer.Option("--to-offset", help="Up to this offset, without it.", min=0)]
-Keys = Annotated[list[str] | None, typer.Option("--key", help="Only this key; may be repeated.")]
-Headers = Annotated[list[str] | None, typer.Option("--header", help="Only with this header: name=value.")]
-Org = Annotated[str | None, typer.Option("--org", help="Only this org's.")]
-User = Annotated[str | None, typer.Option("--user", help="Only this user's; with --org.")]
-Lane = Annotated[Mode | None, typer.Option("--mode", help="Only this lane's.")]
-Statuses = Annotated[list[Status] | None, typer.Option("--status", help="Only queries that stand so.")]
+ReplayId = Annotated[str, typer.Argument(metavar="ID", help="The replay's id.")]
 Codes = Annotated[list[ErrorCode] | None, typer.Option("--error-code", help="Only with this error code.")]
-Allowed = Annotated[list[str] | None, typer.Option("--allow-header", help="Copies keep only the headers so named.")]
-Denied = Annotated[list[str] | None, typer.Option("--deny-header", help="Copies lose the headers so named.")]
-Execute = Annotated[str | None, typer.Option("--execute", help="Carry out the plan that has this hash.")]
-Reason = Annotated[str | None, typer.Option("--reason", help="Why, for whoever audits it.")]
-Actor = Annotated[str | None, typer.Option("--by", help="Who; the account's name where not given.")]
-Id = Annotated[str | None, typer.Option("--id", help="The replay's own id; made up where not given.")]
-Rate = Annotated[float, typer.Option("--rate", help="Records a second.", min=1)]
-MaxLag = Annotated[
-    int, typer.Option("--max-lag", help="Wait while more records than this wait in live traffic; 0: never.", min=0)
-]
-Patience = Annotated[
-    float, typer.Option("--patience", help="Give up when nothing has ended for so many seconds.", min=1)
-]
+NewId = Annotated[str | None, typer.Option("--id", help="The replay's id; by default a new one.")]
+Patience = Annotated[float, typer.Option("--patience", help="Give up when no query ends for this many seconds.", min=1)]
 Changes = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="field=value in every letter, as JSON or text; again at a resume."),
+    list[str] | None, typer.Option("--set", help="field=value in every letter, as JSON or text; again at a resume.")
 ]
+# The default time limit of a batch query: after that much silence no query will end any more.
+PATIENCE_SECONDS = 3600.0
 
 
-def read_window(
-    since: str | None,
-    until: str | None,
-    partitions: list[int] | None,
-    from_offset: int | None,
-    to_offset: int | None,
-) -> Window:
-    window = Window(
-        partitions=frozenset(partitions or ()),
-        from_offset=from_offset,
-        to_offset=to_offset,
-        since=read_time(since, "--since"),
-        until=read_time(until, "--until"),
-    )
-    if (from_offset is not None or to_offset is not None) and len(window.partitions) != 1:
-        complain("offsets are a partition's own: give one --partition with them", 2)
-    if from_offset is not None and to_offset is not None and from_offset >= to_offset:
-        complain("--from-offset must lie before --to-offset", 2)
-    if window.since is not None and window.until is not None and window.since >= window.until:
-        complain("--since must be earlier than --until", 2)
-    if window.until is not None and window.until > datetime.now(UTC):
-        complain("--until lies in the future: what is still to come can't be planned. Take a time that is over", 2)
-    return window
+@dataclass(frozen=True, slots=True)
+class RecordOptions:
+    """Which records, and which of their headers."""
+
+    since: Annotated[
+        str | None, typer.Option("--since", help="Records of this time or later, in UTC: 2026-11-23T10:00:00Z.")
+    ] = None
+    until: Annotated[str | None, typer.Option("--until", help="Records from before this time, in UTC.")] = None
+    partition: Annotated[list[int] | None, typer.Option(help="Only this partition; may be repeated.")] = None
+    from_offset: Annotated[int | None, typer.Option(help="From this offset of the one partition.", min=0)] = None
+    to_offset: Annotated[int | None, typer.Option(help="Up to this offset, without it.", min=0)] = None
+    key: Annotated[list[str] | None, typer.Option(help="Only this key; may be repeated.")] = None
+    header: Annotated[list[str] | None, typer.Option(help="Only with this header: name=value.")] = None
+    org: Annotated[str | None, typer.Option(help="Only this org's.")] = None
+    user: Annotated[str | None, typer.Option(help="Only this user's; requires --org.")] = None
+    mode: Annotated[Mode | None, typer.Option(help="Only this lane's.")] = None
+    status: Annotated[list[Status] | None, typer.Option(help="Only queries with this status.")] = None
+    allow_header: Annotated[list[str] | None, typer.Option(help="Copies keep only the headers so named.")] = None
+    deny_header: Annotated[list[str] | None, typer.Option(help="Copies lose the headers so named.")] = None
+
+    def make_spec(self, name: ReplayName, codes: Sequence[str] | None, **own: Any) -> ReplaySpec:
+        """What to replay; `own` are fields of this kind of replay. Exits with 2 for a usage error."""
+        if self.user is not None and self.org is None:
+            complain("--user requires --org", WRONGLY_ASKED)
+        selection = Selection(
+            keys=frozenset(self.key or ()),
+            headers=frozenset(_split(each, "--header") for each in self.header or ()),
+            org_id=optional_uuid(self.org, "--org"),
+            user_id=optional_uuid(self.user, "--user"),
+            mode=None if self.mode is None else self.mode.value,
+            statuses=frozenset(each.value for each in self.status or ()),
+            error_codes=frozenset(codes or ()),
+        )
+        rules = HeaderRules(
+            frozenset(each.lower() for each in self.allow_header or ()),
+            frozenset(each.lower() for each in self.deny_header or ()),
+        )
+        return ReplaySpec(name, self._read_window(), selection, rules, **own)
+
+    def _read_window(self) -> Window:
+        window = Window(
+            partitions=frozenset(self.partition or ()),
+            from_offset=self.from_offset,
+            to_offset=self.to_offset,
+            since=read_time(self.since, "--since"),
+            until=read_time(self.until, "--until"),
+        )
+        if window.has_offsets and len(window.partitions) != 1:
+            complain("offsets belong to one partition: give one --partition with them", WRONGLY_ASKED)
+        if self.from_offset is not None and self.to_offset is not None and self.from_offset >= self.to_offset:
+            complain("--from-offset must lie before --to-offset", WRONGLY_ASKED)
+        if window.since is not None and window.until is not None and window.since >= window.until:
+            complain("--since must be earlier than --until", WRONGLY_ASKED)
+        if window.until is not None and window.until > datetime.now(UTC):
+            complain("--until lies in the future, and future records can't be planned: take a past time", WRONGLY_ASKED)
+        return window
 
 
-def read_selection(
-    keys: list[str] | None,
-    headers: list[str] | None,
-    org: str | None,
-    user: str | None,
-    mode: Mode | None,
-    statuses: list[Status] | None,
-    codes: Sequence[str] | None,
-) -> Selection:
-    if user is not None and org is None:
-        complain("a user is an org's: give --org with --user", 2)
-    return Selection(
-        keys=frozenset(keys or ()),
-        headers=frozenset(_split(each, "--header") for each in headers or ()),
-        org_id=optional_uuid(org, "--org"),
-        user_id=optional_uuid(user, "--user"),
-        mode=None if mode is None else mode.value,
-        statuses=frozenset(each.value for each in statuses or ()),
-        error_codes=frozenset(codes or ()),
-    )
+@dataclass(frozen=True, slots=True)
+class PlanOptions:
+    """Whether to plan or to carry a plan out."""
+
+    execute: Annotated[str | None, typer.Option(help="Carry out the plan that has this hash.")] = None
+    reason: Annotated[str | None, typer.Option(help="Why, for the audit.")] = None
+    by: Annotated[str | None, typer.Option(help="Who; by default the account's name.")] = None
+    as_json: Json = False
+
+    @property
+    def actor(self) -> str:
+        """Who replays."""
+        return self.by or account()
+
+    def require_reason(self) -> str:
+        """The reason; exits with 2 if it is missing."""
+        if self.reason is None or not self.reason.strip():
+            complain("say why: --reason is kept with the replay for the audit", WRONGLY_ASKED)
+        return self.reason
 
 
-def read_headers(allowed: list[str] | None, denied: list[str] | None) -> HeaderRules:
-    return HeaderRules(
-        frozenset(name.lower() for name in allowed or ()), frozenset(name.lower() for name in denied or ())
-    )
+@dataclass(frozen=True, slots=True)
+class PaceOptions:
+    """How fast to publish."""
+
+    # A broker and an executor on two cores publish as much beside live traffic without a visible delay.
+    rate: Annotated[float, typer.Option(help="Records a second.", min=1)] = 1000.0
+    # Some seconds of an executor's admission.
+    max_lag: Annotated[int, typer.Option(help="Wait while more live records than this wait; 0: never.", min=0)] = 10_000
+
+    @property
+    def pace(self) -> Pace:
+        """The pace of a replay."""
+        return Pace(self.rate, self.max_lag)
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take groups of options, each a parameter whose type is one of this module's dataclasses.
+
+    Typer reads a command's options from its signature, so this one names every option of the groups.
+    """
+    groups: dict[str, Any] = {}
+    options: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        if parameter.annotation in _GROUPS:
+            group = groups[parameter.name] = parameter.annotation
+            hints = get_type_hints(group, include_extras=True)
+            options += [
+                inspect.Parameter(each.name, _KEYWORD, default=each.default, annotation=hints[each.name])
+                for each in fields(group)
+            ]
+        else:
+            options.append(parameter.replace(kind=_KEYWORD))
+
+    def run(**values: Any) -> None:
+        made = {
+            name: group(**{each.name: values.pop(each.name) for each in fields(group) if each.name in values})
+            for name, group in groups.items()
+        }
+        command(**values, **made)
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    run.__annotations__ = {}
+    return run
+
+
+_GROUPS = (RecordOptions, PlanOptions, PaceOptions)
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
 def read_patch(changes: list[str] | None) -> Patch:
+    """The values of --set."""
     values: dict[str, Any] = {}
     for change in changes or ():
         name, text = _split(change, "--set")
@@ -116,10 +174,5 @@ def read_patch(changes: list[str] | None) -> Patch:
 def _split(text: str, option: str) -> tuple[str, str]:
     name, separator, value = text.partition("=")
     if not separator or not name:
-        complain(f"{option} wants name=value", 2)
+        complain(f"{option} wants name=value", WRONGLY_ASKED)
     return name, value
-
-
-def check_one_topic(asked: Asked) -> None:
-    if len(asked.lanes) > 1 and (asked.window.from_offset is not None or asked.window.to_offset is not None):
-        complain("offsets are one topic's own: give --mode with them", 2)

@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -17,42 +17,23 @@ from service.cli.output import print_fields, print_json, print_rows
 
 def print_plan(planned: Plan, as_json: bool) -> None:
     """The plan, and how to carry it out."""
-    ranges = [
-        {
-            "topic": each.range.topic,
-            "partition": each.range.partition,
-            "start": each.range.start,
-            "end": each.range.end,
-            "matched": each.matched,
-            "skipped": each.skipped,
-        }
-        for each in planned.ranges
-    ]
-    notes = {note.value: count for note, count in planned.notes.items()}
-    skipped = {skip.value: count for skip, count in planned.skipped.items()}
+    found = planned.to_json()
     if as_json:
-        print_json(
-            {
-                "kind": planned.kind,
-                "hash": planned.hash,
-                "ranges": ranges,
-                "scanned": planned.scanned,
-                "matched": planned.matched,
-                "notes": notes,
-                "skipped": skipped,
-                "first_ids": planned.first_ids,
-            }
-        )
+        print_json(found)
         return
-    _print_ranges(ranges)
-    print(f"records read: {planned.scanned}; to be published: {planned.matched}")
-    for line in _describe_counts(notes, skipped):
-        print(f"  {line}")
+    _print_ranges(found["ranges"])
+    print(f"records read: {planned.scanned}; to be published: {planned.tally.copies}")
+    _print_counts(found)
     print(f"the first of them: {', '.join(planned.first_ids)}")
-    print(f"plan: {planned.hash}")
+    say_how_to_execute(planned.hash, "nothing was published")
+
+
+def say_how_to_execute(plan_hash: str, done: str) -> None:
+    """The plan's hash, and the command that carries it out."""
     again = shlex.join(["queryd", *sys.argv[1:]])
-    print("nothing was published. To carry it out:")
-    print(f"{again} --execute {planned.hash} --reason 'why'")
+    print(f"plan: {plan_hash}")
+    print(f"{done}. To carry it out:")
+    print(f"{again} --execute {plan_hash} --reason 'why'")
 
 
 def print_outcome(outcome: Outcome, replay_id: str, as_json: bool, comparison: Comparison | None) -> None:
@@ -63,8 +44,7 @@ def print_outcome(outcome: Outcome, replay_id: str, as_json: bool, comparison: C
         print_json({"id": replay_id, "status": outcome.status.value} | dict(counts) | compared)
         return
     print(f"replay {replay_id}: {outcome.status.value}; published: {counts['published']}")
-    for line in _describe_counts(counts["notes"], counts["skipped"]):
-        print(f"  {line}")
+    _print_counts(counts)
     if comparison is not None:
         print(comparison.to_text())
     if outcome.status is ReplayStatus.ACTIVE:
@@ -82,8 +62,7 @@ def print_replay(replay: Replay, as_json: bool) -> None:
     asked = {**plan.get("asked", {}), "options": plan.get("options")}
     for name, said in ((part, value) for part, values in asked.items() for value in (values or {}).items()):
         print_fields({f"{name} {said[0]}": said[1]})
-    for line in _describe_counts(counts.get("notes", {}), counts.get("skipped", {})):
-        print(f"  {line}")
+    _print_counts(counts)
     reached = replay.checkpoint
     _print_ranges(
         [
@@ -131,8 +110,8 @@ def _print_ranges(ranges: Sequence[Mapping[str, Any]]) -> None:
         print(f"empty partitions: {len(ranges) - len(filled)}")
 
 
-def _describe_counts(notes: Mapping[str, int], skipped: Mapping[str, int]) -> Iterator[str]:
-    for name, count in notes.items():
-        yield f"{count} {NOTES[Note(name)]}"
-    for name, count in skipped.items():
-        yield f"{count} skipped, each {SKIP_REASONS[Skip(name)]}"
+def _print_counts(counts: Mapping[str, Any]) -> None:
+    for name, count in counts.get("notes", {}).items():
+        print(f"  {count} {NOTES[Note(name)]}")
+    for name, count in counts.get("skipped", {}).items():
+        print(f"  {count} skipped, each {SKIP_REASONS[Skip(name)]}")

@@ -243,7 +243,9 @@ async def test_it_waits_for_what_ends_and_is_told_of_it(place: Place) -> None:
         heard.set()
 
     pairs = [(original, attempt.query_id) for attempt in running]
-    comparing = asyncio.create_task(compare(place.pool, ResultReader(), pairs, patience=_LONG_SECONDS, told=hear))
+    comparing = asyncio.create_task(
+        compare(place.pool, ResultReader(), pairs, patience=_LONG_SECONDS, on_progress=hear)
+    )
     for attempt in running:
         await heard.wait()
         await _fail(place, ErrorCode.QUERY_ERROR, attempt)

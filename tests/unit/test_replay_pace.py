@@ -49,18 +49,18 @@ class _Lag:
 
 async def test_the_guard_looks_once_a_second(naps: list[float]) -> None:
     lag = _Lag()
-    guard = LagGuard(lag, 10)
+    guard = LagGuard(lag.measure, 10)
     lag.records = 11
-    assert await guard.suffers()
+    assert await guard.is_exceeded()
     lag.records = 10
-    assert await guard.suffers()
+    assert await guard.is_exceeded()
     naps.append(1.0)
-    assert not await guard.suffers()
+    assert not await guard.is_exceeded()
     assert lag.looks == 2
 
 
 async def test_a_guard_of_zero_never_looks(naps: list[float]) -> None:
     lag = _Lag()
     lag.records = 10**9
-    assert not await LagGuard(lag, 0).suffers()
+    assert not await LagGuard(lag.measure, 0).is_exceeded()
     assert lag.looks == 0

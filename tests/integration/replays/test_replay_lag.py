@@ -7,7 +7,7 @@ import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
-from replay.pace import GroupLag
+from replay.pace import measure_group_lag
 from tests.integration.queries import new_id
 from tests.integration.records import PATIENCE_SECONDS, config_of
 from tests.servers.kafka import Kafka
@@ -15,23 +15,23 @@ from tests.servers.kafka import Kafka
 pytestmark = pytest.mark.needs_kafka
 
 
-async def test_removed_records_wait_for_nobody(kafka: Kafka, unique_topic: Callable[..., str]) -> None:
+def test_removed_records_wait_for_nobody(kafka: Kafka, unique_topic: Callable[..., str]) -> None:
     config, topic = config_of(kafka), unique_topic(2)
     new, old = new_id(), new_id()
     _write(config, topic, {0: 10, 1: 4})
     # One group has committed less than is removed afterwards, and more of the other partition.
     _commit(config, old, TopicPartition(topic, 0, 3), TopicPartition(topic, 1, 2))
-    assert await GroupLag(config, new, [topic]).measure() == 14
-    assert await GroupLag(config, old, [topic]).measure() == 9
+    assert measure_group_lag(config, new, [topic]) == 14
+    assert measure_group_lag(config, old, [topic]) == 9
     _remove(config, TopicPartition(topic, 0, 6))
-    assert await GroupLag(config, new, [topic]).measure() == 4 + 4
-    assert await GroupLag(config, old, [topic]).measure() == 4 + 2
+    assert measure_group_lag(config, new, [topic]) == 4 + 4
+    assert measure_group_lag(config, old, [topic]) == 4 + 2
     _remove(config, TopicPartition(topic, 0, 10), TopicPartition(topic, 1, 4))
-    assert await GroupLag(config, new, [topic]).measure() == 0
-    assert await GroupLag(config, old, [topic]).measure() == 0
+    assert measure_group_lag(config, new, [topic]) == 0
+    assert measure_group_lag(config, old, [topic]) == 0
     _write(config, topic, {1: 1})
-    assert await GroupLag(config, new, [topic]).measure() == 1
-    assert await GroupLag(config, old, [topic]).measure() == 1
+    assert measure_group_lag(config, new, [topic]) == 1
+    assert measure_group_lag(config, old, [topic]) == 1
 
 
 def _write(config: dict[str, Any], topic: str, records: dict[int, int]) -> None:
