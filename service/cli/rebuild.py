@@ -37,13 +37,14 @@ def state_db(
     ] = SourceName.LOG,
 ) -> None:
     """The state database made anew beside the live one, and then swapped. Readers and projectors go on."""
+    if plan.execute is not None:
+        plan.require_reason()
     settings = _prepare()
     if plan.execute is None:
         with Bar("reading", quiet=plan.as_json) as bar:
             found = run_replay(settings, _plan(settings, source, bar.show), _LEFT)
         _print_plan(found, plan.as_json)
         return
-    plan.require_reason()
     _carry_out(settings, str(uuid.uuid4()), plan.as_json, (plan, source))
 
 

@@ -17,7 +17,6 @@ from queryd import (
     QueryStatusChanged,
     StatusFeed,
     Topic,
-    subscription,
 )
 from queryd import feed as feeds
 from queryd.feed import AsyncFeed
@@ -261,7 +260,7 @@ class _Refused(Consumer):
 
 @pytest.fixture
 def _refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subscription, "Consumer", _Refused)
+    monkeypatch.setattr("queryd.kafka.consumer.Consumer", _Refused)
     monkeypatch.setattr(_Refused, "refusing", True)
     for event in ("polled", "waited_for"):
         monkeypatch.setattr(_Refused, event, threading.Event())

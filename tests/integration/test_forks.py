@@ -13,7 +13,7 @@ from tests.servers.kafka import Kafka
 # The parent makes everything, forks, and waits for the child; the child prints what each call came to. At the end of
 # either the interpreter destroys what is left.
 _PROGRAM = """
-import asyncio, json, os, sys
+import asyncio, ctypes, json, os, sys
 from queryd import AsyncQueryClient, EventFeed, QueryClient
 
 config, ORG = json.loads(sys.argv[1]), "6a1f7f4e-3f0e-4f5c-9d55-0d6f1f2f9a10"
@@ -41,6 +41,8 @@ def awaited(work):
 
 child = os.fork()
 if child == 0:
+    # Both processes have one epoll: a loop that the child's interpreter destroys would never wake in the parent.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(loop))
     answers = {
         "submit": told(lambda: client.submit("SELECT 1", org_id=ORG)),
         "cancel": told(lambda: client.cancel(ORG, org_id=ORG)),
