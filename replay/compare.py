@@ -1,7 +1,7 @@
 """Queries and their repetitions: wait until the repetitions have ended, then judge each pair by its content."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -86,32 +86,25 @@ async def compare(
 async def _wait_until_ended(
     pool: DataPool, pairs: Sequence[Pair], patience: float, on_progress: Callable[[int, int], None]
 ) -> frozenset[str]:
-    """The ids that need not be waited for: of queries that have ended, and of originals that are not there."""
-    rows = await _read_rows(pool, {original for original, _ in pairs}, patience)
-    everything = {query_id for pair in pairs for query_id in pair}
-    pending = {new for _, new in pairs} | {query_id for query_id, row in rows.items() if not _has_ended(row)}
-    async for still in _ask_again(pool, pending, patience):
-        on_progress(len(everything) - len(still), len(everything))
-        pending = still
-    return frozenset(everything - pending)
-
-
-async def _ask_again(pool: DataPool, pending: set[str], patience: float) -> AsyncIterator[set[str]]:
-    """What has not ended yet, until nothing is left or nothing has ended for `patience` seconds."""
+    """The ids of queries that have ended, and of originals that don't exist. Waits while anything ends."""
     clock = asyncio.get_running_loop().time
+    everything = {query_id for pair in pairs for query_id in pair}
+    known = await _read_rows(pool, {original for original, _ in pairs}, patience)
+    pending = {new for _, new in pairs} | known.keys()
     last_end, pause = clock(), _FIRST_SECONDS
     while pending:
         rows = await _read_rows(pool, pending, patience)
-        still = pending - {query_id for query_id, row in rows.items() if _has_ended(row)}
-        yield still
-        if len(still) < len(pending):
-            last_end, pause, pending = clock(), _FIRST_SECONDS, still
+        if ended := {query_id for query_id, row in rows.items() if _has_ended(row)}:
+            pending -= ended
+            last_end, pause = clock(), _FIRST_SECONDS
+        on_progress(len(everything) - len(pending), len(everything))
         left = last_end + patience - clock()
         if not pending or left <= 0:
-            return
-        # Ends are in the database, which tells nobody of them.
+            break
+        # The database sends no notification when a query ends.
         await asyncio.sleep(min(pause, left))
         pause = min(pause * 1.5, _LONGEST_SECONDS)
+    return frozenset(everything - pending)
 
 
 def _has_ended(row: CanonicalRow) -> bool:

@@ -4,7 +4,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -44,16 +44,7 @@ class Judged:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON has it."""
-        return {
-            "original": self.original,
-            "new": self.new,
-            "verdict": self.verdict.value,
-            "differences": [difference.value for difference in self.differences],
-            "original_outcome": self.original_outcome,
-            "new_outcome": self.new_outcome,
-            "original_ms": self.original_ms,
-            "new_ms": self.new_ms,
-        }
+        return asdict(self)
 
     def to_text(self) -> str:
         """One line."""
@@ -76,7 +67,7 @@ class Durations:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON has it."""
-        return {"total_ms": self.total_ms, "median_ms": self.median_ms, "p95_ms": self.p95_ms}
+        return {name: value for name, value in asdict(self).items() if name != "count"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,62 +12,47 @@ from queryd.registry import URL_VARIABLE
 from replay.copies import Copy
 
 
-class Skip(StrEnum):
-    """Why a record of the selection is not replayed."""
+class _Described(StrEnum):
+    """A value, and a sentence about the records that have it."""
 
-    UNREADABLE = "unreadable"
-    NO_REGISTRY = "no_registry"
-    INVALID = "invalid"
-    CONFLICT = "conflict"
-    DELETED = "deleted"
-    PARKED = "parked"
-    REDRIVEN = "redriven"
-    FOREIGN = "foreign"
-    SUPERSEDED = "superseded"
-    UNFINISHED = "unfinished"
-    REPEATED = "repeated"
-    TOO_LARGE = "too_large"
-    CHANGED = "changed"
+    description: str
+
+    def __new__(cls, value: str, description: str = "") -> "_Described":
+        """Each member is written as a pair."""
+        member = str.__new__(cls, value)
+        member._value_ = value
+        member.description = description
+        return member
 
 
-SKIP_REASONS: Mapping[Skip, str] = {
-    Skip.UNREADABLE: "can't be read",
-    Skip.NO_REGISTRY: f"is in Confluent's wire format: set {URL_VARIABLE} to read it",
-    Skip.INVALID: "breaks the contract: its dead letter is what can be replayed",
-    Skip.CONFLICT: "has the query_id of another request: its dead letter is what can be replayed",
-    Skip.DELETED: "belongs to a query that was deleted for good",
-    Skip.PARKED: "was sent again as often as --max-redrives allows",
-    Skip.REDRIVEN: "was sent again before, under an id of its own",
-    Skip.FOREIGN: "is no dead letter of queryd's",
-    Skip.SUPERSEDED: "is not its query's last event",
-    Skip.UNFINISHED: "belongs to a query that is not finished",
-    Skip.REPEATED: "lies in the window before",
-    Skip.TOO_LARGE: "would be larger than its topic takes",
-    Skip.CHANGED: "would no longer be replayed as it was planned: look at it, and plan again",
-}
+class Skip(_Described):
+    """Why a record of the selection is not replayed. The sentence begins with *it*."""
+
+    UNREADABLE = "unreadable", "can't be read"
+    NO_REGISTRY = "no_registry", f"is in Confluent's wire format: set {URL_VARIABLE} to read it"
+    INVALID = "invalid", "breaks the contract: its dead letter is what can be replayed"
+    CONFLICT = "conflict", "has the query_id of another request: its dead letter is what can be replayed"
+    DELETED = "deleted", "belongs to a query that was deleted for good"
+    PARKED = "parked", "was sent again as often as --max-redrives allows"
+    REDRIVEN = "redriven", "was sent again before, under an id of its own"
+    FOREIGN = "foreign", "is no dead letter of queryd's"
+    SUPERSEDED = "superseded", "is not its query's last event"
+    UNFINISHED = "unfinished", "belongs to a query that is not finished"
+    REPEATED = "repeated", "lies in the window before"
+    TOO_LARGE = "too_large", "would be larger than its topic takes"
+    CHANGED = "changed", "would no longer be replayed as it was planned: look at it, and plan again"
 
 
-class Note(StrEnum):
-    """What becomes of a copy, as far as it is known."""
+class Note(_Described):
+    """What becomes of a copy, as far as it is known. The sentence begins with the number of copies."""
 
-    FINISHED = "finished"
-    IN_WORK = "in_work"
-    UNKNOWN = "unknown"
-    AS_NEW = "as_new"
-    OWN_ID = "own_id"
-    NEW_ID = "new_id"
-    LAST_EVENT = "last_event"
-
-
-NOTES: Mapping[Note, str] = {
-    Note.FINISHED: "of finished queries: nothing changes",
-    Note.IN_WORK: "of queries that wait or run: nothing changes",
-    Note.UNKNOWN: "of queries that were never accepted: these run",
-    Note.AS_NEW: "as queries of their own: these run",
-    Note.OWN_ID: "under their own id",
-    Note.NEW_ID: "under a new id, for theirs is taken",
-    Note.LAST_EVENT: "last events, byte for byte",
-}
+    FINISHED = "finished", "of finished queries: nothing changes"
+    IN_WORK = "in_work", "of queries that wait or run: nothing changes"
+    UNKNOWN = "unknown", "of queries that were never accepted: these run"
+    AS_NEW = "as_new", "as queries of their own: these run"
+    OWN_ID = "own_id", "under their own id"
+    NEW_ID = "new_id", "under a new id, for theirs is taken"
+    LAST_EVENT = "last_event", "last events, byte for byte"
 
 
 @dataclass(frozen=True, slots=True)

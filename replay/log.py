@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource, OffsetSpec, ResourceType
 
 from queryd.events import Invalid, from_millis
-from queryd.kafka.bounded_reader import BoundedReader, read_ends, read_starts
+from queryd.kafka.bounded_reader import BoundedReader, list_offsets, read_ends, read_starts
 from queryd.kafka.outages import QUIET
 from queryd.kafka.record import Partition, Record, to_record
 from queryd.topics import TopicIdentity, read_topic_identity
@@ -103,13 +102,12 @@ def _pin_topic(config: dict[str, Any], topic: str, window: Window) -> list[Offse
     if window.since is None:
         return ranges
     millis = int(window.since.timestamp() * 1000)
-    admin = AdminClient(config | QUIET)
-    kept_since = _find_kept_since(admin, topic)
-    oldest = _ask(admin, topic, wanted, OffsetSpec.for_timestamp(0))
-    found = _ask(admin, topic, wanted, OffsetSpec.for_timestamp(millis))
+    kept_since = _find_kept_since(config, topic)
+    oldest = list_offsets(config, topic, OffsetSpec.for_timestamp(0))
+    found = list_offsets(config, topic, OffsetSpec.for_timestamp(millis))
     narrowed = []
     for each in ranges:
-        offset, timestamp = oldest[each.partition]
+        offset, timestamp = oldest[each.partition].offset, oldest[each.partition].timestamp
         if firsts[each.partition] > 0 and (offset < 0 or timestamp > millis) and millis < kept_since:
             # What was removed may have been in the window: nobody can tell any more.
             held = f"goes back to {_say(timestamp)}" if offset >= 0 else "holds nothing any more"
@@ -118,17 +116,18 @@ def _pin_topic(config: dict[str, Any], topic: str, window: Window) -> list[Offse
                 f"older than {_say(kept_since)} may be gone. Begin the window later"
             )
         # Nothing at that time or later: the range is empty.
-        start = found[each.partition][0] if found[each.partition][0] >= 0 else each.end
+        start = found[each.partition].offset if found[each.partition].offset >= 0 else each.end
         narrowed.append(OffsetRange(topic, each.partition, max(each.start, min(start, each.end)), each.end))
     return narrowed
 
 
-def _find_kept_since(admin: AdminClient, topic: str) -> int:
+def _find_kept_since(config: dict[str, Any], topic: str) -> int:
     """Return the time (ms since the epoch) since which the topic keeps every record.
 
     It is now if retention is also by size, or if the broker does not report it: the embedded one lists no defaults.
     """
-    resource = ConfigResource(ResourceType.TOPIC, topic)
+    # Named, since it answers no more once it is collected.
+    admin, resource = AdminClient(config | QUIET), ConfigResource(ResourceType.TOPIC, topic)
     described = admin.describe_configs([resource], request_timeout=_BROKER_SECONDS)[resource].result()
     now = int(time.time() * 1000)
     if not {"retention.bytes", "retention.ms"} <= described.keys() or int(described["retention.bytes"].value) >= 0:
@@ -155,15 +154,6 @@ def _check_end(topic: str, partition: int, window: Window, end: int) -> int:
     if window.to_offset > end:
         raise WindowRefused(f"{topic}/{partition} ends at offset {end}, before {window.to_offset}")
     return window.to_offset
-
-
-def _ask(admin: AdminClient, topic: str, partitions: Sequence[int], spec: Any) -> dict[int, tuple[int, int]]:
-    """Offset and timestamp of the answer, by partition; -1 where there is none."""
-    answers = admin.list_offsets(
-        {TopicPartition(topic, partition): spec for partition in partitions}, request_timeout=_BROKER_SECONDS
-    )
-    found = {place.partition: answer.result() for place, answer in answers.items()}
-    return {partition: (answer.offset, answer.timestamp) for partition, answer in found.items()}
 
 
 def _say(millis: int) -> str:

@@ -11,7 +11,7 @@ from db.connection import Connection
 from db.data.replays import Replay
 from queryd.kafka.record import Partition
 from queryd.topics import TopicIdentity
-from replay.kinds import SKIP_REASONS, Judge, Tally, Verdict, judge_records
+from replay.kinds import Judge, Tally, Verdict, judge_records
 from replay.log import OffsetRange, open_reader, pin, read_batches
 from replay.marks import Marks
 from replay.spec import ReplaySpec
@@ -178,5 +178,5 @@ def _describe_nothing(tally: Tally, scanned: int) -> str:
         return "there are no records in these partitions at that time: look at the times"
     if not tally.skipped:
         return f"none of the {scanned} records that were read lies in the window and is asked for: look at both"
-    why = ", ".join(f"{count} {skip.value} (it {SKIP_REASONS[skip]})" for skip, count in sorted(tally.skipped.items()))
+    why = ", ".join(f"{count} {skip.value} (it {skip.description})" for skip, count in sorted(tally.skipped.items()))
     return f"nothing of the {scanned} records that were read can be replayed: {why}"

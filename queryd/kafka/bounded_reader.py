@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from confluent_kafka import Consumer, IsolationLevel, KafkaError, KafkaException, Message, TopicPartition
-from confluent_kafka.admin import AdminClient, OffsetSpec
+from confluent_kafka.admin import AdminClient, ListOffsetsResultInfo, OffsetSpec
 
 from queryd.kafka.outages import QUIET
 from queryd.kafka.record import Partition
@@ -172,12 +172,12 @@ def read_ends(config: Mapping[str, Any], topic: str) -> dict[int, int]:
     """
     # The binding has no types for it.
     latest: Callable[[], Any] = OffsetSpec.latest
-    listed = _list_offsets(config, topic, latest())
+    listed = list_offsets(config, topic, latest())
     fetching = {"isolation.level": "read_uncommitted", "fetch.wait.max.ms": _SHORTEST_FETCH_MILLIS}
     consumer = Consumer(dict(config) | QUIET | _CONFIG | fetching | {"auto.offset.reset": "latest"})
     ends: dict[int, int] = {}
     try:
-        consumer.assign([TopicPartition(topic, partition, offset) for partition, offset in listed.items()])
+        consumer.assign([TopicPartition(topic, partition, found.offset) for partition, found in listed.items()])
         heard = time.monotonic()
         while len(ends) < len(listed):
             message = consumer.poll(_POLL_SECONDS)
@@ -199,12 +199,16 @@ def read_starts(config: Mapping[str, Any], topic: str) -> dict[int, int]:
     """
     # The binding has no types for it.
     earliest: Callable[[], Any] = OffsetSpec.earliest
-    return _list_offsets(config, topic, earliest())
+    return {partition: found.offset for partition, found in list_offsets(config, topic, earliest()).items()}
 
 
-def _list_offsets(config: Mapping[str, Any], topic: str, spec: Any) -> dict[int, int]:
+def list_offsets(config: Mapping[str, Any], topic: str, spec: Any) -> dict[int, ListOffsetsResultInfo]:
+    """The broker's answer to ListOffsets, by partition; offset and timestamp are -1 if no record fits. Blocks.
+
+    The embedded broker returns wrong ends, see `read_ends`. Raises `KafkaException`.
+    """
     admin = AdminClient(dict(config) | QUIET)
     partitions = admin.list_topics(topic, timeout=_BROKER_SECONDS).topics[topic].partitions
     wanted = {TopicPartition(topic, partition): spec for partition in partitions}
     found = admin.list_offsets(wanted, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=_BROKER_SECONDS)
-    return {place.partition: future.result().offset for place, future in found.items()}
+    return {place.partition: future.result() for place, future in found.items()}

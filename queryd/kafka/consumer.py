@@ -11,7 +11,8 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -387,7 +388,8 @@ class Subscription:
             if paused := [partition for partition in start if partition.topic in self._paused]:
                 consumer.pause(paused)
             _log.info("partitions assigned", extra=_fields({(p.topic, p.partition) for p in partitions}))
-            self._call_soon(self._first_assignment.set)
+            assert self._loop is not None
+            self._loop.call_soon_threadsafe(self._first_assignment.set)
 
     def _find_start(self, consumer: Consumer, partitions: list[TopicPartition]) -> list[TopicPartition]:
         wanted = [(partition.topic, partition.partition) for partition in partitions]
@@ -412,8 +414,7 @@ class Subscription:
         with self._guarded("revoke"):
             revoked = {(partition.topic, partition.partition) for partition in partitions}
             try:
-                if self._revoked is not None and not self._await_drain(self._revoked(revoked)):
-                    _log.warning("draining revoked partitions took too long, going on without")
+                self._drain(revoked)
             finally:
                 self._commit_revoked(revoked)
             _log.info("partitions revoked", extra=_fields(revoked))
@@ -423,9 +424,15 @@ class Subscription:
             lost = {(partition.topic, partition.partition) for partition in partitions}
             # Somebody else owns them already: nothing may be committed.
             self._forget(lost)
-            if self._revoked is not None:
-                self._await_drain(self._revoked(lost))
+            self._drain(lost)
             _log.warning("partitions lost", extra=_fields(lost))
+
+    def _drain(self, revoked: set[Partition]) -> None:
+        if self._revoked is not None:
+            try:
+                self._await(self._revoked(revoked), _DRAIN_SECONDS)
+            except TimeoutError:
+                _log.warning("draining revoked partitions took too long, going on without")
 
     def _commit_revoked(self, revoked: set[Partition]) -> None:
         with self._lock:
@@ -443,11 +450,19 @@ class Subscription:
             for partition in partitions:
                 self._assigned.pop(partition, None)
 
-    def _guarded(self, callback: str) -> "_Guard":
-        return _Guard(self, callback)
+    @contextmanager
+    def _guarded(self, callback: str) -> Iterator[None]:
+        """Latch what is raised, so that the next `poll` raises `SubscriptionLost`.
 
-    def _latch(self, failure: Exception) -> None:
-        self._failure = failure
+        librdkafka's binding silently drops fetched messages if a rebalance callback raises.
+        """
+        try:
+            yield
+        except BaseException as raised:  # noqa: BLE001
+            # Of an error that is not Kafka's only the class is logged: its text may quote anything.
+            reason = f": {explain_error(raised)}" if isinstance(raised, KafkaException) else ""
+            _log.error("the %s callback failed: %s%s", callback, type(raised).__name__, reason)
+            self._failure = raised if isinstance(raised, Exception) else RuntimeError(repr(raised))
 
     def _await(self, work: Awaitable[Any], seconds: float) -> Any:
         async def run() -> Any:
@@ -455,40 +470,6 @@ class Subscription:
 
         assert self._loop is not None
         return asyncio.run_coroutine_threadsafe(run(), self._loop).result()
-
-    def _await_drain(self, work: Awaitable[None]) -> bool:
-        try:
-            self._await(work, _DRAIN_SECONDS)
-        except TimeoutError:
-            return False
-        return True
-
-    def _call_soon(self, call: Callable[[], None]) -> None:
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(call)
-
-
-class _Guard:
-    """Nothing may be raised out of a rebalance callback: librdkafka's binding then drops fetched messages silently.
-
-    What was raised is latched and surfaces from the next `poll` as `SubscriptionLost`.
-    """
-
-    def __init__(self, subscription: Subscription, callback: str) -> None:
-        self._subscription = subscription
-        self._callback = callback
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _kind: object, raised: BaseException | None, _trace: object) -> bool:
-        if raised is None:
-            return False
-        # Of an error that is not Kafka's only the class is told: its text may quote anything.
-        told = f": {explain_error(raised)}" if isinstance(raised, KafkaException) else ""
-        _log.error("the %s callback failed: %s%s", self._callback, type(raised).__name__, told)
-        self._subscription._latch(raised if isinstance(raised, Exception) else RuntimeError(repr(raised)))
-        return True
 
 
 def _judge(error: KafkaError) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from db.data.replays import Replay, ReplayStatus
 from replay.comparison import Comparison
-from replay.kinds import NOTES, SKIP_REASONS, Note, Skip
+from replay.kinds import Note, Skip
 from replay.letters import LetterLine
 from replay.plan import Plan
 from replay.run import Outcome
@@ -112,6 +112,6 @@ def _print_ranges(ranges: Sequence[Mapping[str, Any]]) -> None:
 
 def _print_counts(counts: Mapping[str, Any]) -> None:
     for name, count in counts.get("notes", {}).items():
-        print(f"  {count} {NOTES[Note(name)]}")
+        print(f"  {count} {Note(name).description}")
     for name, count in counts.get("skipped", {}).items():
-        print(f"  {count} skipped, each {SKIP_REASONS[Skip(name)]}")
+        print(f"  {count} skipped, each {Skip(name).description}")
