@@ -27,11 +27,11 @@ from db.data.outbox import CHANNEL, NewEvent, Progress, read_progress, read_wait
 from db.data.retention import UNTELL
 from db.migrations.upgrade import upgrade_data
 from processes.failpoints import FAILPOINTS_VARIABLE, Failpoint
-from producers.relay import channel
 from producers.relay.ledger import SPAN, Ledger, LedgerUnreadable, write_ledger
 from producers.relay.relay import OutboxMismatch, Relay, RelayRules
 from queryd.events import Mode, OrgId, QueryId, Status, Topic
 from queryd.headers import continue_trace
+from queryd.kafka import producer as producer_module
 from queryd.kafka import transactional_producer
 from service.embedded.postgres import Postgres
 from tests.integration.queries import new_id, opened_pool
@@ -745,7 +745,7 @@ async def _crash(
 ) -> None:
     """Run a relay until its producer ends it."""
     with monkeypatch.context() as patched:
-        patched.setattr(transactional_producer if transactions else channel, "Producer", producer)
+        patched.setattr(transactional_producer if transactions else producer_module, "Producer", producer)
         relay = Relay(place.rules(transactions=transactions), lambda: None)
         async with asyncio.timeout(PATIENCE_SECONDS):
             with pytest.raises(_Crash):
