@@ -15,16 +15,17 @@ from db.data.replays import Replay
 from queryd.events import Mode
 from queryd.registry import URL_VARIABLE
 from queryd.results import ResultReader
+from queryd.topics import read_topic_identity
 from replay.compare import compare
 from replay.comparison import Comparison
 from replay.journal import Journal, ReplayRefused, opened_journal
 from replay.kinds import Judge
 from replay.letters import LetterJudge, LetterLine, describe_letter
-from replay.log import Window, pin
+from replay.log import pin
 from replay.outlet import Outlet
 from replay.pace import LagGuard, measure_group_lag
 from replay.patch import Patch
-from replay.plan import OnProgress, Plan, PlanStale, describe_topics, judge_ranges, make_plan, read_marks, read_ranges
+from replay.plan import OnProgress, Plan, PlanStale, describe_topic, judge_ranges, make_plan, read_marks, read_ranges
 from replay.requests import RequestJudge
 from replay.run import OnPublished, Outcome, Replayer, is_marked
 from replay.spec import ReplayName, ReplaySpec
@@ -158,10 +159,9 @@ async def _read_spec(servers: Servers, replay: Replay, patch: Patch) -> ReplaySp
             "give the same --set again as at the replay's beginning: its values are kept nowhere. "
             f"It changes {', '.join(was.get('patched') or ('nothing',))}"
         )
-    pinned = await asyncio.to_thread(pin, servers.kafka, spec.topics, Window())
-    topics = describe_topics(pinned.topics)
     for topic, identity in plan["topics"].items():
-        if topics.get(topic) != identity:
+        found = await asyncio.to_thread(read_topic_identity, servers.kafka, topic)
+        if describe_topic(found) != identity:
             raise ReplayRefused(
                 f"{topic} is not the topic that replay {replay.id} was planned for: it was made anew, or is another "
                 "cluster's. What it was about is gone; cancel it if it has not ended, and plan again"

@@ -140,7 +140,8 @@ async def make_plan(
         on_progress(scanned, offsets)
     if not tally.copies:
         raise NothingMatches(_describe_nothing(tally, scanned))
-    return Plan(spec, describe_topics(pinned.topics), tuple(ranges.values()), tally, scanned, tuple(first_ids))
+    topics = {topic: describe_topic(identity) for topic, identity in pinned.topics.items()}
+    return Plan(spec, topics, tuple(ranges.values()), tally, scanned, tuple(first_ids))
 
 
 async def judge_ranges(
@@ -163,9 +164,9 @@ def read_marks(replay: Replay) -> dict[Partition, Marks]:
     return {each.place: Marks.load(each, text) for each, text in marks}
 
 
-def describe_topics(topics: Mapping[str, TopicIdentity]) -> dict[str, str]:
-    """Each topic's identity as one text."""
-    return {topic: f"{identity.cluster_id}/{identity.topic_id}" for topic, identity in topics.items()}
+def describe_topic(identity: TopicIdentity) -> str:
+    """A topic's identity as one text."""
+    return f"{identity.cluster_id}/{identity.topic_id}"
 
 
 def digest_json(value: Any) -> str:
