@@ -10,7 +10,8 @@ from producers.relay import channel
 from producers.relay.channel import ChannelBroken, PlainChannel, TransactionalChannel
 from producers.relay.ledger import Ledger
 from queryd.kafka import producer, transactional_producer
-from queryd.kafka.producer import IdempotentProducer
+from queryd.kafka.producer import IdempotentProducer, NotDelivered
+from queryd.kafka.record import NewRecord
 from tests.unit.samples import QUERY_ID
 
 # Nobody listens on a port that only root may open; log_level 0 keeps librdkafka from telling stderr so.
@@ -53,6 +54,13 @@ def test_a_transactional_producer_is_idempotent_by_its_id_and_can_be_nothing_els
     monkeypatch.setattr(transactional_producer, "BROKER_SECONDS", _SOON_SECONDS)
     with pytest.raises(ChannelBroken, match=r"transactional\.id"):
         TransactionalChannel(_NOBODY | {"enable.idempotence": False}, "relay").open()
+
+
+def test_a_record_that_is_not_delivered_is_an_error_of_whoever_published_it() -> None:
+    made = IdempotentProducer(_NOBODY, "a test", {"delivery.timeout.ms": int(_SOON_SECONDS * 1000), "linger.ms": 0})
+    with pytest.raises(NotDelivered, match="timed out"):
+        made.publish([NewRecord("topic", b"key", b"value", [])], _SOON_SECONDS + 3)
+    made.close(0)
 
 
 def test_a_batch_that_stays_unacknowledged_breaks_the_channel(refusing: PlainChannel) -> None:
