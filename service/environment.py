@@ -55,7 +55,7 @@ def isolate_from_sourced_stack() -> None:
     # Only a stack with the embedded broker sets this. With an external Kafka the user set its address, so keep it.
     embedded = os.environ.get("QUERYD_RELAY_TRANSACTIONS") == "false"
     dropped = {*ADDRESSES, "QUERYD_SCRATCH", "QUERYD_DATASETS_ACCESS_KEY_ID", "QUERYD_DATASETS_SECRET_ACCESS_KEY"}
-    dropped |= {"QUERYD_RELAY_TRANSACTIONS"} if embedded else set()
+    dropped |= {"QUERYD_RELAY_TRANSACTIONS", "QUERYD_KAFKA_FETCH_WAIT"} if embedded else set()
     for name in dropped if embedded else dropped - {"QUERYD_KAFKA_BOOTSTRAP"}:
         os.environ.pop(name, None)
 

@@ -93,6 +93,9 @@ class Settings(BaseSettings):
     kafka_session_timeout: float = Field(default=15.0, ge=1, le=300)
     # `consumer` is KIP-848, where brokers of 4.0 and newer decide on assignments.
     kafka_group_protocol: Literal["classic", "consumer"] = "classic"
+    # How long the broker may hold an executor's fetch that finds no request. Kafka answers once there is one; the
+    # embedded broker only after half of this.
+    kafka_fetch_wait: float = Field(default=0.5, ge=0.01, le=10)
 
     # With it events are written in Confluent's wire format; the options are confluent-kafka's: credentials, TLS.
     schema_registry_url: Annotated[SecretStr, AfterValidator(_check_registry_url)] | None = None
@@ -204,6 +207,11 @@ class Settings(BaseSettings):
         else:
             group["session.timeout.ms"] = int(self.kafka_session_timeout * 1000)
         return group
+
+    @property
+    def requests_group(self) -> dict[str, Any]:
+        """librdkafka's configuration of the executors' group."""
+        return self.group("executor") | {"fetch.wait.max.ms": int(self.kafka_fetch_wait * 1000)}
 
 
 # Variables of ours that are no settings: how processes find each other, what the command line and tests take.

@@ -69,7 +69,7 @@ async def make_executor(settings: Settings, stack: AsyncExitStack) -> tuple[Exec
     executor = Executor(
         pool=pool,
         clock=clock,
-        subscription_config=settings.kafka | settings.group("executor"),
+        subscription_config=settings.kafka | settings.requests_group,
         dead_letters=DeadLetters(pool, lanes),
         engine=engine,
         transitions=transitions,

@@ -72,6 +72,9 @@ class TransactionalProducer:
 
     def send_offsets(self, offsets: Sequence[TopicPartition], group: Any) -> None:
         """Add offsets of a consumer group, which is given by its metadata, to the transaction."""
+        # Once the records are acknowledged, the broker has completed the transaction before. Until then it refuses
+        # offsets as concurrent, and librdkafka repeats such a request only after `_RETRY_MILLIS`.
+        self._opened.flush(BROKER_SECONDS)
         began = time.monotonic()
         self._opened.send_offsets_to_transaction(list(offsets), group, BROKER_SECONDS)
         self._sent_offsets_seconds = time.monotonic() - began

@@ -8,8 +8,9 @@ import json
 import shlex
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -299,6 +300,16 @@ class Tail:
             arrived.append(_record(message))
         self.records += arrived
         return arrived
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it the broker is not asked for records."""
+        partitions = self._consumer.assignment()
+        self._consumer.pause(partitions)
+        try:
+            yield
+        finally:
+            self._consumer.resume(partitions)
 
     def read_until(self, enough: Callable[[], bool], seconds: float, what: str) -> None:
         """Read until `enough()`; raises TimeoutError, naming `what` was awaited, after `seconds`."""
