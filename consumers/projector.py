@@ -4,8 +4,7 @@ The offsets are stored with the rows, in one transaction, and reading starts fro
 sequence that was seen, so that a second projector, or a reset, changes nothing.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,7 +27,7 @@ from queryd.events import QueryStatusChanged
 from queryd.headers import find_traceparent
 from queryd.kafka.consumer import SubscriptionLost
 from queryd.kafka.record import Record
-from queryd.status_records import StatusRecord, Unreadable, read_status
+from queryd.status_records import StatusRecord
 from queryd.topics import TopicIdentity
 from telemetry.events import LogEvent
 from telemetry.metrics import METRICS
@@ -38,12 +37,27 @@ from telemetry.traces import Step as TraceStep
 _log = structlog.get_logger("queryd.projector")
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One record, understood: a newer status of a query, or its deletion."""
+class Changes:
+    """What records change: each query's row as of its highest sequence, and the deleted queries.
 
-    query_id: str
-    row: QueryStatusRow | None
+    Apply the deletions first: an event after a deletion belongs to a new query with the same id, whose sequence begins
+    again.
+    """
+
+    def __init__(self) -> None:
+        self.rows: dict[str, QueryStatusRow] = {}
+        self.gone: set[str] = set()
+
+    def add(self, statuses: Iterable[StatusRecord]) -> None:
+        """Add what follows."""
+        for status in statuses:
+            if status.event is None:
+                self.gone.add(status.query_id)
+                self.rows.pop(status.query_id, None)
+                continue
+            known = self.rows.get(status.query_id)
+            if known is None or status.event.sequence > known.sequence:
+                self.rows[status.query_id] = to_row(status.event)
 
 
 class Projector:
@@ -57,7 +71,7 @@ class Projector:
             group["group.id"],
             StateStore(pool),
             ready=ready,
-            unreadable=_tell_unreadable,
+            unreadable=report_unreadable,
             lost=_tell_lost,
         )
 
@@ -97,11 +111,11 @@ class StateStore:
             held = await hold_offsets(connection, topic.cluster_id, topic.topic_id, offsets.keys())
             # A member that was stopped and wakes may hold what another has projected since: behind a deletion it would
             # bring the query back.
-            steps = [_to_step(each) for each in batch if each.record.offset >= held.get(each.record.partition, 0)]
-            # First, for what follows a deletion is a new query under the old id, whose sequence begins again.
-            if gone := [step.query_id for step in steps if step.row is None]:
-                await delete_statuses(connection, gone)
-            rows = [step.row for step in _keep_newest(steps).values() if step.row is not None]
+            changes = Changes()
+            changes.add(each for each in batch if each.record.offset >= held.get(each.record.partition, 0))
+            if changes.gone:
+                await delete_statuses(connection, sorted(changes.gone))
+            rows = list(changes.rows.values())
             await upsert_statuses(connection, rows)
             await move_tasks(connection, rows)
             await write_offsets(connection, topic.cluster_id, topic.topic_id, dict(offsets))
@@ -115,20 +129,8 @@ def _to_trace(batch: Sequence[StatusRecord]) -> Iterator[TraceStep]:
             yield traceparent, {}
 
 
-def read_step(record: Record) -> Step | None:
-    """What a record says. One that can't be read was not written by our relay: it is told of and passed over."""
-    try:
-        return _to_step(read_status(record))
-    except Unreadable as error:
-        _tell_unreadable(record, str(error))
-        return None
-
-
-def _to_step(status: StatusRecord) -> Step:
-    return Step(status.query_id, None if status.event is None else to_row(status.event))
-
-
-def _tell_unreadable(record: Record, reason: str) -> None:
+def report_unreadable(record: Record, reason: str) -> None:
+    """Log a record that no relay of ours wrote; it is skipped."""
     _log.error(LogEvent.STATUS_UNREADABLE, reason=reason, partition=record.partition, offset=record.offset)
 
 
@@ -154,13 +156,3 @@ def to_row(event: QueryStatusChanged) -> QueryStatusRow:
         output_location=event.output_location,
         occurred_at=event.occurred_at,
     )
-
-
-def _keep_newest(steps: Sequence[Step]) -> dict[str, Step]:
-    """One step a query: its highest sequence, or its deletion, or what followed that."""
-    newest: dict[str, Step] = {}
-    for step in steps:
-        known = newest.get(step.query_id)
-        if known is None or step.row is None or known.row is None or step.row.sequence > known.row.sequence:
-            newest[step.query_id] = step
-    return newest

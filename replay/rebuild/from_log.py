@@ -7,13 +7,14 @@ from typing import Any
 
 from confluent_kafka import Message
 
-from consumers.projector import read_step
+from consumers.projector import Changes, report_unreadable
 from db.connection import Connection
-from db.state.query_status import QueryStatusRow, read_offsets, write_offsets
+from db.state.query_status import read_offsets, write_offsets
 from db.state.rebuild import has_other_topics, stage, unstage
 from queryd.events import Topic
 from queryd.kafka.bounded_reader import BoundedReader, LogChanged
 from queryd.kafka.record import to_record
+from queryd.status_records import read_all
 from queryd.topics import TopicIdentity, read_topic_identity
 from replay.log import Pinned, Window, open_reader, pin
 from replay.rebuild.source import PartitionRead, Reading, RebuildRefused, Report, SourceName
@@ -28,32 +29,20 @@ _CATCH_UP_SECONDS = 5.0
 _INSTEAD = "rebuild from Postgres data instead, --source postgres"
 
 
-class Chunk:
-    """A stretch of the log: each of its queries as of its highest sequence, and those that were deleted in it.
-
-    What follows a deletion is a new query under the old id, as the projector takes it.
-    """
+class Chunk(Changes):
+    """The changes of a stretch of the log, and how many records it has."""
 
     def __init__(self) -> None:
-        self.rows: dict[str, QueryStatusRow] = {}
-        self.gone: set[str] = set()
+        super().__init__()
         self.events = 0
         self.unreadable = 0
 
     def take(self, messages: Sequence[Message]) -> None:
         """Add what follows."""
-        for message in messages:
-            self.events += 1
-            step = read_step(to_record(message))
-            if step is None:
-                self.unreadable += 1
-            elif step.row is None:
-                self.gone.add(step.query_id)
-                self.rows.pop(step.query_id, None)
-            else:
-                known = self.rows.get(step.query_id)
-                if known is None or step.row.sequence > known.sequence:
-                    self.rows[step.query_id] = step.row
+        statuses = read_all([to_record(message) for message in messages], report_unreadable)
+        self.events += len(messages)
+        self.unreadable += len(messages) - len(statuses)
+        self.add(statuses)
 
 
 class LogSource:
