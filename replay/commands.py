@@ -18,14 +18,15 @@ from queryd.results import ResultReader
 from queryd.topics import read_topic_identity
 from replay.compare import compare
 from replay.comparison import Comparison
-from replay.journal import Journal, ReplayRefused, opened_journal
+from replay.journal import Journal, opened_journal
 from replay.kinds import Judge
 from replay.letters import LetterJudge, LetterLine, describe_letter
 from replay.log import pin
 from replay.outlet import Outlet
 from replay.pace import LagGuard, measure_group_lag
 from replay.patch import Patch
-from replay.plan import OnProgress, Plan, PlanStale, describe_topic, judge_ranges, make_plan, read_marks, read_ranges
+from replay.plan import OnProgress, Plan, describe_topic, judge_ranges, make_plan, read_marks, read_ranges
+from replay.refused import PlanStale, ReplayRefused
 from replay.requests import RequestJudge
 from replay.run import OnPublished, Outcome, Replayer, is_marked
 from replay.spec import ReplayName, ReplaySpec
@@ -201,7 +202,7 @@ async def _run(
 
 
 def _make_judge(spec: ReplaySpec, replay_id: str) -> Judge:
-    """Raises `PatchRefused`."""
+    """Raises `ReplayRefused`."""
     match spec.name:
         case ReplayName.REQUESTS:
             return RequestJudge(spec, replay_id).judge

@@ -19,12 +19,8 @@ from queryd.events import OutputFormat, QueryStatusChanged, Status
 from queryd.results import ResultReader
 from queryd.tables import open_batches
 from replay.comparison import Comparison, Judged, Verdict
+from replay.refused import ReplayRefused
 from replay.result_difference import Difference, ResultRows, find_differences
-
-
-class ComparisonFailed(Exception):
-    """DuckDB could not compare two results; the sentence names the queries."""
-
 
 # (original query_id, new query_id)
 Pair = tuple[str, str]
@@ -69,7 +65,7 @@ async def compare(
 
     Waits while anything ends, and gives up when nothing has for `patience` seconds: what has not ended by then is
     `unfinished`. `on_progress` receives how many of how many queries have ended, then of pairs judged.
-    Raises `DatabaseUnavailable` when the database is away for as long, `ComparisonFailed`, and botocore's errors if the
+    Raises `DatabaseUnavailable` when the database is away for as long, `ReplayRefused`, and botocore's errors if the
     store can't be read.
     """
     wanted = list(pairs)
@@ -175,7 +171,7 @@ async def _judge_ended(
         return Verdict.GONE, ()
     except duckdb.Error as error:
         # Its text may quote a value.
-        raise ComparisonFailed(
+        raise ReplayRefused(
             f"DuckDB can't compare the results of {before.event.query_id} and {after.event.query_id}: "
             f"{type(error).__name__}. Free memory and space for temporary files, then compare again"
         ) from error

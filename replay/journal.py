@@ -18,10 +18,7 @@ from db.data.replays import (
     try_hold,
     write_checkpoint,
 )
-
-
-class ReplayRefused(Exception):
-    """It can't begin, go on or end; the sentence says what to do instead."""
+from replay.refused import ReplayRefused
 
 
 class Journal:

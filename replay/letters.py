@@ -15,7 +15,7 @@ from queryd.identity import fingerprint_request
 from queryd.kafka.record import Record
 from replay.copies import Copy, copy_headers, read_number, read_text
 from replay.kinds import Note, Skip, Verdict
-from replay.patch import PatchRefused
+from replay.refused import ReplayRefused
 from replay.requests import ReadRequest, find_request, headers_of_id, read_request
 from replay.spec import ReplaySpec
 
@@ -27,7 +27,7 @@ _NAMES = uuid.uuid5(uuid.NAMESPACE_URL, "queryd:dead-letters")
 
 
 class LetterJudge:
-    """Copies dead letters to their topics. Raises `PatchRefused`, and so does `judge`."""
+    """Copies dead letters to their topics. Raises `ReplayRefused`, and so does `judge`."""
 
     def __init__(self, spec: ReplaySpec, replay_id: str) -> None:
         spec.patch.check()
@@ -90,7 +90,7 @@ class LetterJudge:
         if "mode" in self._patch:
             topic = Mode(fields["mode"]).topic.value
         if read.request is not None and find_request(fields, topic) is None:
-            raise PatchRefused(
+            raise ReplayRefused(
                 f"the new values make a valid request invalid: the letter at {record.partition}/{record.offset}"
             )
         if standing is not None and self._was_mended(fields, standing):
@@ -102,7 +102,7 @@ class LetterJudge:
         try:
             value = encode_fields(fields if new_id is None else fields | {"query_id": new_id}, _EVENT, topic)
         except (Invalid, EventTooLarge) as error:
-            raise PatchRefused(f"the letter at {record.partition}/{record.offset} can't be mended: {error}") from None
+            raise ReplayRefused(f"the letter at {record.partition}/{record.offset} can't be mended: {error}") from None
         copied = self._copy(record, topic, value, query_id, new_id)
         return Verdict(record, copied, Note.OWN_ID if new_id is None else Note.NEW_ID)
 

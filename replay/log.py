@@ -14,12 +14,9 @@ from queryd.kafka.bounded_reader import BoundedReader, list_offsets, read_ends, 
 from queryd.kafka.outages import QUIET
 from queryd.kafka.record import Partition, Record, to_record
 from queryd.topics import TopicIdentity, read_topic_identity
+from replay.refused import ReplayRefused
 
 _BROKER_SECONDS = 15.0
-
-
-class WindowRefused(ValueError):
-    """What was asked for is not there to be read; the sentence says what is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +78,7 @@ def pin(config: dict[str, Any], topics: Sequence[str], window: Window) -> Pinned
     """Resolve a window to offsets, once. Blocks.
 
     A range ends where the log ends now, whatever the window's end: a record's timestamp may be odd, so each is judged
-    by itself. Raises `WindowRefused`, `TopicUnknown` and `KafkaException`.
+    by itself. Raises `ReplayRefused`, `TopicUnknown` and `KafkaException`.
     """
     identities = {topic: read_topic_identity(config, topic) for topic in topics}
     ranges = [each for topic in topics for each in _pin_topic(config, topic, window)]
@@ -91,7 +88,7 @@ def pin(config: dict[str, Any], topics: Sequence[str], window: Window) -> Pinned
 def _pin_topic(config: dict[str, Any], topic: str, window: Window) -> list[OffsetRange]:
     ends = read_ends(config, topic)
     if missing := window.partitions - ends.keys():
-        raise WindowRefused(f"{topic} has no partition {min(missing)}; its partitions are 0 to {max(ends)}")
+        raise ReplayRefused(f"{topic} has no partition {min(missing)}; its partitions are 0 to {max(ends)}")
     wanted = sorted(window.partitions or ends.keys())
     firsts = read_starts(config, topic)
     ranges = []
@@ -111,7 +108,7 @@ def _pin_topic(config: dict[str, Any], topic: str, window: Window) -> list[Offse
         if firsts[each.partition] > 0 and (offset < 0 or timestamp > millis) and millis < kept_since:
             # What was removed may have been in the window: nobody can tell any more.
             held = f"goes back to {_say(timestamp)}" if offset >= 0 else "holds nothing any more"
-            raise WindowRefused(
+            raise ReplayRefused(
                 f"the window begins before what {topic} still holds: partition {each.partition} {held}, and what is "
                 f"older than {_say(kept_since)} may be gone. Begin the window later"
             )
@@ -138,11 +135,11 @@ def _find_kept_since(config: dict[str, Any], topic: str) -> int:
 
 def _check_start(topic: str, partition: int, window: Window, first: int, end: int) -> int:
     if window.to_offset is not None and window.to_offset <= first:
-        raise WindowRefused(f"{topic}/{partition} begins at offset {first}: what lay before was removed by retention")
+        raise ReplayRefused(f"{topic}/{partition} begins at offset {first}: what lay before was removed by retention")
     if window.from_offset is None:
         return first
     if window.from_offset < first:
-        raise WindowRefused(
+        raise ReplayRefused(
             f"offset {window.from_offset} of {topic}/{partition} was removed by retention: the log begins at {first}"
         )
     return min(window.from_offset, end)
@@ -152,7 +149,7 @@ def _check_end(topic: str, partition: int, window: Window, end: int) -> int:
     if window.to_offset is None:
         return end
     if window.to_offset > end:
-        raise WindowRefused(f"{topic}/{partition} ends at offset {end}, before {window.to_offset}")
+        raise ReplayRefused(f"{topic}/{partition} ends at offset {end}, before {window.to_offset}")
     return window.to_offset
 
 

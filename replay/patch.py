@@ -10,14 +10,11 @@ from queryd.codec import EventTooLarge, decode_fields, decode_request, encode_fi
 from queryd.contract import contract
 from queryd.events import Invalid, Mode, QueryRequested
 from queryd.identity import hash_sql
+from replay.refused import ReplayRefused
 
 _EVENT = QueryRequested.__name__
 # Enough to tell two patches apart by accident.
 _DIGEST_DIGITS = 16
-
-
-class PatchRefused(ValueError):
-    """The patch is no use: the sentence says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,19 +24,19 @@ class Patch:
     values: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def check(self) -> None:
-        """Whether an otherwise valid request is one with these values; raises `PatchRefused`."""
+        """Whether an otherwise valid request is one with these values; raises `ReplayRefused`."""
         known = {each["name"] for each in contract().newest[_EVENT].parsed["fields"]}
         if unknown := sorted(self.values.keys() - known):
-            raise PatchRefused(f"a request has no field {unknown[0]}; its fields are {', '.join(sorted(known))}")
+            raise ReplayRefused(f"a request has no field {unknown[0]}; its fields are {', '.join(sorted(known))}")
         if "query_id" in self.values:
-            raise PatchRefused("one query_id for all letters makes them conflicts; a letter gets a new id by itself")
+            raise ReplayRefused("one query_id for all letters makes them conflicts; a letter gets a new id by itself")
         try:
             # Encoded first: what does not fit the schema can't be judged.
             encoded = encode_fields(_EXAMPLE | _statement(self.values) | dict(self.values), _EVENT, Mode.BATCH.topic)
             decode_request(encoded)
             self._check_kept(decode_fields(encoded, _EVENT))
         except (Invalid, EventTooLarge) as error:
-            raise PatchRefused(
+            raise ReplayRefused(
                 f"{self._find_misfit() or 'the new values'} would make every request invalid: {error}"
             ) from None
 

@@ -14,6 +14,7 @@ from queryd.topics import TopicIdentity
 from replay.kinds import Judge, Tally, Verdict, judge_records
 from replay.log import OffsetRange, open_reader, pin, read_batches
 from replay.marks import Marks
+from replay.refused import ReplayRefused
 from replay.spec import ReplaySpec
 
 # As the executor takes them: a batch is one look into the database of some milliseconds.
@@ -23,14 +24,6 @@ _FIRST_IDS = 5
 _HASH_DIGITS = 16
 
 OnProgress = Callable[[int, int], None]
-
-
-class NothingMatches(ValueError):
-    """There is nothing to be replayed; the sentence says what was looked at."""
-
-
-class PlanStale(ValueError):
-    """What would be replayed now is not what was planned: plan again."""
 
 
 @dataclass(slots=True)
@@ -123,7 +116,7 @@ async def make_plan(
 ) -> Plan:
     """Find out what a replay would do. `on_progress` receives the offsets read, and all offsets.
 
-    Raises `WindowRefused`, `NothingMatches`, `PatchRefused`, `TopicUnknown`, `EndNotReached`, `LogChanged`,
+    Raises `ReplayRefused`, `TopicUnknown`, `EndNotReached`, `LogChanged`,
     `KafkaException` and `DatabaseUnavailable`.
     """
     pinned = await asyncio.to_thread(pin, kafka, spec.topics, spec.window)
@@ -139,7 +132,7 @@ async def make_plan(
                 first_ids.append(verdict.copy.was or verdict.copy.query_id or "unreadable")
         on_progress(scanned, offsets)
     if not tally.copies:
-        raise NothingMatches(_describe_nothing(tally, scanned))
+        raise ReplayRefused(_describe_nothing(tally, scanned))
     topics = {topic: describe_topic(identity) for topic, identity in pinned.topics.items()}
     return Plan(spec, topics, tuple(ranges.values()), tally, scanned, tuple(first_ids))
 

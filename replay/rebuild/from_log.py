@@ -17,7 +17,8 @@ from queryd.kafka.record import to_record
 from queryd.status_records import read_all
 from queryd.topics import TopicIdentity, read_topic_identity
 from replay.log import Pinned, Window, open_reader, pin
-from replay.rebuild.source import PartitionRead, Reading, RebuildRefused, Report, SourceName
+from replay.rebuild.source import PartitionRead, Reading, Report, SourceName
+from replay.refused import ReplayRefused
 
 # What is understood in one go, and written while the next is read: statements of some 10,000 rows cost the least a row,
 # and hold some 20 MB.
@@ -133,16 +134,16 @@ class LogSource:
 async def opened_log(connection: Connection, kafka: dict[str, Any]) -> AsyncIterator[LogSource]:
     """The log as a source for the state database of the connection.
 
-    Raises `RebuildRefused` where the log can't have the whole story; `TopicUnknown`, `KafkaException`.
+    Raises `ReplayRefused` where the log can't have the whole story; `TopicUnknown`, `KafkaException`.
     """
     pinned = await asyncio.to_thread(pin, kafka, [Topic.STATUS.value], Window())
     topic = pinned.topics[Topic.STATUS]
     starts = _starts(pinned)
     for partition, start in starts.items():
         if start > 0:
-            raise RebuildRefused(f"{Topic.STATUS}/{partition} has lost its records before offset {start}: {_INSTEAD}")
+            raise ReplayRefused(f"{Topic.STATUS}/{partition} has lost its records before offset {start}: {_INSTEAD}")
     if await has_other_topics(connection, topic.cluster_id, topic.topic_id):
-        raise RebuildRefused(f"the state database was also fed from another topic than this one: {_INSTEAD}")
+        raise ReplayRefused(f"the state database was also fed from another topic than this one: {_INSTEAD}")
     with open_reader(kafka, pinned.ranges, {}) as log:
         yield LogSource(kafka, topic, pinned, log)
 

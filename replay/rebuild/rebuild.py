@@ -26,10 +26,11 @@ from db.state.rebuild import (
     writers_locked_out,
 )
 from replay.journal import Journal
-from replay.plan import OnProgress, PlanStale, digest_json
+from replay.plan import OnProgress, digest_json
 from replay.rebuild.from_log import opened_log
 from replay.rebuild.from_postgres import opened_postgres
 from replay.rebuild.source import Reading, Report, Source, SourceName
+from replay.refused import PlanStale
 
 # How soon a cancel takes effect.
 _CHECKPOINT_SECONDS = 2.0
@@ -180,7 +181,7 @@ async def carry_out(
 async def opened(name: SourceName, state_url: str, pool: DataPool, kafka: dict[str, Any]) -> AsyncIterator[Rebuild]:
     """A rebuild of the state database from a source. `kafka` is used by the log alone.
 
-    Raises `RebuildUnderWay`, `TablesMissing`, `RebuildRefused`, `TopicUnknown`, `KafkaException` and
+    Raises `RebuildUnderWay`, `TablesMissing`, `ReplayRefused`, `TopicUnknown`, `KafkaException` and
     `DatabaseUnavailable`.
     """
     async with transaction(pool) as data:

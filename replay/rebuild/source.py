@@ -15,10 +15,6 @@ class SourceName(StrEnum):
     POSTGRES = "postgres"
 
 
-class RebuildRefused(Exception):
-    """It can't be done this way; the sentence says what to do instead."""
-
-
 @dataclass(frozen=True, slots=True)
 class PartitionRead:
     """A partition of the status topic: where its log begins, and the offset behind the last record that was read."""

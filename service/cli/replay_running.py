@@ -7,29 +7,13 @@ from typing import Any, TypeVar
 from db.health import DATA, require_schema
 from db.state.rebuild import RebuildUnderWay, TablesMissing
 from queryd.kafka.bounded_reader import LogChanged
-from replay.compare import ComparisonFailed
-from replay.journal import ReplayRefused
-from replay.log import WindowRefused
-from replay.patch import PatchRefused
-from replay.plan import NothingMatches, PlanStale
-from replay.rebuild.source import RebuildRefused
+from replay.refused import ReplayRefused
 from service.cli.failures import FAILURES, describe_failure
 from service.cli.output import complain
 from service.settings import Settings
 
 _Answer = TypeVar("_Answer")
-_REFUSED = (
-    ComparisonFailed,
-    LogChanged,
-    NothingMatches,
-    PatchRefused,
-    PlanStale,
-    RebuildRefused,
-    RebuildUnderWay,
-    ReplayRefused,
-    TablesMissing,
-    WindowRefused,
-)
+_REFUSED = (ReplayRefused, LogChanged, RebuildUnderWay, TablesMissing)
 
 
 def run_replay(settings: Settings, work: Coroutine[Any, Any, _Answer], hint: str = "") -> _Answer:

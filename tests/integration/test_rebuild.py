@@ -29,9 +29,9 @@ from db.state.rebuild import Difference, RebuildUnderWay, TablesMissing
 from queryd.codec import encode
 from queryd.events import ErrorCode, Mode, OrgId, QueryId, QueryStatusChanged, Status, Topic
 from queryd.topics import read_topic_identity
-from replay.plan import PlanStale
 from replay.rebuild.rebuild import Found, Rebuilt, opened
-from replay.rebuild.source import RebuildRefused, SourceName
+from replay.rebuild.source import SourceName
+from replay.refused import PlanStale, ReplayRefused
 from service.cli.rebuild import state_db
 from tests.integration.queries import new_id, opened_pool
 from tests.integration.records import PATIENCE_SECONDS, prepare_topics, until, write
@@ -309,7 +309,7 @@ async def test_a_state_database_without_tables_is_refused(place: Place) -> None:
 async def test_a_log_that_does_not_reach_back_is_refused(place: Place, config: dict[str, Any]) -> None:
     async with transaction(place.state) as connection:
         await write_offsets(connection, "another cluster", new_id(), {0: 5})
-    with pytest.raises(RebuildRefused, match="--source postgres"):
+    with pytest.raises(ReplayRefused, match="--source postgres"):
         await place.plan(SourceName.LOG, config)
 
 
