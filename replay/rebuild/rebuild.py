@@ -30,14 +30,14 @@ from replay.plan import OnProgress, digest_json
 from replay.rebuild.from_log import opened_log
 from replay.rebuild.from_postgres import opened_postgres
 from replay.rebuild.source import Reading, Report, Source, SourceName
-from replay.refused import PlanStale
+from replay.refused import PlanStale, ReplayRefused
 
 # How soon a cancel takes effect.
 _CHECKPOINT_SECONDS = 2.0
 
 
-class RebuildCancelled(Exception):
-    """The replay was cancelled; nothing was changed."""
+class RebuildCancelled(ReplayRefused):
+    """The replay was cancelled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,7 @@ async def carry_out(
         if time.monotonic() - checkpoint > _CHECKPOINT_SECONDS:
             checkpoint = time.monotonic()
             if await journal.save(replay_id, {}, {"read": read, "total": total}) is not ReplayStatus.ACTIVE:
-                raise RebuildCancelled
+                raise RebuildCancelled("the rebuild was cancelled; nothing was changed")
 
     try:
         rebuild.check(plan_hash)

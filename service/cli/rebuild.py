@@ -10,10 +10,9 @@ import typer
 
 from db.data.replays import ReplayStatus
 from db.health import STATE, require_schema
-from db.state.rebuild import WritersBusy
 from replay.journal import opened_journal
 from replay.plan import OnProgress
-from replay.rebuild.rebuild import Found, Rebuild, RebuildCancelled, Rebuilt, carry_out, opened
+from replay.rebuild.rebuild import Found, Rebuild, Rebuilt, carry_out, opened
 from replay.rebuild.source import SourceName
 from replay.spec import ReplayName
 from service.cli.output import INTERRUPTED, complain, print_fields, print_json, print_rows
@@ -67,12 +66,8 @@ def _carry_out(settings: Settings, replay_id: str, as_json: bool, order: _Order)
     with Bar("reading", quiet=as_json) as bar:
         try:
             rebuilt = run_replay(settings, _begin_or_resume(settings, replay_id, order, bar.show), _LEFT)
-        except RebuildCancelled:
-            complain("the rebuild was cancelled; nothing was changed")
         except KeyboardInterrupt:
             complain(f"stopped{_LEFT}", INTERRUPTED)
-        except WritersBusy as error:
-            complain(f"Postgres state (QUERYD_STATE_URL): {error}{_LEFT}")
     _print_done(replay_id, rebuilt, as_json)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from db.health import DATA, require_schema
-from db.state.rebuild import RebuildUnderWay, TablesMissing
+from db.state.rebuild import RebuildUnderWay, TablesMissing, WritersBusy
 from queryd.kafka.bounded_reader import LogChanged
 from replay.refused import ReplayRefused
 from service.cli.failures import FAILURES, describe_failure
@@ -31,5 +31,7 @@ def run_replay(settings: Settings, work: Coroutine[Any, Any, _Answer], hint: str
         return asyncio.run(run())
     except _REFUSED as error:
         complain(str(error))
+    except WritersBusy as error:
+        complain(f"Postgres state (QUERYD_STATE_URL): {error}{hint}")
     except FAILURES as error:
         complain(f"{describe_failure(error)}{hint}")
