@@ -41,7 +41,7 @@ def _prepare(fleet: Fleet, kafka: Kafka, org_id: str) -> Stretch:
 def _slowly(
     queryd: CommandLine, fleet: Fleet, span: Stretch, org_id: str, *options: str
 ) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
-    """A replay of one record a second, once it has published some."""
+    """A replay of one record a second, once its row is there."""
     replay_id = new_id()
     asked = ["requests", *span.options, "--org", org_id]
     run = ["--execute", queryd.replay(*asked)["hash"], "--reason", "slowly", "--id", replay_id, "--rate", "1"]
@@ -80,6 +80,8 @@ def test_a_cancel_reaches_the_process_that_works_on_it(fleet: Fleet, queryd: Com
     org_id = new_id()
     span = _prepare(fleet, kafka, org_id)
     with _slowly(queryd, fleet, span, org_id) as (replay_id, running):
+        # A cancel may come before the first copy.
+        await_that(lambda: find_copies(read_records(kafka, [Topic.REQUESTS_INTERACTIVE]), replay_id), "a first copy")
         assert queryd.replay("cancel", replay_id)["status"] == "Cancelling"
         running.communicate()
         assert running.returncode == 1
