@@ -5,6 +5,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 from consumers.cancellations import Cancellations
@@ -14,12 +15,12 @@ from consumers.executor.attempt import AttemptRules, Attempts
 from consumers.executor.executor import Executor, ExecutorRules
 from consumers.executor.leases import Leases
 from consumers.executor.reaper import Reaper
-from consumers.executor.timekeeping import find_time, watching
 from consumers.executor.transitions import Transitions
 from consumers.projector import Projector
-from db.clock import DatabaseClock
+from db.clock import read_clock
 from db.connection import DataPool, StatePool, make_pool
 from db.health import DATA, require_schema
+from db.retrying import until_available
 from engines.duckdb.pool import FOLDER_PREFIX, DuckDBEngine
 from engines.duckdb.settings import DuckDBSettings
 from processes.scratch import ScratchFolder, sweep
@@ -39,7 +40,7 @@ _ATTEMPTS_PREFIX = "attempts-"
 async def make_executor(settings: Settings, stack: AsyncExitStack) -> tuple[Executor, Cancellations]:
     """An executor with everything it uses, and the consumer of cancellations that runs beside it.
 
-    Waits for the database's time and for Kafka; `stack` closes what they do not close themselves.
+    Waits for Postgres data and for Kafka; `stack` closes what they do not close themselves.
     """
     pool = DataPool(make_pool(settings.data_url.get_secret_value(), "executor", _EXECUTOR_CONNECTIONS))
     await pool.open()
@@ -48,13 +49,11 @@ async def make_executor(settings: Settings, stack: AsyncExitStack) -> tuple[Exec
     sweep(scratch, _ATTEMPTS_PREFIX)
     folder = ScratchFolder.make(scratch, _ATTEMPTS_PREFIX)
     stack.callback(folder.remove)
-    clock = DatabaseClock()
-    await find_time(pool, clock)
-    async with watching(pool, clock):
-        lanes = {mode.topic.value: await wait_for_topic(settings.kafka, mode.topic) for mode in Mode}
-        cancellations = await _make_cancellations(settings, stack)
+    clock = await until_available(partial(read_clock, pool), "postgres data")
+    lanes = {mode.topic.value: await wait_for_topic(settings.kafka, mode.topic) for mode in Mode}
+    cancellations = await _make_cancellations(settings, stack)
     transitions = Transitions(pool, clock, settings.org_running_queries)
-    leases = Leases(pool, clock, settings.lease_seconds, settings.lease_seconds / 3)
+    leases = Leases(pool, settings.lease_seconds, settings.lease_seconds / 3)
     engine = DuckDBEngine(duckdb_settings(settings, scratch), sum(settings.slots().values()))
     access = StoreAccess()
     attempts = Attempts(

@@ -18,10 +18,6 @@ class LogEvent(StrEnum):
     DEPENDENCY_UNAVAILABLE = "dependency_unavailable"
     DEPENDENCY_AVAILABLE = "dependency_available"
     SUBSCRIPTION_LOST = "subscription_lost"
-    # The database's wall clock was set; what counts time by it is corrected.
-    CLOCK_JUMPED = "clock_jumped"
-    # A worker starts and the database's steady time is not its own: it waits for those who have watched for longer.
-    CLOCKS_APART = "clocks_apart"
     # One query's way.
     REQUEST_DEAD_LETTERED = "request_dead_lettered"
     QUERY_STARTED = "query_started"

@@ -6,7 +6,6 @@ from datetime import datetime
 from typing import Any
 
 from access.limits import OrgLimits, read_limits
-from consumers.executor.ages import RecordAges
 from consumers.executor.endings import Failure
 from consumers.executor.story import QueryFacts, tell
 from db.clock import DatabaseClock
@@ -64,8 +63,7 @@ class Admitted:
     """A query of ours to run, or to watch while another worker runs it. `sql` is None when the saved query that was
     admitted is not to be had any more with the same text. `limits` are its org's, as of its admission.
 
-    `stale_lease_version` is the renewal number of a lease that was seen to stand still for its whole length: the query
-    may be taken whatever the database says of that lease.
+    `stale_lease_version` is the number of renewals of a dead lease, which the query's next claim takes over.
     """
 
     record: Record
@@ -135,7 +133,6 @@ def _judge(fields: dict[str, Any], mode: Mode, rules: Rules) -> QueryRequested:
 async def admit(
     pool: DataPool,
     clock: DatabaseClock,
-    ages: RecordAges,
     rules: Rules,
     batch: Sequence[Legible],
     traced: Sequence[RunningSpan] = (),
@@ -147,9 +144,6 @@ async def admit(
     """
     failpoint(Failpoint.ADMIT_BEFORE)
     async with transaction(pool) as connection:
-        await clock.check(connection)
-        # Not before: a process that has just started knows of no clock but its own.
-        waited = ages.waited_seconds([item.record for item in batch])
         texts = await resolve_saved(
             connection, [lookup for place, item in enumerate(batch) if (lookup := _look_up(place, item)) is not None]
         )
@@ -158,24 +152,25 @@ async def admit(
         births = []
         for place, item in enumerate(batch):
             with within(traced, place):
-                births.append(_give_birth(item, texts.get(place), failures[place], waited[place], clock.now(), rules))
+                births.append(_give_birth(item, texts.get(place), failures[place], clock.now(), rules))
         # Of two records with one id in one batch the first is the query's own.
         first = {birth.query.query_id: birth for birth in reversed(births)}
         await insert_queries(
             connection,
             [birth.query for birth in first.values()],
             [event for birth in first.values() for event in birth.events],
-            clock.steady_now(),
         )
-        states = await read_states(connection, first, clock.steady_now())
+        states = await read_states(connection, first)
         missing = first.keys() - states.keys()
         deleted = await read_deleted(connection, missing) if missing else set()
     failpoint(Failpoint.ADMIT_AFTER)
     if states:
-        clock.tell(max(state.read_at for state in states.values()))
+        clock.update(max(state.read_at for state in states.values()))
     for query in (birth.query for birth in first.values()):
-        if query.error_code is not None and _is_own(query, states.get(query.query_id)):
-            METRICS.end_query(query.mode, query.error_code, total_seconds=query.waited_seconds)
+        state = states.get(query.query_id)
+        if query.error_code is not None and state is not None and _is_own(query, state):
+            waited = (state.read_at - state.queued_at).total_seconds()
+            METRICS.end_query(query.mode, query.error_code, total_seconds=max(0.0, waited))
     return [
         _decide(birth, states.get(birth.query.query_id), birth.query.query_id in deleted, limits[birth.item.org_id])
         for birth in births
@@ -200,9 +195,7 @@ def _look_up(place: int, item: Legible) -> SavedLookup | None:
     return SavedLookup(place, request.saved_query_id, request.org_id, request.user_id, request.roles)
 
 
-def _give_birth(
-    item: Legible, saved_text: str | None, failure: Failure | None, waited: float, now: datetime, rules: Rules
-) -> _Birth:
+def _give_birth(item: Legible, saved_text: str | None, failure: Failure | None, now: datetime, rules: Rules) -> _Birth:
     request = item.request
     sql = _choose_sql(item, saved_text)
     facts = QueryFacts(
@@ -254,7 +247,7 @@ def _give_birth(
         record_offset=record.offset,
         traceparent=item.traceparent,
         sequence=len(events),
-        waited_seconds=waited,
+        appended_at=_appended_at(record),
         queue_seconds=rules.queue_seconds[item.mode],
         last_event=events[-1].payload,
     )
@@ -300,10 +293,15 @@ def _find_failure(item: Legible, sql: str | None) -> Failure | None:
     return None
 
 
-def _is_own(query: NewQuery, state: RunState | None) -> bool:
+def _appended_at(record: Record) -> float | None:
+    """The broker's own time of the append; a producer may put what it likes into CreateTime."""
+    return record.timestamp_ms / 1000 if record.appended_by_broker and record.timestamp_ms is not None else None
+
+
+def _is_own(query: NewQuery, state: RunState) -> bool:
     """True when the query that stands there was admitted from this very record."""
     coordinates = (query.topic, query.partition, query.record_offset)
-    return state is not None and coordinates == (state.topic, state.partition, state.record_offset)
+    return coordinates == (state.topic, state.partition, state.record_offset)
 
 
 def _decide(birth: _Birth, state: RunState | None, deleted: bool, limits: OrgLimits) -> Verdict:

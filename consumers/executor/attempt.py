@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -188,33 +188,32 @@ class Attempts:
                 query.state,
                 failure,
                 now=self._clock.now(),
-                still_renewal=query.stale_lease_version,
+                stale_lease_version=query.stale_lease_version,
             )
             return await self._end(ending, query.facts, query.state.attempt) in _TERMINAL
 
     async def return_unstarted(self, claimed: ClaimedQuery) -> None:
         """Hand back a claimed query that could not start soon enough."""
-        state, mode = claimed.query.state, claimed.query.facts.mode
-        waited = (self._clock.steady_now() - state.queued_at).total_seconds()
         # It goes on waiting in the queue, for as long as it may.
-        wait_seconds = max(0.0, self._rules.queue_seconds[mode] - waited)
-        await self._hand_back(claimed, crashed=False, wait_seconds=wait_seconds)
+        queue_seconds = self._rules.queue_seconds[claimed.query.facts.mode]
+        await self._hand_back(claimed, crashed=False, queue_seconds=queue_seconds)
         self._leases.remove(claimed.lease)
 
     # Claim.
 
     async def claim(self, queries: Sequence[Admitted]) -> list[ClaimedQuery | Refusal | None]:
         """Claim queries in one statement; None for one that is somebody else's, cancelled or over, to be watched."""
-        now, steady_now = self._clock.now(), self._clock.steady_now()
+        now = self._clock.now()
+        # One clock that is ahead makes no query older.
+        earlier = min(now, datetime.now(UTC))
         leases = [Lease(query.facts.query_id, str(uuid.uuid4())) for query in queries]
-        queued = [_queued_ms(query.state, steady_now) for query in queries]
+        queued = [_queued_ms(query.state, earlier) for query in queries]
         wanted = []
         with spans(SpanName.CLAIM, map(_to_step, queries)) as traced:
             for place, query in enumerate(queries):
                 with within(traced, place):
                     wanted.append(self._to_claim(query, leases[place].token, now, queued[place]))
             answers = await self._transitions.claim(wanted)
-        failpoint(Failpoint.CLAIM_AFTER)
         claimed: list[ClaimedQuery | Refusal | None] = []
         for query, lease, queued_ms, answer in zip(queries, leases, queued, answers, strict=True):
             if not isinstance(answer, Claimed):
@@ -234,6 +233,8 @@ class Attempts:
                     datasets=answer.datasets,
                 )
             )
+        # After the log, by which the fault suite counts the attempts that died.
+        failpoint(Failpoint.CLAIM_AFTER)
         return claimed
 
     def _to_claim(self, query: Admitted, token: str, now: datetime, queued_ms: int) -> tuple[Claim, Caller]:
@@ -255,7 +256,7 @@ class Attempts:
             token=token,
             worker=self._rules.worker,
             engine=self._engine.name,
-            still_renewal=query.stale_lease_version,
+            stale_lease_version=query.stale_lease_version,
             lease_seconds=self._rules.lease_seconds,
             run_seconds=self._find_seconds(query),
             shard=event.shard,
@@ -477,11 +478,11 @@ class Attempts:
                 _log.warning(LogEvent.LEASE_LOST, **_names(running))
                 return False
 
-    async def _hand_back(self, running: ClaimedQuery, *, crashed: bool, wait_seconds: float | None = None) -> None:
+    async def _hand_back(self, running: ClaimedQuery, *, crashed: bool, queue_seconds: float | None = None) -> None:
         running.lease.ending = True
         failpoint(Failpoint.HAND_BACK_BEFORE)
         await self._transitions.hand_back(
-            HandBack(running.query.facts.query_id, running.lease.token, crashed, wait_seconds)
+            HandBack(running.query.facts.query_id, running.lease.token, crashed, queue_seconds)
         )
         if not crashed:
             _log.info(LogEvent.QUERY_HANDED_BACK, **_names(running))
@@ -490,9 +491,7 @@ class Attempts:
 def find_failure(query: Admitted) -> Failure | None:
     """Why a query that nobody holds must end instead of being claimed."""
     state = query.state
-    left_behind = state.lease_token is not None and (
-        not state.lease_alive or state.lease_renewal == query.stale_lease_version
-    )
+    left_behind = query.stale_lease_version is not None
     if state.cancelled:
         return CANCELLED
     if query.sql is None:
@@ -573,6 +572,5 @@ def _elapsed_ms(running: Running) -> int:
 
 
 def _queued_ms(state: RunState, now: datetime) -> int:
-    """From the broker's append to the start of the first attempt, which is now, by the steady clock, unless there was
-    one before."""
+    """From the broker's append to the start of the first attempt, which is now unless there was one before."""
     return max(0, ((state.started_at or now) - state.queued_at) // timedelta(milliseconds=1))

@@ -12,7 +12,7 @@ from consumers.executor.reaper import Reaper
 from db.connection import DatabaseUnavailable, DataPool, statement
 from db.data.cancellations import hear_cancelled
 
-# How long until the next try to listen: meanwhile renewals and the reaper do the work, every five seconds.
+# How long until the next try to listen: meanwhile renewals and the reaper do the work, every few seconds.
 _AGAIN_SECONDS = 1.0
 
 

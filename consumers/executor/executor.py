@@ -12,14 +12,12 @@ import time
 from collections import deque
 from collections.abc import Collection, Coroutine, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import structlog
 
 from consumers.dead_letters import DeadLetter, DeadLetters
 from consumers.executor.admission import Admitted, Done, Legible, Refused, Rules, Verdict, admit, read_record
-from consumers.executor.ages import RecordAges
 from consumers.executor.arrivals import Arrivals
 from consumers.executor.attempt import Attempts, ClaimedQuery, find_failure
 from consumers.executor.cancel_news import CancelNews
@@ -31,7 +29,7 @@ from consumers.executor.reaper import Reaper
 from consumers.executor.schedule import FairQueue, Turn
 from consumers.executor.transitions import Batcher, Refusal, RowRefused, Transitions
 from consumers.executor.watch import Watch
-from db.clock import DatabaseClock
+from db.clock import DatabaseClock, elapsed
 from db.connection import DataPool
 from db.retrying import until_available
 from engines.protocol import Engine
@@ -197,7 +195,6 @@ class Executor:
         self._reaper = reaper
         self._retention = retention
         self._cancel_news = CancelNews(pool, leases, reaper)
-        self._ages = RecordAges(clock)
         self._admission_rules = admission_rules
         self._rules = rules
         self._lanes = {mode: Lane(mode, rules.slots[mode]) for mode in Mode}
@@ -295,7 +292,7 @@ class Executor:
 
     async def _admit(self, batch: Sequence[Legible]) -> list[Verdict]:
         with spans(SpanName.ADMIT, map(_to_step, batch)) as traced:
-            return await admit(self._pool, self._clock, self._ages, self._admission_rules, batch, traced)
+            return await admit(self._pool, self._clock, self._admission_rules, batch, traced)
 
     def _follow(self, record: Record, verdict: Verdict | RowRefused, refused: list[tuple[Record, Refused]]) -> None:
         match verdict:
@@ -433,14 +430,17 @@ class Executor:
     async def _watch_for_ever(self) -> None:
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
-            # Also with nothing to watch, so that an outage is noticed.
-            asked = [query.facts.query_id for query in self._watch.queries]
-            states = await until_available(partial(self._transitions.read, asked), "postgres data")
-            finished, takeable = self._watch.observe(asked, states, self._clock.reached_since)
-            for query in finished:
-                self.intake.finish(query.record)
-            for query in takeable:
-                self._schedule(query)
+            if self._watch.queries:
+                await until_available(self._look_at_watched, "postgres data")
+
+    async def _look_at_watched(self) -> None:
+        asked, asked_at = [query.facts.query_id for query in self._watch.queries], elapsed()
+        states = await self._transitions.read(asked)
+        finished, takeable = self._watch.observe(asked, states, asked_at)
+        for query in finished:
+            self.intake.finish(query.record)
+        for query in takeable:
+            self._schedule(query)
 
     def _park(self, query: Admitted) -> None:
         """Watch a query until it is finished or may be taken; what is another worker's record now is its to watch."""

@@ -5,7 +5,6 @@ import time
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from db.clock import DatabaseClock
 from db.connection import DataPool, statement
 from db.data.attempts import Renewal, renew
 from db.retrying import until_available
@@ -41,9 +40,8 @@ class Lease:
 class Leases:
     """The leases that this process holds."""
 
-    def __init__(self, pool: DataPool, clock: DatabaseClock, lease_seconds: float, renew_seconds: float) -> None:
+    def __init__(self, pool: DataPool, lease_seconds: float, renew_seconds: float) -> None:
         self._pool = pool
-        self._clock = clock
         self._lease_seconds = lease_seconds
         self._renew_seconds = renew_seconds
         self._held: dict[str, Lease] = {}
@@ -86,7 +84,7 @@ class Leases:
         asked = list(self._held.values())
         renewals = [Renewal(lease.query_id, lease.token, self._lease_seconds) for lease in asked]
         async with statement(self._pool) as connection:
-            kept = await renew(connection, renewals, self._clock.steady_now())
+            kept = await renew(connection, renewals)
         for lease in asked:
             # An attempt that ended while the answer was on its way has nothing to lose any more.
             if lease.token not in self._held or lease.ending:

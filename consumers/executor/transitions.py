@@ -8,7 +8,6 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from enum import Enum, auto
 from typing import Generic, TypeVar
 
@@ -190,9 +189,8 @@ class Transitions:
         await self._hand_backs.submit(given)
 
     async def read(self, query_ids: Sequence[str]) -> dict[str, RunState]:
-        """What stands now, for judging by the clock too; raises `DatabaseUnavailable`."""
+        """Read the states of queries; raises `DatabaseUnavailable`."""
         async with statement(self._pool) as connection:
-            await self._clock.check(connection)
             return await self._read(connection, query_ids)
 
     async def _claim(self, wanted: Sequence[tuple[Claim, Caller]]) -> list[Claimed | Refusal | None]:
@@ -228,7 +226,6 @@ class Transitions:
             answer = await claim(
                 connection,
                 claims,
-                self._clock.steady_now(),
                 running_queries=self._running_queries,
                 locked_org_ids=locked,
             )
@@ -247,8 +244,7 @@ class Transitions:
 
     async def _end(self, endings: Sequence[Ending]) -> list[EndResult]:
         async with statement(self._pool) as connection:
-            now = self._clock.steady_now()
-            ended = await end(connection, endings, now)
+            ended = await end(connection, endings)
             # A batch may have two endings of one query.
             carried_out = {
                 item.query_id: place
@@ -259,7 +255,7 @@ class Transitions:
             unknown = [item.query_id for place, item in enumerate(endings) if place not in places]
             states = await self._read(connection, unknown)
         for query_id, place in carried_out.items():
-            _count(endings[place], ended[query_id], now)
+            _count(endings[place], ended[query_id])
         return [
             EndResult.ENDED if place in places else _find_result(item, states.get(item.query_id))
             for place, item in enumerate(endings)
@@ -267,22 +263,22 @@ class Transitions:
 
     async def _hand_back(self, given: Sequence[HandBack]) -> list[None]:
         async with statement(self._pool) as connection:
-            await hand_back(connection, given, self._clock.steady_now())
+            await hand_back(connection, given)
         return [None] * len(given)
 
     async def _read(self, connection: Connection, query_ids: Sequence[str]) -> dict[str, RunState]:
-        states = await read_states(connection, query_ids, self._clock.steady_now()) if query_ids else {}
+        states = await read_states(connection, query_ids) if query_ids else {}
         if states:
-            self._clock.tell(max(state.read_at for state in states.values()))
+            self._clock.update(max(state.read_at for state in states.values()))
         return states
 
 
-def _count(ending: Ending, ended: Ended, now: datetime) -> None:
+def _count(ending: Ending, ended: Ended) -> None:
     """Count a query that ended here in the metrics."""
     METRICS.end_query(
         _LANES.get(ended.topic, ended.topic),
         ending.error_code,
-        total_seconds=(now - ended.queued_at).total_seconds(),
+        total_seconds=max(0.0, ended.total.total_seconds()),
         run_ms=ending.duration_ms,
         result_bytes=ending.result_bytes,
         rows=ending.row_count,

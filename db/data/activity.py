@@ -8,7 +8,6 @@ from typing import LiteralString
 
 from psycopg.rows import class_row
 
-from db.clock import STEADY_NOW
 from db.connection import Connection
 
 # Of more waiting queries the first so many to be due are counted, which takes a tenth of a second.
@@ -19,7 +18,7 @@ RATE_SECONDS = 10
 READ_WAITING = """
 SELECT waiting.topic, count(*) AS waiting, extract(epoch FROM max(waiting.waited))::float8 AS oldest_seconds
 FROM (
-    SELECT r.topic, __NOW__ - r.queued_at AS waited FROM query_runs r
+    SELECT r.topic, now() - r.queued_at AS waited FROM query_runs r
     WHERE r.deadline IS NOT NULL AND r.attempt = 0 __SCOPE__
     ORDER BY r.deadline
     LIMIT %(most)s
@@ -37,15 +36,15 @@ GROUP BY r.topic
 READ_ENDED = """
 SELECT r.topic, count(*) AS ended, count(*) FILTER (WHERE q.status = 'Failed') AS failed
 FROM query_runs r JOIN query_results q ON q.id = r.query_id
-WHERE r.ended_at > __NOW__ - make_interval(secs => %(seconds)s) AND r.ended_at <= __NOW__ __SCOPE__
+WHERE r.ended_at > now() - make_interval(secs => %(seconds)s) AND r.ended_at <= now() __SCOPE__
 GROUP BY r.topic
 """
 
 _SEEN = """
 SELECT q.id::text AS query_id, q.org_id::text AS org_id, q.mode, q.status, q.error_code,
-       extract(epoch FROM __NOW__ - r.queued_at)::float8 AS age_seconds,
+       extract(epoch FROM now() - r.queued_at)::float8 AS age_seconds,
        coalesce(q.duration_ms / 1000.0,
-                extract(epoch FROM coalesce(r.ended_at, CASE WHEN r.deadline IS NOT NULL THEN __NOW__ END)
+                extract(epoch FROM coalesce(r.ended_at, CASE WHEN r.deadline IS NOT NULL THEN now() END)
                                    - r.started_at))::float8 AS run_seconds
 FROM seen JOIN query_runs r ON r.query_id = seen.query_id JOIN query_results q ON q.id = seen.query_id
 """
@@ -146,4 +145,4 @@ async def read_activity(connection: Connection, org_id: str | None, limit: int) 
 def _narrow(statement: LiteralString, org_id: str | None) -> LiteralString:
     """The statement about one org's queries, or about all; planned apart, as each has an index of its own."""
     scope: LiteralString = "" if org_id is None else "AND r.org_id = %(org_id)s::uuid"
-    return statement.replace("__SCOPE__", scope).replace("__NOW__", STEADY_NOW)
+    return statement.replace("__SCOPE__", scope)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from psycopg.types.json import Jsonb
@@ -18,7 +18,8 @@ from db.rows import to_arrays
 class NewQuery:
     """A query to be admitted: `Queued`, or at once `Failed` when it can never run.
 
-    `waited_seconds` is how long ago the broker took the record; `queue_seconds` how long it may wait from then on.
+    `appended_at` is the broker's own time of the append in seconds since the epoch, None if the broker does not stamp
+    records; `queue_seconds` is how long the query may wait from then on.
     """
 
     query_id: str
@@ -38,15 +39,17 @@ class NewQuery:
     record_offset: int
     traceparent: str
     sequence: int
-    waited_seconds: float
+    appended_at: float | None
     queue_seconds: float
     last_event: bytes
 
 
 # A known id changes nothing, whoever sends it again: `new` has only the rows that this statement made.
+# `queued_at` is the broker's append time, but no later than now on the later of two clocks, the database's and this
+# worker's; without an append time it is now.
 INSERT_QUERIES = """
 WITH input AS (
-    SELECT i.*, %(steady_now)s - make_interval(secs => i.waited_seconds) AS queued_at,
+    SELECT i.*, least(to_timestamp(i.appended_at), greatest(now(), %(worker_now)s)) AS queued_at,
            EXISTS (SELECT FROM query_cancellations c
                    WHERE c.query_id = i.query_id AND c.org_id = i.org_id) AS cancelled
     FROM unnest(
@@ -54,11 +57,11 @@ WITH input AS (
         %(sql_hash)s::text[], %(saved_query_id)s::uuid[], %(task_id)s::uuid[], %(output_format)s::text[],
         %(error_code)s::text[], %(error_message)s::text[], %(fingerprint)s::bytea[], %(topic)s::text[],
         %(partition)s::int[], %(record_offset)s::bigint[], %(traceparent)s::text[], %(sequence)s::int[],
-        %(waited_seconds)s::float8[], %(queue_seconds)s::float8[],
+        %(appended_at)s::float8[], %(queue_seconds)s::float8[],
         %(last_event)s::bytea[]
     ) AS i(query_id, org_id, user_id, mode, status, sql_hash, saved_query_id, task_id, output_format, error_code,
            error_message, fingerprint, topic, partition, record_offset, traceparent, sequence,
-           waited_seconds, queue_seconds, last_event)
+           appended_at, queue_seconds, last_event)
     WHERE NOT EXISTS (SELECT FROM deleted_ids d WHERE d.query_id = i.query_id)
     ORDER BY i.query_id
 ), new AS (
@@ -75,7 +78,7 @@ WITH input AS (
     SELECT i.query_id, i.org_id, i.fingerprint, i.topic, i.partition, i.record_offset, i.traceparent, i.sequence,
            i.queued_at,
            CASE WHEN i.status = 'Queued' THEN i.queued_at + make_interval(secs => i.queue_seconds) END,
-           CASE WHEN i.status <> 'Queued' THEN %(steady_now)s END,
+           CASE WHEN i.status <> 'Queued' THEN now() END,
            i.cancelled, i.last_event
     FROM input i JOIN new ON new.id = i.query_id
 )
@@ -112,11 +115,9 @@ class SavedLookup:
     roles: tuple[str, ...]
 
 
-async def insert_queries(
-    connection: Connection, queries: Sequence[NewQuery], events: Sequence[NewEvent], steady_now: datetime
-) -> None:
-    """Insert the queries that are not there yet, each with its events; `steady_now` as `db.clock` tells it."""
-    arrays: dict[str, Any] = to_arrays(NewQuery, queries) | {"steady_now": steady_now}
+async def insert_queries(connection: Connection, queries: Sequence[NewQuery], events: Sequence[NewEvent]) -> None:
+    """Insert the queries that are not there yet, each with its events."""
+    arrays: dict[str, Any] = to_arrays(NewQuery, queries) | {"worker_now": datetime.now(UTC)}
     arrays |= {
         f"event_{name}".replace("event_event_", "event_"): values
         for name, values in to_arrays(NewEvent, events).items()

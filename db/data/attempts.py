@@ -4,12 +4,14 @@ happens. A batch may hold two wishes for one query (a slot's and the reaper's, s
 A batch's ids are sorted and locked in order, so that two workers' batches can't deadlock; a claim skips what another
 worker has locked. The change and its event are one statement: an event's position is drawn after its query's row lock.
 
-Deadlines and leases are counted by `steady_now`, see `db.clock`.
+A deadline is set by the later and judged by the earlier of two clocks, the database's and this worker's, so that one
+wrong clock ends no query too early. A lease is dead if `renewal` is the number that an observer has seen for a whole
+lease, see `consumers.executor.lease_monitor`. `query_leases.expires_at` is for executors of the release before.
 """
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from psycopg.types.json import Jsonb
@@ -22,9 +24,8 @@ from db.rows import to_arrays
 class Claim:
     """Take a query for a new attempt. `sequence` is the state that the claimer has seen; the event is about the next.
 
-    `still_renewal` is the lease's renewal number when the claimer has seen it stand still for a whole lease; then the
-    lease counts as dead whatever the database's clock says. `limited` says that the org is known to have a limit of
-    running queries; what holds is what the database says.
+    `stale_lease_version` is the number of renewals of a dead lease that the claim takes over. `limited` says that the
+    org is known to have a limit of running queries; what holds is what the database says.
     """
 
     query_id: str
@@ -33,7 +34,7 @@ class Claim:
     token: str
     worker: str
     engine: str
-    still_renewal: int | None
+    stale_lease_version: int | None
     lease_seconds: float
     run_seconds: float
     shard: int
@@ -50,18 +51,18 @@ CLAIM = """
 WITH input AS (
     SELECT DISTINCT ON (query_id) * FROM unnest(
         %(query_id)s::uuid[], %(org_id)s::uuid[], %(sequence)s::int[], %(token)s::uuid[], %(worker)s::text[],
-        %(engine)s::text[], %(still_renewal)s::bigint[], %(lease_seconds)s::float8[], %(run_seconds)s::float8[],
+        %(engine)s::text[], %(stale_lease_version)s::bigint[], %(lease_seconds)s::float8[], %(run_seconds)s::float8[],
         %(shard)s::smallint[], %(event_id)s::uuid[], %(payload)s::bytea[], %(headers)s::jsonb[]
     ) WITH ORDINALITY
-      AS i(query_id, org_id, sequence, token, worker, engine, still_renewal, lease_seconds, run_seconds, shard,
+      AS i(query_id, org_id, sequence, token, worker, engine, stale_lease_version, lease_seconds, run_seconds, shard,
            event_id, payload, headers, wish)
     ORDER BY query_id, sequence DESC
 ), locked AS (
     SELECT r.query_id
     FROM query_runs r JOIN input i USING (query_id)
     -- The deadline of a Running query was that of an attempt that nobody holds any more: the next has its own.
-    WHERE r.sequence = i.sequence AND (r.deadline > %(steady_now)s OR r.attempt > 0 AND r.deadline IS NOT NULL)
-      AND NOT r.cancelled
+    WHERE r.sequence = i.sequence AND NOT r.cancelled
+      AND (r.deadline > least(now(), %(worker_now)s) OR r.attempt > 0 AND r.deadline IS NOT NULL)
       AND NOT EXISTS (SELECT FROM query_cancellations c
                       JOIN query_results q ON q.id = c.query_id AND q.org_id = c.org_id
                       WHERE c.query_id = r.query_id)
@@ -72,7 +73,8 @@ WITH input AS (
            row_number() OVER (PARTITION BY i.org_id, l.query_id IS NULL ORDER BY i.wish) AS rank
     FROM locked JOIN input i USING (query_id)
     LEFT JOIN query_leases l USING (query_id)
-    WHERE l.query_id IS NULL OR l.expires_at <= %(steady_now)s OR l.renewal = i.still_renewal
+    -- The sequence changes with each claim, so that a later lease is not taken for the dead one.
+    WHERE l.query_id IS NULL OR l.renewal = i.stale_lease_version
 ), limited AS MATERIALIZED (
     SELECT o.org_id, o.org_id = ANY(%(locked_org_ids)s::uuid[]) AS counted,
            coalesce(own.running_queries, %(running_queries)s::int) - (
@@ -92,8 +94,8 @@ WITH input AS (
         -- An executor of the release before has left it out.
         org_id = i.org_id,
         crashes = r.crashes + judged.left_behind::int,
-        started_at = coalesce(r.started_at, %(steady_now)s),
-        deadline = %(steady_now)s + make_interval(secs => i.run_seconds), last_event = i.payload
+        started_at = coalesce(r.started_at, now()),
+        deadline = greatest(now(), %(worker_now)s) + make_interval(secs => i.run_seconds), last_event = i.payload
     FROM input i JOIN judged USING (query_id)
     WHERE r.query_id = i.query_id AND judged.granted
     RETURNING r.query_id, r.token, r.attempt, r.sequence
@@ -101,7 +103,7 @@ WITH input AS (
     UPDATE query_results q SET status = 'Running', updated_at = now() FROM moved WHERE q.id = moved.query_id
 ), leased AS (
     INSERT INTO query_leases AS l (query_id, token, worker, renewal, expires_at)
-    SELECT i.query_id, i.token, i.worker, 0, %(steady_now)s + make_interval(secs => i.lease_seconds)
+    SELECT i.query_id, i.token, i.worker, 0, now() + make_interval(secs => i.lease_seconds)
     FROM input i JOIN moved USING (query_id)
     ON CONFLICT (query_id) DO UPDATE
     SET token = excluded.token, worker = excluded.worker, renewal = l.renewal + 1, expires_at = excluded.expires_at
@@ -122,13 +124,13 @@ class Ending:
     """Bring a query to its terminal status.
 
     With a `token` it is the attempt's own finish. Without, it ends a query that no live lease holds (never claimed, or
-    left behind); `still_renewal` as for a claim.
+    left behind); `stale_lease_version` as for a claim.
     """
 
     query_id: str
     sequence: int
     token: str | None
-    still_renewal: int | None
+    stale_lease_version: int | None
     status: str
     output_location: str | None
     row_count: int | None
@@ -147,13 +149,14 @@ class Ending:
 END = """
 WITH input AS (
     SELECT * FROM unnest(
-        %(query_id)s::uuid[], %(sequence)s::int[], %(token)s::uuid[], %(still_renewal)s::bigint[], %(status)s::text[],
-        %(output_location)s::text[], %(row_count)s::bigint[], %(result_bytes)s::bigint[], %(duration_ms)s::int[],
-        %(error_code)s::text[], %(error_message)s::text[], %(files)s::jsonb[], %(retention_seconds)s::float8[],
-        %(shard)s::smallint[], %(event_id)s::uuid[], %(payload)s::bytea[], %(headers)s::jsonb[]
+        %(query_id)s::uuid[], %(sequence)s::int[], %(token)s::uuid[], %(stale_lease_version)s::bigint[],
+        %(status)s::text[], %(output_location)s::text[], %(row_count)s::bigint[], %(result_bytes)s::bigint[],
+        %(duration_ms)s::int[], %(error_code)s::text[], %(error_message)s::text[], %(files)s::jsonb[],
+        %(retention_seconds)s::float8[], %(shard)s::smallint[], %(event_id)s::uuid[], %(payload)s::bytea[],
+        %(headers)s::jsonb[]
     ) WITH ORDINALITY
-      AS i(query_id, sequence, token, still_renewal, status, output_location, row_count, result_bytes, duration_ms,
-           error_code, error_message, files, retention_seconds, shard, event_id, payload, headers, wish)
+      AS i(query_id, sequence, token, stale_lease_version, status, output_location, row_count, result_bytes,
+           duration_ms, error_code, error_message, files, retention_seconds, shard, event_id, payload, headers, wish)
 ), locked AS (
     SELECT r.query_id
     FROM query_runs r
@@ -166,12 +169,12 @@ WITH input AS (
     LEFT JOIN query_leases l USING (query_id)
     WHERE r.sequence = i.sequence
       AND CASE WHEN i.token IS NOT NULL THEN r.token = i.token
-               ELSE l.query_id IS NULL OR l.expires_at <= %(steady_now)s OR l.renewal = i.still_renewal END
+               ELSE l.query_id IS NULL OR l.renewal = i.stale_lease_version END
     ORDER BY i.query_id, i.token IS NULL, i.wish
 ), moved AS (
     UPDATE query_runs r
-    SET sequence = r.sequence + 1, deadline = NULL, ended_at = %(steady_now)s, files = i.files, last_event = i.payload,
-        expires_at = %(steady_now)s + make_interval(secs => i.retention_seconds)
+    SET sequence = r.sequence + 1, deadline = NULL, ended_at = now(), files = i.files, last_event = i.payload,
+        expires_at = now() + make_interval(secs => i.retention_seconds)
     FROM allowed i
     -- The cancel that locked the row first is seen here, for the row is read again after the wait for its lock.
     -- One that came so early that it did not see the row is found where it was noted.
@@ -180,7 +183,7 @@ WITH input AS (
            OR NOT r.cancelled AND NOT EXISTS (SELECT FROM query_cancellations c
                                               JOIN query_results q ON q.id = c.query_id AND q.org_id = c.org_id
                                               WHERE c.query_id = r.query_id))
-    RETURNING r.query_id, i.token, r.topic, r.queued_at
+    RETURNING r.query_id, i.token, r.topic, r.ended_at - r.queued_at AS total
 ), results AS (
     UPDATE query_results q
     SET status = i.status, output_location = i.output_location, row_count = i.row_count, bytes = i.result_bytes,
@@ -195,7 +198,7 @@ WITH input AS (
     FROM allowed i JOIN moved USING (query_id)
     ORDER BY i.query_id
 )
-SELECT query_id::text, token::text, topic, queued_at FROM moved
+SELECT query_id::text, token::text, topic, total FROM moved
 """
 
 
@@ -208,7 +211,7 @@ class Renewal:
     lease_seconds: float
 
 
-# A lease that has expired and that nobody has taken since is simply renewed: its attempt is still the live one.
+# A lease that is renewed late and that nobody has taken is simply renewed: its attempt is still the live one.
 RENEW = """
 WITH input AS (
     SELECT * FROM unnest(%(query_id)s::uuid[], %(token)s::uuid[], %(lease_seconds)s::float8[])
@@ -218,7 +221,7 @@ WITH input AS (
     ORDER BY l.query_id FOR UPDATE OF l
 )
 UPDATE query_leases l
-SET renewal = l.renewal + 1, expires_at = %(steady_now)s + make_interval(secs => i.lease_seconds)
+SET renewal = l.renewal + 1, expires_at = now() + make_interval(secs => i.lease_seconds)
 FROM input i JOIN locked USING (query_id)
 WHERE l.query_id = i.query_id
 RETURNING l.query_id::text,
@@ -231,20 +234,21 @@ RETURNING l.query_id::text,
 class HandBack:
     """Give an attempt up so that another may start at once; `crashed` when it was the attempt's own doing.
 
-    `wait_seconds` is for an attempt that has not started: how much longer its query may wait. None leaves its deadline.
+    `queue_seconds` is for an attempt that has not started: how long its query may wait in the queue, from the broker's
+    append on. None leaves its deadline.
     """
 
     query_id: str
     token: str
     crashed: bool
-    wait_seconds: float | None = None
+    queue_seconds: float | None = None
 
 
 # No event: the query stays Running until its next attempt says so.
 HAND_BACK = """
 WITH input AS (
-    SELECT * FROM unnest(%(query_id)s::uuid[], %(token)s::uuid[], %(crashed)s::boolean[], %(wait_seconds)s::float8[])
-        AS i(query_id, token, crashed, wait_seconds)
+    SELECT * FROM unnest(%(query_id)s::uuid[], %(token)s::uuid[], %(crashed)s::boolean[], %(queue_seconds)s::float8[])
+        AS i(query_id, token, crashed, queue_seconds)
 ), locked AS (
     SELECT r.query_id FROM query_runs r JOIN input i ON i.query_id = r.query_id AND i.token = r.token
     WHERE r.deadline IS NOT NULL
@@ -252,7 +256,7 @@ WITH input AS (
 ), given AS (
     UPDATE query_runs r
     SET token = NULL, crashes = r.crashes + i.crashed::int,
-        deadline = greatest(r.deadline, %(steady_now)s + make_interval(secs => i.wait_seconds))
+        deadline = greatest(r.deadline, r.queued_at + make_interval(secs => i.queue_seconds))
     FROM input i JOIN locked USING (query_id)
     WHERE r.query_id = i.query_id
     RETURNING r.query_id
@@ -277,7 +281,6 @@ class ClaimAnswer:
 async def claim(
     connection: Connection,
     claims: Sequence[Claim],
-    steady_now: datetime,
     *,
     running_queries: int | None = None,
     locked_org_ids: Collection[str] = (),
@@ -287,7 +290,7 @@ async def claim(
     `running_queries` is the limit of orgs that have none of their own; `locked_org_ids` are the orgs whose running
     queries may be counted.
     """
-    arrays: dict[str, Any] = to_arrays(Claim, claims) | {"steady_now": steady_now}
+    arrays: dict[str, Any] = to_arrays(Claim, claims) | {"worker_now": datetime.now(UTC)}
     arrays |= {"running_queries": running_queries, "locked_org_ids": list(locked_org_ids)}
     rows = await (await connection.execute(CLAIM, arrays)).fetchall()
     return ClaimAnswer(
@@ -298,27 +301,24 @@ async def claim(
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A query that a statement has ended: the ending's token, its request's topic, and since when it was queued."""
+    """A query that a statement has ended: the ending's token, its request's topic, and the time since it was queued."""
 
     token: str | None
     topic: str
-    queued_at: datetime
+    total: timedelta
 
 
-async def end(connection: Connection, endings: Sequence[Ending], steady_now: datetime) -> dict[str, Ended]:
+async def end(connection: Connection, endings: Sequence[Ending]) -> dict[str, Ended]:
     """End the queries that may be ended; returns those that this statement has ended, by id."""
-    arrays: dict[str, Any] = to_arrays(Ending, endings) | {"steady_now": steady_now}
-    rows = await (await connection.execute(END, arrays)).fetchall()
-    return {query_id: Ended(token, topic, queued_at) for query_id, token, topic, queued_at in rows}
+    rows = await (await connection.execute(END, to_arrays(Ending, endings))).fetchall()
+    return {query_id: Ended(token, topic, total) for query_id, token, topic, total in rows}
 
 
-async def renew(connection: Connection, renewals: Sequence[Renewal], steady_now: datetime) -> dict[str, bool]:
+async def renew(connection: Connection, renewals: Sequence[Renewal]) -> dict[str, bool]:
     """The queries whose lease is still ours, each with whether its cancellation was asked for."""
-    arrays: dict[str, Any] = to_arrays(Renewal, renewals) | {"steady_now": steady_now}
-    return dict(await (await connection.execute(RENEW, arrays)).fetchall())
+    return dict(await (await connection.execute(RENEW, to_arrays(Renewal, renewals))).fetchall())
 
 
-async def hand_back(connection: Connection, hand_backs: Sequence[HandBack], steady_now: datetime) -> None:
+async def hand_back(connection: Connection, hand_backs: Sequence[HandBack]) -> None:
     """Give attempts up."""
-    arrays: dict[str, Any] = to_arrays(HandBack, hand_backs) | {"steady_now": steady_now}
-    await connection.execute(HAND_BACK, arrays)
+    await connection.execute(HAND_BACK, to_arrays(HandBack, hand_backs))

@@ -16,7 +16,6 @@ import psycopg
 from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
-from db.clock import STEADY_NOW
 from db.connection import Connection, conninfo, unavailable_told_apart
 from db.data.runs import INLINE_FILE
 from db.rows import to_arrays
@@ -48,10 +47,10 @@ READ_DUE = """
 SELECT r.query_id::text AS query_id, r.traceparent,
        CASE WHEN r.files @> %(inline_file)s THEN r.last_event END AS inline_event
 FROM query_runs r
-WHERE r.expires_at <= __NOW__ AND r.files <> '[]'
+WHERE r.expires_at <= now() AND r.files <> '[]'
 ORDER BY r.expires_at
 LIMIT %(limit)s
-""".replace("__NOW__", STEADY_NOW)
+"""
 
 # The row goes first: from then on it promises nothing, and its objects are strays. `was` is the row before. An inline
 # result goes from the row and is told again without itself in this one statement, so once, and never of a query that
@@ -168,13 +167,13 @@ WHERE NOT EXISTS (SELECT FROM query_results q WHERE q.id = i.query_id)
 READ_OUTLIVED = """
 WITH old AS (
     SELECT query_id, files FROM query_runs
-    WHERE deadline IS NULL AND queued_at <= __NOW__ - make_interval(secs => %(seconds)s)
+    WHERE deadline IS NULL AND queued_at <= now() - make_interval(secs => %(seconds)s)
     ORDER BY queued_at
     LIMIT %(limit)s
 )
 SELECT q.id::text AS query_id, coalesce(q.output_location, old.files -> 0 ->> 'location') AS location, old.files
 FROM old JOIN query_results q ON q.id = old.query_id
-""".replace("__NOW__", STEADY_NOW)
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from psycopg.rows import class_row
@@ -14,9 +14,8 @@ from db.connection import Connection
 class RunState:
     """A query as the database has it, at `read_at` of the database's clock.
 
-    `lease_alive` is judged by that clock alone; an observer that has seen `lease_renewal` stand still for a whole lease
-    knows better. `late` means that its deadline has passed, `overdue` that it has waited in the queue for too long.
-    `queued_at` and `started_at` are on the steady clock, see `db.clock`.
+    `late` means that its deadline has passed on the database's clock and on this worker's. `queued_at` is the broker's
+    append time.
     """
 
     query_id: str
@@ -35,25 +34,26 @@ class RunState:
     token: str | None
     queued_at: datetime
     started_at: datetime | None
-    overdue: bool
     late: bool
     cancelled: bool
     lease_token: str | None
     lease_renewal: int | None
-    lease_alive: bool
     read_at: datetime
+
+    @property
+    def overdue(self) -> bool:
+        """True when it has waited in the queue for too long."""
+        return self.late and self.attempt == 0
 
 
 READ_STATES = """
 SELECT q.id::text AS query_id, q.org_id::text AS org_id, q.status, q.sql_hash,
        q.saved_query_id::text AS saved_query_id, r.fingerprint, r.topic, r.partition, r.record_offset, r.traceparent,
        r.sequence, r.attempt, r.crashes, r.token::text AS token, r.queued_at, r.started_at,
-       r.attempt = 0 AND coalesce(r.deadline <= %(steady_now)s, false) AS overdue,
-       coalesce(r.deadline <= %(steady_now)s, false) AS late,
+       coalesce(r.deadline <= least(now(), %(worker_now)s), false) AS late,
        r.cancelled OR EXISTS (SELECT FROM query_cancellations c
                               WHERE c.query_id = q.id AND c.org_id = q.org_id) AS cancelled,
        l.token::text AS lease_token, l.renewal AS lease_renewal,
-       coalesce(l.expires_at > %(steady_now)s, false) AS lease_alive,
        clock_timestamp() AS read_at
 FROM query_runs r
 JOIN query_results q ON q.id = r.query_id
@@ -63,23 +63,22 @@ WHERE r.query_id = ANY(%(query_ids)s::uuid[])
 
 READ_DELETED = "SELECT query_id::text FROM deleted_ids WHERE query_id = ANY(%(query_ids)s::uuid[])"
 
-# Queries that nobody runs and whose time is over, or that were cancelled; the oldest first, so that a backlog is worked
-# off in order. One that was left behind by its worker is the next attempt's, unless its message is gone: `left_behind`
-# says that this must be found out, and is false again of what has been left for `forsaken` seconds.
+# Queries past their deadline, or cancelled: those without a lease first, and the oldest first, so that a backlog is
+# worked off in order. One that was left behind by its worker is the next attempt's, unless its message is gone:
+# `left_behind` says that this must be found out, and is false again of what has been left for `forsaken` seconds.
 READ_OVERDUE = """
 WITH due AS (
     SELECT query_id FROM query_runs
-    WHERE deadline <= %(steady_now)s
-      AND (attempt = 0 OR deadline <= %(steady_now)s - make_interval(secs => %(grace)s))
+    WHERE deadline <= least(now(), %(worker_now)s)
+      AND (attempt = 0 OR deadline <= least(now(), %(worker_now)s) - make_interval(secs => %(grace)s))
     UNION
     SELECT query_id FROM query_runs WHERE cancelled AND deadline IS NOT NULL
 )
 SELECT r.query_id::text AS query_id, r.topic, r.partition, r.record_offset,
        r.attempt > 0 AND NOT r.cancelled
-       AND r.deadline > %(steady_now)s - make_interval(secs => %(forsaken)s) AS left_behind
+       AND r.deadline > least(now(), %(worker_now)s) - make_interval(secs => %(forsaken)s) AS left_behind
 FROM due JOIN query_runs r ON r.query_id = due.query_id LEFT JOIN query_leases l ON l.query_id = due.query_id
-WHERE l.query_id IS NULL OR l.expires_at <= %(steady_now)s
-ORDER BY r.deadline
+ORDER BY l.query_id IS NOT NULL, r.deadline
 LIMIT %(limit)s
 """
 
@@ -152,10 +151,10 @@ SELECT jsonb_path_query_array(files, '$[*] ? (exists(@.key))') FROM query_runs W
 READ_LAST_EVENT = "SELECT last_event FROM query_runs WHERE query_id = %(query_id)s"
 
 
-async def read_states(connection: Connection, query_ids: Iterable[str], steady_now: datetime) -> dict[str, RunState]:
-    """The states of the queries that exist, by id, judged by the steady time, see `db.clock`."""
+async def read_states(connection: Connection, query_ids: Iterable[str]) -> dict[str, RunState]:
+    """The states of the queries that exist, by id."""
     async with connection.cursor(row_factory=class_row(RunState)) as cursor:
-        await cursor.execute(READ_STATES, {"query_ids": list(query_ids), "steady_now": steady_now})
+        await cursor.execute(READ_STATES, {"query_ids": list(query_ids), "worker_now": datetime.now(UTC)})
         return {state.query_id: state for state in await cursor.fetchall()}
 
 
@@ -165,15 +164,13 @@ async def read_deleted(connection: Connection, query_ids: Iterable[str]) -> set[
     return {row[0] for row in await cursor.fetchall()}
 
 
-async def read_overdue(
-    connection: Connection, limit: int, steady_now: datetime, *, grace: float, forsaken: float
-) -> list[Overdue]:
-    """Queries past their deadline, or cancelled, that no live lease holds.
+async def read_overdue(connection: Connection, limit: int, *, grace: float, forsaken: float) -> list[Overdue]:
+    """Queries past their deadline, or cancelled; a lease may hold them.
 
     `grace` and `forsaken` in seconds are for those that were started once and not cancelled.
     """
     async with connection.cursor(row_factory=class_row(Overdue)) as cursor:
-        limits = {"limit": limit, "steady_now": steady_now, "grace": grace, "forsaken": forsaken}
+        limits = {"limit": limit, "worker_now": datetime.now(UTC), "grace": grace, "forsaken": forsaken}
         await cursor.execute(READ_OVERDUE, limits)
         return await cursor.fetchall()
 

@@ -69,7 +69,8 @@ class NotBack(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A fault that can be drawn. `needs` are the names of what it works on; `heavy` ones never meet one another.
+    """A fault that can be drawn. `targets` are the names of what it works on; `heavy` ones never meet one another, and
+    neither do those of a `clock`: two wrong clocks at once are a known limit.
 
     `act` breaks and mends, and returns what it met, or None when it came to nothing.
     """
@@ -79,6 +80,11 @@ class Kind:
     act: Callable[[random.Random, str], str | None]
     targets: tuple[str, ...]
     heavy: bool = False
+    clock: bool = False
+
+    def find_needs(self, target: str) -> set[str]:
+        """The names of what the fault holds while it lasts."""
+        return {target} | ({"heavy"} if self.heavy else set()) | ({"clock"} if self.clock else set())
 
 
 class Faults:
@@ -166,7 +172,7 @@ class Faults:
         return None
 
     def _hold(self, kind: Kind, target: str) -> bool:
-        wanted = {target} | ({"heavy"} if kind.heavy else set())
+        wanted = kind.find_needs(target)
         with self._holding:
             now = time.monotonic()
             if wanted & self._held or any(self._resting.get(name, 0.0) > now for name in wanted):
@@ -185,7 +191,7 @@ class Faults:
             self.recorded.append(Fault(kind.name, kind.row, met, started, time.time()))
         finally:
             with self._holding:
-                held = {target} | ({"heavy"} if kind.heavy else set())
+                held = kind.find_needs(target)
                 self._held -= held
                 ended = time.monotonic()
                 self._resting |= dict.fromkeys(held, ended + min(max(_REST, (ended - began) / 2), _LONGEST_REST))
@@ -555,9 +561,10 @@ class Faults:
             yield Kind("scratch full", 5, self._fill_scratch, executors)
         everybody = tuple(service.name for service in self._cluster.services)
         yield Kind("file descriptors exhausted", 5, self._exhaust_descriptors, everybody)
-        yield Kind("clock jump of a worker", 5, self._shift_worker, everybody)
-        yield Kind("clock jump before an executor's start", 5, self._start_with_wrong_clock, executors)
-        yield Kind("clock jump of a database", 5, self._shift_database, ("clock of data", "clock of state"))
+        yield Kind("clock jump of a worker", 5, self._shift_worker, everybody, clock=True)
+        yield Kind("clock jump before an executor's start", 5, self._start_with_wrong_clock, executors, clock=True)
+        databases = ("clock of data", "clock of state")
+        yield Kind("clock jump of a database", 5, self._shift_database, databases, clock=True)
 
     def _fill_scratch(self, source: random.Random, name: str) -> str:
         filler = self._cluster.scratch_of(self._service(name)) / "filler"
@@ -599,7 +606,7 @@ class Faults:
         return f"{name} by {hours:+} h"
 
     def _start_with_wrong_clock(self, source: random.Random, name: str) -> str | None:
-        """It knows of no other clock until the database has told it the time."""
+        """It has never known another clock of its own."""
         with _shifted(source, self._service(name).shift_clock) as hours:
             if self._end_service(source, name, signal.SIGKILL) is None:
                 return None

@@ -104,8 +104,8 @@ _ANSWERS = {
         "SELECT m.query_id::text, NULL, token::text, attempt, sequence, e.* FROM moved m JOIN told e USING (query_id)",
     ),
     "END": (
-        "SELECT query_id::text, token::text, topic, queued_at FROM moved",
-        "SELECT m.query_id::text, m.token::text, m.topic, m.queued_at, e.* FROM moved m JOIN told e USING (query_id)",
+        "SELECT query_id::text, token::text, topic, total FROM moved",
+        "SELECT m.query_id::text, m.token::text, m.topic, m.total, e.* FROM moved m JOIN told e USING (query_id)",
     ),
 }
 _REFUSED_CLAIMS = (

@@ -6,12 +6,11 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from access.limits import OrgLimits
 from consumers.executor.admission import Admitted, Legible, Rules, Verdict, admit, read_record
-from consumers.executor.ages import RecordAges
 from consumers.executor.endings import Failure, Result, Success, fail, succeed
 from consumers.executor.story import QueryFacts, tell
 from consumers.executor.transitions import EndResult, Refusal, Transitions
@@ -96,27 +95,18 @@ class StoredEvent:
     headers: dict[str, str]
 
 
-class SettledClock(DatabaseClock):
-    """The clock of a process that has had the database in reach for long."""
-
-    @property
-    def reached_since(self) -> float:
-        return -1e9
-
-
 class Worker:
     """One executor process as the database sees it, with batches and a clock of its own."""
 
-    def __init__(self, pool: DataPool, limits: OrgLimits = _NO_LIMITS, clock: DatabaseClock | None = None) -> None:
+    def __init__(self, pool: DataPool, limits: OrgLimits = _NO_LIMITS) -> None:
         """`limits` are those of orgs that have none of their own."""
         self.pool = pool
-        self.clock = clock or SettledClock()
-        self.ages = RecordAges(self.clock)
+        self.clock = DatabaseClock(datetime.now(UTC))
         self.transitions = Transitions(pool, self.clock, limits.running_queries)
         self._rules = replace(RULES, limits=limits)
 
     async def admit(self, *records: Record) -> list[Verdict]:
-        return await admit(self.pool, self.clock, self.ages, self._rules, [read_legible(record) for record in records])
+        return await admit(self.pool, self.clock, self._rules, [read_legible(record) for record in records])
 
     async def admit_new(self, **changes: Any) -> Admitted:
         """A new query of ours to run."""
@@ -128,10 +118,10 @@ class Worker:
         return (await self.transitions.read([query_id]))[query_id]
 
     async def claim(
-        self, facts: QueryFacts, state: RunState, token: str, still_renewal: int | None = None, **changes: Any
+        self, facts: QueryFacts, state: RunState, token: str, stale_lease_version: int | None = None, **changes: Any
     ) -> RunState | None:
         """Claim a query of an org without a limit; returns its state afterwards."""
-        answer = await self.claim_or_refuse(make_claim(facts, state, token, still_renewal, **changes))
+        answer = await self.claim_or_refuse(make_claim(facts, state, token, stale_lease_version, **changes))
         assert not isinstance(answer, Refusal)
         return answer
 
@@ -161,6 +151,14 @@ class Worker:
         assert state.token == token
         return state
 
+    async def take_over(self, facts: QueryFacts) -> RunState:
+        """A claim of a query whose lease is dead; what then stands."""
+        dead, token = await self.read(facts.query_id), new_id()
+        state = await self.claim(facts, dead, token, stale_lease_version=dead.lease_renewal)
+        assert state is not None
+        assert state.token == token
+        return state
+
     async def hand_back(self, state: RunState, *, crashed: bool = False) -> RunState | None:
         assert state.token is not None
         await self.transitions.hand_back(HandBack(state.query_id, state.token, crashed))
@@ -172,7 +170,7 @@ class Worker:
 
 
 def make_claim(
-    facts: QueryFacts, state: RunState, token: str, still_renewal: int | None = None, **changes: Any
+    facts: QueryFacts, state: RunState, token: str, stale_lease_version: int | None = None, **changes: Any
 ) -> Claim:
     event = tell(
         facts,
@@ -189,7 +187,7 @@ def make_claim(
         "token": token,
         "worker": "worker",
         "engine": "duckdb",
-        "still_renewal": still_renewal,
+        "stale_lease_version": stale_lease_version,
         "lease_seconds": _LONG_SECONDS,
         "run_seconds": _LONG_SECONDS,
         "shard": event.shard,
@@ -218,20 +216,15 @@ def make_success(facts: QueryFacts, state: RunState, rows: int = 1) -> Ending:
 
 
 def make_failure(
-    facts: QueryFacts, state: RunState, *, token: str | None = None, still_renewal: int | None = None
+    facts: QueryFacts, state: RunState, *, token: str | None = None, stale_lease_version: int | None = None
 ) -> Ending:
     failure = Failure(ErrorCode.QUERY_ERROR, "the query failed")
-    return fail(facts, state, failure, now=state.read_at, token=token, still_renewal=still_renewal)
+    return fail(facts, state, failure, now=state.read_at, token=token, stale_lease_version=stale_lease_version)
 
 
 def is_over(_topic: str, _partition: int, _offset: int) -> bool:
     """No record will be delivered any more."""
     return True
-
-
-async def expire_lease(pool: DataPool, query_id: str) -> None:
-    """The lease's time is over on the database's clock."""
-    await _change(pool, "UPDATE query_leases SET expires_at = now() - interval '1 s' WHERE query_id = %s", query_id)
 
 
 async def pass_deadline(pool: DataPool, query_id: str) -> None:

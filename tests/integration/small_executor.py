@@ -7,7 +7,7 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -118,9 +118,9 @@ class _NoSweep:
 def _make_executor(
     pool: DataPool, kafka: dict[str, Any], scratch: Path, stage: Stage, slots: int, limits: OrgLimits
 ) -> Executor:
-    clock = DatabaseClock()
+    clock = DatabaseClock(datetime.now(UTC))
     transitions = Transitions(pool, clock, limits.running_queries)
-    leases = Leases(pool, clock, _LONG_SECONDS, _LONG_SECONDS / 3)
+    leases = Leases(pool, _LONG_SECONDS, _LONG_SECONDS / 3)
     engine = StageEngine(stage)
     seconds = dict.fromkeys(Mode, _LONG_SECONDS)
     attempts = Attempts(

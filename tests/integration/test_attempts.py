@@ -16,7 +16,6 @@ from consumers.executor.endings import fail, overdue_failure
 from consumers.executor.reaper import Reaper
 from consumers.executor.story import QueryFacts
 from consumers.executor.transitions import Batcher, EndResult, RowRefused
-from db.clock import DatabaseClock
 from db.connection import DataPool
 from db.data.attempts import Renewal, claim, renew
 from db.data.datasets import Caller
@@ -31,7 +30,6 @@ from tests.integration.queries import (
     RULES,
     Worker,
     ask_to_cancel,
-    expire_lease,
     is_over,
     make_claim,
     make_failure,
@@ -121,7 +119,7 @@ async def test_a_claim_does_not_wait_for_another_workers_claim(worker: Worker, o
     query = await worker.admit_new()
     token = new_id()
     async with worker.pool.connection() as connection:
-        await claim(connection, [make_claim(query.facts, query.state, token)], worker.clock.steady_now())
+        await claim(connection, [make_claim(query.facts, query.state, token)])
         # Not committed yet.
         async with asyncio.timeout(_STATEMENT_SECONDS):
             seen = await other.claim(query.facts, query.state, new_id())
@@ -134,8 +132,7 @@ async def test_a_claim_does_not_wait_for_another_workers_claim(worker: Worker, o
 async def test_a_claim_of_a_state_that_is_history_does_nothing(worker: Worker) -> None:
     query = await worker.admit_new()
     running = await worker.start(query.facts)
-    await expire_lease(worker.pool, query.facts.query_id)
-    late = await worker.claim(query.facts, query.state, new_id())
+    late = await worker.claim(query.facts, query.state, new_id(), running.lease_renewal)
     assert late is not None
     assert (late.token, late.attempt) == (running.token, 1)
     assert len(await read_story(worker.pool, query.facts.query_id)) == 2
@@ -146,35 +143,53 @@ async def test_a_live_lease_protects_its_attempt(worker: Worker, other: Worker) 
     running = await worker.start(query.facts)
     refused = await other.claim(query.facts, running, new_id())
     assert refused is not None
-    assert (refused.token, refused.attempt, refused.lease_alive) == (running.token, 1, True)
+    assert (refused.token, refused.attempt) == (running.token, 1)
     assert len(await read_story(worker.pool, query.facts.query_id)) == 2
 
 
-async def test_an_expired_lease_protects_nothing(worker: Worker, other: Worker) -> None:
+async def test_a_dead_lease_protects_nothing(worker: Worker, other: Worker) -> None:
     query = await worker.admit_new()
     running = await worker.start(query.facts)
-    await expire_lease(worker.pool, query.facts.query_id)
-    taken = await other.start(query.facts)
+    taken = await other.take_over(query.facts)
     assert taken.token != running.token
-    assert (taken.attempt, taken.crashes, taken.lease_alive) == (2, 1, True)
+    assert (taken.attempt, taken.crashes) == (2, 1)
     assert (await read_story(worker.pool, query.facts.query_id))[-1] == (3, "Running", 2)
 
 
-async def test_a_renewal_that_stood_still_beats_the_databases_clock(worker: Worker, other: Worker) -> None:
+@pytest.mark.parametrize("shift", ["-1 hour", "1 hour"])
+async def test_no_wall_clock_takes_a_lease_or_saves_it(worker: Worker, other: Worker, shift: str) -> None:
     query = await worker.admit_new()
     running = await worker.start(query.facts)
-    assert running.lease_alive
-    token = new_id()
-    taken = await other.claim(query.facts, running, token, still_renewal=running.lease_renewal)
-    assert taken is not None
-    assert (taken.token, taken.attempt, taken.crashes) == (token, 2, 1)
+    async with worker.pool.connection() as connection:
+        await connection.execute("UPDATE query_leases SET expires_at = expires_at + %s::interval", [shift])
+    refused = await other.claim(query.facts, running, new_id())
+    assert refused is not None and refused.token == running.token
+    refused = await other.end(make_failure(query.facts, running))
+    assert refused is not None and refused.status == "Running"
+    assert (await other.take_over(query.facts)).attempt == 2
+
+
+async def test_a_lease_that_was_handed_back_and_claimed_again_is_not_the_one_that_was_observed(
+    worker: Worker, other: Worker
+) -> None:
+    query = await worker.admit_new()
+    observed = await worker.start(query.facts)
+    await worker.hand_back(observed)
+    live = await worker.start(query.facts)
+    # The number of renewals begins anew.
+    assert live.lease_renewal == observed.lease_renewal
+    refused = await other.claim(query.facts, observed, new_id(), stale_lease_version=observed.lease_renewal)
+    assert refused is not None and refused.token == live.token
+    ending = make_failure(query.facts, observed, stale_lease_version=observed.lease_renewal)
+    refused = await other.end(ending)
+    assert refused is not None and (refused.status, refused.token) == ("Running", live.token)
 
 
 async def test_a_renewal_that_has_moved_since_protects_its_attempt(worker: Worker, other: Worker) -> None:
     query = await worker.admit_new()
     running = await worker.start(query.facts)
     await _renew(worker, running)
-    refused = await other.claim(query.facts, running, new_id(), still_renewal=running.lease_renewal)
+    refused = await other.claim(query.facts, running, new_id(), stale_lease_version=running.lease_renewal)
     assert refused is not None
     assert (refused.token, refused.attempt) == (running.token, 1)
 
@@ -182,8 +197,7 @@ async def test_a_renewal_that_has_moved_since_protects_its_attempt(worker: Worke
 async def test_a_takeover_does_not_repeat_a_renewal_number(worker: Worker, other: Worker) -> None:
     query = await worker.admit_new()
     running = await worker.start(query.facts)
-    await expire_lease(worker.pool, query.facts.query_id)
-    taken = await other.start(query.facts)
+    taken = await other.take_over(query.facts)
     assert running.lease_renewal is not None
     assert taken.lease_renewal is not None
     assert taken.lease_renewal > running.lease_renewal
@@ -219,9 +233,8 @@ async def test_a_query_that_its_worker_left_behind_past_its_deadline_has_a_next_
     query = await worker.admit_new()
     running = await worker.start(query.facts)
     await pass_deadline(worker.pool, query.facts.query_id)
-    await expire_lease(worker.pool, query.facts.query_id)
     token = new_id()
-    taken = await worker.claim(query.facts, running, token)
+    taken = await worker.claim(query.facts, running, token, running.lease_renewal)
     assert taken is not None
     assert (taken.status, taken.attempt, taken.token, taken.crashes) == ("Running", 2, token, 1)
 
@@ -269,8 +282,7 @@ async def test_a_finish_is_idempotent_by_reading_back(worker: Worker) -> None:
 async def test_a_stale_attempt_cannot_finish(worker: Worker, other: Worker) -> None:
     query = await worker.admit_new()
     stale = await worker.start(query.facts)
-    await expire_lease(worker.pool, query.facts.query_id)
-    live = await other.start(query.facts)
+    live = await other.take_over(query.facts)
     # By what it remembers, and by what it could read.
     for state in (stale, replace(live, token=stale.token)):
         answer = await worker.finish(query.facts, state)
@@ -289,8 +301,7 @@ async def test_a_stale_attempt_cannot_finish(worker: Worker, other: Worker) -> N
 async def test_a_stale_attempt_can_neither_renew_nor_hand_back(worker: Worker, other: Worker) -> None:
     query = await worker.admit_new()
     stale = await worker.start(query.facts)
-    await expire_lease(worker.pool, query.facts.query_id)
-    live = await other.start(query.facts)
+    live = await other.take_over(query.facts)
     assert await _renew(worker, stale) == {}
     await worker.hand_back(stale, crashed=True)
     state = await worker.read(query.facts.query_id)
@@ -305,8 +316,8 @@ async def test_a_stale_attempt_can_neither_renew_nor_hand_back(worker: Worker, o
 async def test_of_two_ends_at_once_one_counts(worker: Worker, other: Worker) -> None:
     query = await worker.admit_new()
     running = await worker.start(query.facts)
-    await expire_lease(worker.pool, query.facts.query_id)
-    await asyncio.gather(worker.finish(query.facts, running), other.end(make_failure(query.facts, running)))
+    taking = make_failure(query.facts, running, stale_lease_version=running.lease_renewal)
+    await asyncio.gather(worker.finish(query.facts, running), other.end(taking))
     row = await read_row(worker.pool, query.facts.query_id)
     story = await read_story(worker.pool, query.facts.query_id)
     assert row is not None
@@ -322,27 +333,24 @@ async def test_an_end_without_a_token_is_refused_while_a_lease_lives(worker: Wor
     assert (refused.status, refused.sequence) == ("Running", 2)
     # The lease has moved on since it was seen to stand still.
     await _renew(worker, running)
-    ending = make_failure(query.facts, running, still_renewal=running.lease_renewal)
+    ending = make_failure(query.facts, running, stale_lease_version=running.lease_renewal)
     refused = await other.end(ending)
     assert refused is not None
     assert refused.status == "Running"
     assert len(await read_story(worker.pool, query.facts.query_id)) == 2
 
 
-@pytest.mark.parametrize("how", ["expired", "stood still", "handed back", "never claimed"])
+@pytest.mark.parametrize("how", ["stood still", "handed back", "never claimed"])
 async def test_an_end_without_a_token_ends_what_nobody_holds(worker: Worker, other: Worker, how: str) -> None:
     query = await worker.admit_new()
-    still_renewal = None
+    stale_lease_version = None
     match how:
-        case "expired":
-            await worker.start(query.facts)
-            await expire_lease(worker.pool, query.facts.query_id)
         case "stood still":
-            still_renewal = (await worker.start(query.facts)).lease_renewal
+            stale_lease_version = (await worker.start(query.facts)).lease_renewal
         case "handed back":
             await worker.hand_back(await worker.start(query.facts))
     state = await other.read(query.facts.query_id)
-    ended = await other.end(make_failure(query.facts, state, still_renewal=still_renewal))
+    ended = await other.end(make_failure(query.facts, state, stale_lease_version=stale_lease_version))
     assert ended is not None
     assert (ended.status, ended.sequence, ended.lease_token) == ("Failed", state.sequence + 1, None)
 
@@ -374,22 +382,12 @@ async def test_a_renewal_answers_for_ours_only_and_tells_of_cancellations(worker
     await ask_to_cancel(worker.pool, cancelled.facts.query_id, cancelled.facts.org_id)
     # Another org's cancel of the query that is kept.
     await ask_to_cancel(worker.pool, kept.facts.query_id, new_id())
-    await expire_lease(worker.pool, lost.facts.query_id)
-    await other.start(lost.facts)
+    await other.take_over(lost.facts)
     await worker.finish(finished.facts, states[finished.facts.query_id])
     assert await _renew(worker, *states.values()) == {kept.facts.query_id: False, cancelled.facts.query_id: True}
     before, after = states[kept.facts.query_id], await worker.read(kept.facts.query_id)
     assert before.lease_renewal is not None
     assert after.lease_renewal == before.lease_renewal + 1
-
-
-async def test_a_lease_that_ran_out_and_that_nobody_took_is_renewed(worker: Worker) -> None:
-    query = await worker.admit_new()
-    running = await worker.start(query.facts)
-    await expire_lease(worker.pool, query.facts.query_id)
-    assert not (await worker.read(query.facts.query_id)).lease_alive
-    assert await _renew(worker, running) == {query.facts.query_id: False}
-    assert (await worker.read(query.facts.query_id)).lease_alive
 
 
 async def test_a_hand_back_emits_nothing_and_lets_the_next_attempt_start_at_once(worker: Worker, other: Worker) -> None:
@@ -404,16 +402,15 @@ async def test_a_hand_back_emits_nothing_and_lets_the_next_attempt_start_at_once
     assert taken.started_at == running.started_at
 
 
-async def test_only_crashes_and_expired_leases_count_as_crashes(worker: Worker) -> None:
+async def test_only_crashes_and_dead_leases_count_as_crashes(worker: Worker) -> None:
     query = await worker.admit_new()
     crashes = []
 
     async def start_and(crashed: bool | None) -> None:
-        running = await worker.start(query.facts)
+        # Without a lease the same claim is a common one.
+        running = await worker.take_over(query.facts)
         crashes.append(running.crashes)
-        if crashed is None:
-            await expire_lease(worker.pool, query.facts.query_id)
-        else:
+        if crashed is not None:
             await worker.hand_back(running, crashed=crashed)
 
     for crashed in (False, True, False, None, False, True):
@@ -435,8 +432,7 @@ async def test_every_step_writes_one_event_and_their_positions_rise_with_the_seq
         first = await worker.start(query.facts)
         await worker.hand_back(first)
         await other.start(query.facts)
-        await expire_lease(worker.pool, query.facts.query_id)
-        third = await worker.start(query.facts)
+        third = await worker.take_over(query.facts)
         await worker.finish(query.facts, third)
 
     queries = [await worker.admit_new() for _ in range(8)]
@@ -497,8 +493,6 @@ async def test_the_reaper_ends_overdue_queries_that_nobody_holds_and_nothing_els
     queries = {name: await worker.admit_new() for name in names}
     ids = {name: query.facts.query_id for name, query in queries.items()}
     running = {name: await worker.start(queries[name].facts) for name in names[2:]}
-    for name in ("left", "left too long"):
-        await expire_lease(worker.pool, ids[name])
     await worker.hand_back(running["given back too long"])
     # An attempt that is alive ends itself.
     for name in ("overdue", "runs too long", "left too long", "given back too long"):
@@ -507,7 +501,11 @@ async def test_the_reaper_ends_overdue_queries_that_nobody_holds_and_nothing_els
     rows = {name: await read_row(worker.pool, query_id) for name, query_id in ids.items()}
     stories = {name: await read_story(worker.pool, query_id) for name, query_id in ids.items()}
 
-    assert await Reaper(worker.pool, worker.clock, worker.transitions, 15.0).reap(is_over) == 3
+    # A lease is dead as soon as it is seen twice with the same number.
+    reaper = Reaper(worker.pool, worker.clock, worker.transitions, lease_seconds=0.0)
+    assert await reaper.reap(is_over) == 2
+    await _renew(worker, running["runs too long"])
+    assert await reaper.reap(is_over) == 1
 
     reaped = {
         "overdue": (2, "QUEUE_TIMEOUT", 0),
@@ -526,13 +524,13 @@ async def test_the_reaper_ends_overdue_queries_that_nobody_holds_and_nothing_els
         event = (await read_events(worker.pool, query_id))[-1].event
         assert (event.error_code, event.error_message) == (code, row.error_message)
         assert (await worker.read(query_id)).lease_token is None
-    assert await Reaper(worker.pool, worker.clock, worker.transitions, 15.0).reap(is_over) == 0
+    await _renew(worker, running["runs too long"])
+    assert await reaper.reap(is_over) == 0
 
 
 async def test_what_was_left_behind_waits_for_its_record_while_that_may_come(worker: Worker) -> None:
     query = await worker.admit_new()
     await worker.start(query.facts)
-    await expire_lease(worker.pool, query.facts.query_id)
     await pass_deadline(worker.pool, query.facts.query_id)
     record = query.record
     asked: list[tuple[str, int, int]] = []
@@ -541,13 +539,13 @@ async def test_what_was_left_behind_waits_for_its_record_while_that_may_come(wor
         asked.append((topic, partition, offset))
         return False
 
-    reaper = Reaper(worker.pool, worker.clock, worker.transitions, 15.0)
+    reaper = Reaper(worker.pool, worker.clock, worker.transitions, lease_seconds=0.0)
     # An hour has passed since its deadline, in the test's helper: what waits for longer is forsaken.
     await _change_deadline(worker.pool, query.facts.query_id, "+ interval '10 min'")
     assert await reaper.reap(still_comes) == 0
     assert asked == [(record.topic, record.partition, record.offset)]
     await _change_deadline(worker.pool, query.facts.query_id, "- interval '1 hour'")
-    assert await reaper.reap(still_comes) == 1
+    assert [await reaper.reap(still_comes) for _ in range(2)] == [0, 1]
     assert await read_story(worker.pool, query.facts.query_id) == [_QUEUED, (2, "Running", 1), (3, "Failed", 1)]
 
 
@@ -556,14 +554,6 @@ async def _change_deadline(pool: DataPool, query_id: str, by: str) -> None:
         await connection.execute(
             f"UPDATE query_runs SET deadline = deadline {by} WHERE query_id = %s".encode(), [query_id]
         )
-
-
-async def test_the_reaper_lets_those_go_first_whom_an_outage_kept_from_finishing(worker: Worker) -> None:
-    query = await worker.admit_new()
-    await pass_deadline(worker.pool, query.facts.query_id)
-    # This process has just found the database.
-    assert await Reaper(worker.pool, DatabaseClock(), worker.transitions, 15.0).reap(is_over) == 0
-    assert await read_story(worker.pool, query.facts.query_id) == [_QUEUED]
 
 
 async def test_reapers_of_two_processes_end_a_query_once(worker: Worker, other: Worker) -> None:
@@ -764,7 +754,7 @@ async def test_one_bad_record_does_not_fail_its_batch(worker: Worker) -> None:
     items[2] = replace(items[2], traceparent="\0")
 
     async def run(batch: Any) -> list[Verdict]:
-        return await admit(worker.pool, worker.clock, worker.ages, RULES, batch)
+        return await admit(worker.pool, worker.clock, RULES, batch)
 
     verdicts = await Batcher(run).run_all(items)
     assert [type(verdict) for verdict in verdicts] == [Admitted, Admitted, RowRefused, Admitted, Admitted]
@@ -911,7 +901,7 @@ async def _save(pool: DataPool, org_id: str, user_id: str, visibility: str) -> s
 async def _renew(worker: Worker, *states: RunState) -> dict[str, bool]:
     renewals = [Renewal(state.query_id, state.token or str(uuid.UUID(int=0)), 600.0) for state in states]
     async with worker.pool.connection() as connection:
-        return await renew(connection, renewals, worker.clock.steady_now())
+        return await renew(connection, renewals)
 
 
 async def _count(pool: DataPool, table: str) -> int:
@@ -948,8 +938,8 @@ def _id_of(verdicts: list[Verdict]) -> str:
 async def test_two_ends_of_one_query_in_one_batch_write_one_event(worker: Worker) -> None:
     query = await worker.admit_new()
     running = await worker.start(query.facts)
-    await expire_lease(worker.pool, query.facts.query_id)
-    await asyncio.gather(worker.finish(query.facts, running), worker.end(make_failure(query.facts, running)))
+    taking = make_failure(query.facts, running, stale_lease_version=running.lease_renewal)
+    await asyncio.gather(worker.finish(query.facts, running), worker.end(taking))
     assert len(await read_story(worker.pool, query.facts.query_id)) == 3
     row = await read_row(worker.pool, query.facts.query_id)
     assert row is not None and row.status == "Succeeded"

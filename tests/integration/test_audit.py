@@ -159,7 +159,7 @@ async def place(data_url: str, object_store: ObjectStore, tmp_path: Path) -> Asy
             "AWS_REGION": object_store.region,
         }
         results = ResultStore(object_store.bucket, StoreAccess.from_variables(aws))
-        leases = Leases(pool, worker.clock, _LEASE_SECONDS, _LEASE_SECONDS)
+        leases = Leases(pool, _LEASE_SECONDS, _LEASE_SECONDS)
         attempts = Attempts(
             pool=pool,
             clock=worker.clock,

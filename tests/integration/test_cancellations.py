@@ -256,7 +256,7 @@ async def test_a_query_that_runs_here_is_told_at_once(worker: Worker) -> None:
     query = await worker.admit_new()
     state = await worker.start(query.facts)
     assert state.token is not None
-    leases = Leases(worker.pool, worker.clock, lease_seconds=600.0, renew_seconds=600.0)
+    leases = Leases(worker.pool, lease_seconds=600.0, renew_seconds=600.0)
     lease = Lease(query.facts.query_id, state.token)
     async with _listening(worker, leases):
         leases.add(lease)
@@ -267,7 +267,7 @@ async def test_a_query_that_runs_here_is_told_at_once(worker: Worker) -> None:
 
 async def test_a_query_that_waits_is_ended_without_waiting_for_the_reapers_next_look(worker: Worker) -> None:
     query = await worker.admit_new()
-    leases = Leases(worker.pool, worker.clock, lease_seconds=600.0, renew_seconds=600.0)
+    leases = Leases(worker.pool, lease_seconds=600.0, renew_seconds=600.0)
 
     async def ended() -> bool:
         return await _code(worker, query.facts.query_id) == ("Failed", "QUERY_CANCELLED")

@@ -72,7 +72,7 @@ async def attempts(place: Place, object_store: ObjectStore, tmp_path: Path) -> A
         pool=place.pool,
         clock=worker.clock,
         transitions=worker.transitions,
-        leases=Leases(place.pool, worker.clock, _LONG_SECONDS, _LONG_SECONDS),
+        leases=Leases(place.pool, _LONG_SECONDS, _LONG_SECONDS),
         engine=engine,
         store=place.results,
         rules=AttemptRules(

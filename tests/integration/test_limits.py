@@ -33,7 +33,6 @@ from service.sizes import MUST_BE
 from tests.integration.queries import (
     Worker,
     ask_to_cancel,
-    expire_lease,
     is_over,
     make_claim,
     make_failure,
@@ -101,9 +100,11 @@ async def _admit(worker: Worker, org: str, count: int) -> list[Admitted]:
     return _admitted(await worker.admit(*(make_record(make_request(org_id=org)) for _ in range(count))))
 
 
-async def _claim(worker: Worker, query: Admitted, state: RunState | None = None) -> RunState | Refusal | None:
+async def _claim(
+    worker: Worker, query: Admitted, state: RunState | None = None, stale_lease_version: int | None = None
+) -> RunState | Refusal | None:
     limited = query.limits.running_queries is not None
-    claim = make_claim(query.facts, state or query.state, new_id(), limited=limited)
+    claim = make_claim(query.facts, state or query.state, new_id(), stale_lease_version, limited=limited)
     answer = await worker.claim_or_refuse(claim)
     if isinstance(answer, RunState) and answer.token != claim.token:
         return None
@@ -393,10 +394,9 @@ async def test_a_takeover_of_a_dead_lease_takes_its_place(worker: Worker, worker
     await change(worker.pool, org, {"running_queries": 1})
     left_behind, waiting = await _admit(worker, org, 2)
     running = await worker.start(left_behind.facts)
-    await expire_lease(worker.pool, left_behind.facts.query_id)
-    # A lease that has run out may still be somebody's.
+    # The worker of a dead lease may still run its query.
     assert await _claim(workers[1], waiting) is Refusal.LIMIT
-    taken = await _claim(workers[1], left_behind, running)
+    taken = await _claim(workers[1], left_behind, running, running.lease_renewal)
     assert isinstance(taken, RunState)
     assert (taken.attempt, taken.crashes) == (2, 1)
     assert await _count(worker.pool, "query_leases") == 1

@@ -10,6 +10,7 @@ import psycopg
 import pytest
 
 from db.data.versions.v0004_relay_batches import _RELAY_BATCHES
+from db.data.versions.v0011_no_steady_clock import _FOLD_SKEW
 from db.migrations.upgrade import _UPGRADE_LOCK, upgrade_data, upgrade_state
 from db.state.platform import create_platform_tables
 
@@ -158,6 +159,38 @@ def test_a_relay_that_published_before_batches_were_counted_is_known_to_have_pub
         connection.execute("UPDATE outbox_state SET publishers = '{queryd-relay-0}'")
         connection.execute(_RELAY_BATCHES)
         assert connection.execute("SELECT relay, batches FROM relay_batches").fetchall() == [("queryd-relay-0", 0)]
+
+
+# A query that was written while the server's clock was 401 days ahead of the steady one.
+_STEADY_ROWS = """
+INSERT INTO query_results (id, org_id, mode, status, sql_hash)
+VALUES ('{id}', gen_random_uuid(), 'interactive', 'Running', '');
+INSERT INTO query_runs (query_id, fingerprint, topic, partition, record_offset, traceparent, sequence, last_event,
+                        queued_at, started_at, deadline, ended_at, expires_at)
+SELECT '{id}', '', 'lane', 0, 0, '', 2, '', t, t, t, NULL, t FROM (SELECT now() - interval '401 days' AS t) AS steady;
+INSERT INTO query_leases (query_id, token, worker, renewal, expires_at)
+VALUES ('{id}', gen_random_uuid(), '', 0, now() - interval '401 days');
+UPDATE steady_clock SET skew = interval '401 days', corrected_by = nextval('steady_clock_ranks');
+"""
+
+
+def test_times_of_a_steady_clock_become_the_databases_own(data_url: str) -> None:
+    upgrade_data(data_url)
+    query_id = "5a0c0c62-8a9e-4a8f-8a44-6c3a4f7f4b01"
+    with psycopg.connect(data_url) as connection:
+        connection.execute(_STEADY_ROWS.format(id=query_id).encode())
+        # A second upgrade must not move them again.
+        for _ in range(2):
+            connection.execute(_FOLD_SKEW)
+        [times] = connection.execute(
+            "SELECT queued_at, started_at, deadline, r.expires_at, l.expires_at, now(), ended_at"
+            " FROM query_runs r JOIN query_leases l USING (query_id)"
+        ).fetchall()
+        assert len(set(times[:-1])) == 1
+        assert times[-1] is None
+        # An executor of the release before adopts what a lower rank than its own has corrected; ranks begin with 1.
+        steady = connection.execute("SELECT skew = '0', corrected_by FROM steady_clock").fetchall()
+        assert steady == [(True, 0)]
 
 
 @pytest.mark.parametrize("which", ["upgrade_data", "upgrade_state"])

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from confluent_kafka.admin import AdminClient
 from psycopg import sql
 
 from consumers.executor.story import QueryFacts, tell
-from db.clock import DatabaseClock
 from db.connection import DataPool
 from db.data.outbox import CHANNEL, NewEvent, Progress, read_progress, read_waiting, shard_of
 from db.data.retention import UNTELL
@@ -830,7 +830,7 @@ def _tell_stories(shard: int, queries: int) -> list[NewEvent]:
     """Three events for each of so many new queries of a shard, interleaved."""
     facts = [_make_facts(shard) for _ in range(queries)]
     steps = [(None, Status.QUEUED), (Status.QUEUED, Status.RUNNING), (Status.RUNNING, Status.SUCCEEDED)]
-    now = DatabaseClock().now()
+    now = datetime.now(UTC)
     return [
         tell(fact, sequence=sequence, previous=previous, status=status, attempt=int(sequence > 1), now=now)
         for sequence, (previous, status) in enumerate(steps, start=1)

@@ -565,12 +565,3 @@ async def test_scratch_of_dead_processes_goes_and_a_live_ones_stays(place: Place
     assert (await place.sweep()).scratch == 2
     assert sorted(place.scratch.iterdir()) == sorted([live.path, foreign])
     live.remove()
-
-
-async def test_a_clock_that_was_put_right_long_ago_makes_no_row_old(place: Place) -> None:
-    # The tables were made while the server's clock stood in the past.
-    await place.change("UPDATE steady_clock SET skew = interval '401 days' WHERE only_row = %s", True)
-    attempt = await place.announce()
-    await place.sweep()
-    assert await place.count("query_results") == 1
-    assert place.objects(attempt.prefix) == [attempt.key]

@@ -81,12 +81,10 @@ def make_state(**changes: Any) -> RunState:
         token=None,
         queued_at=NOW,
         started_at=None,
-        overdue=False,
         late=False,
         cancelled=False,
         lease_token=None,
         lease_renewal=None,
-        lease_alive=False,
         read_at=NOW,
     )
     return dataclasses.replace(state, **changes)

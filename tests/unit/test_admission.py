@@ -3,11 +3,10 @@
 import hashlib
 import hmac
 import io
-import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any, cast
 
 import fastavro
@@ -16,7 +15,6 @@ import pytest
 from access.limits import OrgLimits
 from consumers.executor import admission
 from consumers.executor.admission import Admitted, Done, Legible, Refused, Rules, Verdict, admit, read_record
-from consumers.executor.ages import RecordAges
 from db.clock import DatabaseClock
 from db.connection import DataPool
 from db.data.admission import NewQuery, SavedLookup
@@ -252,7 +250,7 @@ class Database:
         return dict.fromkeys(org_ids, defaults)
 
     async def insert_queries(
-        self, _connection: object, queries: Sequence[NewQuery], events: Sequence[NewEvent], _steady_now: datetime
+        self, _connection: object, queries: Sequence[NewQuery], events: Sequence[NewEvent]
     ) -> None:
         self.queries = list(queries)
         self.events = [decode_status(event.payload) for event in events]
@@ -261,9 +259,7 @@ class Database:
                 kept = {name: getattr(query, name) for name in _KEPT}
                 self.states[query.query_id] = make_state(**kept)
 
-    async def read_states(
-        self, _connection: object, query_ids: Iterable[str], _steady_now: datetime
-    ) -> dict[str, RunState]:
+    async def read_states(self, _connection: object, query_ids: Iterable[str]) -> dict[str, RunState]:
         return {query_id: self.states[query_id] for query_id in query_ids if query_id in self.states}
 
     async def read_deleted(self, _connection: object, query_ids: Iterable[str]) -> set[str]:
@@ -286,13 +282,6 @@ _KEPT = (
 )
 
 
-class Clock(DatabaseClock):
-    """A database's clock that does not jump."""
-
-    async def check(self, connection: object) -> None:
-        """Nothing to find."""
-
-
 @pytest.fixture
 def database(monkeypatch: pytest.MonkeyPatch) -> Database:
     made = Database()
@@ -302,9 +291,7 @@ def database(monkeypatch: pytest.MonkeyPatch) -> Database:
 
 
 async def _admit(database: Database, *items: Legible, rules: Rules = RULES) -> list[Verdict]:
-    clock = Clock()
-    clock.tell(NOW)
-    return await admit(cast(DataPool, database), clock, RecordAges(clock), rules, items)
+    return await admit(cast(DataPool, database), DatabaseClock(NOW), rules, items)
 
 
 async def _admit_one(database: Database, item: Legible, rules: Rules = RULES) -> Verdict:
@@ -350,7 +337,7 @@ async def test_of_two_records_in_one_batch_the_first_is_the_querys_own(database:
 
 async def test_a_rows_own_record_redelivered_is_admitted_as_it_now_stands(database: Database) -> None:
     await _admit_one(database, _legible())
-    running = replace(database.states[QUERY_ID], status="Running", sequence=2, attempt=1, lease_alive=True)
+    running = replace(database.states[QUERY_ID], status="Running", sequence=2, attempt=1, lease_token="token")
     database.states[QUERY_ID] = running
     verdict = await _admit_one(database, _legible())
     assert isinstance(verdict, Admitted)
@@ -463,16 +450,11 @@ async def test_a_redelivered_query_keeps_the_trace_that_it_began(database: Datab
     assert again.facts.traceparent == first.facts.traceparent
 
 
-async def test_waiting_counts_from_the_append_and_goes_on_after_the_poll(database: Database) -> None:
-    stamped = round(NOW.timestamp() * 1000) - 30_000
-    waiting = make_record(encode(make_request()), timestamp_ms=stamped)
-    polled = make_record(
-        encode(make_request(query_id=OTHER_ID)), appended_by_broker=False, polled_at=time.monotonic() - 5.0
-    )
-    await _admit(database, _read(waiting), _read(polled))
-    waited = {row.query_id: row.waited_seconds for row in database.queries}
-    assert 30.0 <= waited[QUERY_ID] < 60.0
-    assert 5.0 <= waited[OTHER_ID] < 25.0
+async def test_waiting_counts_from_the_brokers_append_and_no_producer_sets_it(database: Database) -> None:
+    stamped = make_record(encode(make_request()), timestamp_ms=1_500)
+    unstamped = make_record(encode(make_request(query_id=OTHER_ID)), timestamp_ms=1_500, appended_by_broker=False)
+    await _admit(database, _read(stamped), _read(unstamped))
+    assert {row.query_id: row.appended_at for row in database.queries} == {QUERY_ID: 1.5, OTHER_ID: None}
 
 
 async def test_each_lane_has_its_own_queue_time(database: Database) -> None:

@@ -88,7 +88,7 @@ def test_row_and_event_of_a_success_agree() -> None:
     assert (event.files, event.columns) == ((FILE,), (Column("n", "BIGINT"),))
     assert (event.bytes_scanned, event.queued_ms, event.engine) == (99, 12, "duckdb 1.5.5")
     assert (event.user_id, event.task_id, event.output_format) == (ORG_ID, QUERY_ID, OutputFormat.PARQUET)
-    assert (ending.token, ending.still_renewal) == (TOKEN, None)
+    assert (ending.token, ending.stale_lease_version) == (TOKEN, None)
     assert event.error_code is None
 
 
@@ -116,10 +116,10 @@ def test_row_and_event_of_a_failure_agree(code: ErrorCode) -> None:
 
 def test_a_query_that_nobody_holds_ends_without_a_token() -> None:
     queued = make_state(status="Queued", sequence=1)
-    ending = fail(FACTS, queued, overdue_failure(Status.QUEUED), now=NOW, still_renewal=7)
+    ending = fail(FACTS, queued, overdue_failure(Status.QUEUED), now=NOW, stale_lease_version=7)
     event = decode_status(ending.payload)
     _assert_agree(ending, event)
-    assert (ending.token, ending.still_renewal, ending.sequence) == (None, 7, 1)
+    assert (ending.token, ending.stale_lease_version, ending.sequence) == (None, 7, 1)
     assert (event.previous_status, event.attempt, event.error_code) == (Status.QUEUED, 0, ErrorCode.QUEUE_TIMEOUT)
 
 

@@ -5,9 +5,9 @@ import asyncio
 import pytest
 
 from db.connection import DatabaseUnavailable
-from db.retrying import ASKED_AGAIN_SECONDS, until_available
+from db.retrying import until_available
 
-_MOST_SECONDS = ASKED_AGAIN_SECONDS
+_MOST_SECONDS = 6.0
 
 
 class Dependency:
