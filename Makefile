@@ -26,7 +26,7 @@ stoppable = trap 'kill -TERM $$p 2>/dev/null' INT TERM; $(1) & p=$$!; wait $$p; 
 	while kill -0 $$p 2>/dev/null; do wait $$p; code=$$?; done; exit $$code
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo up test check format lint types imports faults soak bench clean
+.PHONY: demo up test test-all test-unit check format lint types imports faults soak bench clean
 
 demo: $(VENV)/demo-installed
 	@$(call stoppable,$(BIN)/queryd demo $(ARGS))
@@ -36,10 +36,21 @@ up: $(VENV)/demo-installed
 
 # Two workers, for most tests wait for servers that they have started. A file's tests stay together, as they share such
 # servers, and files keep their order: the long ones come first. ARGS='-n 0' is one process, for a debugger.
-test: $(VENV)/dev-installed
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-check: format lint types imports test
+# What the embedded servers can show in minutes.
+test: $(VENV)/dev-installed
+	@QUERYD_TEST_BROKER=$${QUERYD_TEST_BROKER:-embedded} $(PYTEST) -m 'not slow' $(ARGS)
+
+# Everything, on Apache Kafka where Docker or Java and Maven are.
+test-all: $(VENV)/dev-installed
+	@$(PYTEST) $(ARGS)
+
+# No server is started.
+test-unit: $(VENV)/dev-installed
+	@$(PYTEST) tests/unit tests/contract -m 'not slow' $(ARGS)
+
+check: format lint types imports test-all
 
 format: $(VENV)/dev-installed
 	$(BIN)/ruff format --check .

@@ -46,6 +46,7 @@ def _queryd(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_second_up_in_one_directory_is_refused_and_leaves_the_first_alone(stack: Stack) -> None:
     before = (stack.folder / ".queryd/env").read_text()
     second = _queryd(stack.folder, "up")
@@ -62,6 +63,7 @@ def test_a_query_is_submitted_waited_for_and_fetched(stack: Stack) -> None:
     assert _queryd(stack.folder, "fetch", query_id).stdout.split() == ["answer", "42"]
 
 
+@pytest.mark.slow
 def test_an_inline_result_is_printed_at_once_and_can_be_fetched(stack: Stack, tmp_path: Path) -> None:
     asked = ("submit", "SELECT 42 AS answer", "--org", ORG, "--format", "csv", "--inline", "--wait")
     submitted = _queryd(stack.folder, *asked)
@@ -88,6 +90,7 @@ def test_an_inline_result_is_printed_at_once_and_can_be_fetched(stack: Stack, tm
 _ENDLESS = "SELECT sum(a.range * b.range) FROM range(10000000) a, range(10000000) b"
 
 
+@pytest.mark.slow
 def test_a_waiting_submit_prints_the_id_at_once_and_each_status(stack: Stack) -> None:
     waiting = subprocess.Popen(
         [sys.executable, "-m", "queryd", "submit", _ENDLESS, "--org", ORG, "--inline", "--wait"],
@@ -118,6 +121,7 @@ def test_a_waiting_submit_prints_the_id_at_once_and_each_status(stack: Stack) ->
     assert (again.returncode, "note: the query is cancelled" in again.stdout) == (0, True)
 
 
+@pytest.mark.slow
 def test_a_cancel_prints_the_status_of_its_query(stack: Stack) -> None:
     submitted = _queryd(stack.folder, "submit", "SELECT 1", "--org", ORG, "--wait", "--json")
     query_id = json.loads(submitted.stdout)["query_id"]
@@ -133,6 +137,7 @@ def test_a_cancel_prints_the_status_of_its_query(stack: Stack) -> None:
     assert (strangers["status"], strangers["note"]) == (None, unknown["note"])
 
 
+@pytest.mark.slow
 def test_limits_of_a_request_and_texts_that_look_like_numbers(stack: Stack) -> None:
     many = ("submit", "SELECT * FROM range(10)", "--org", ORG, "--wait", "--json")
     assert json.loads(_queryd(stack.folder, *many, "--max-rows", "9").stdout)["error_code"] == "RESULT_TOO_LARGE"
@@ -145,6 +150,7 @@ def test_limits_of_a_request_and_texts_that_look_like_numbers(stack: Stack) -> N
     assert typed.stdout.endswith("\nt\nVARCHARVARCHAR\n")
 
 
+@pytest.mark.slow
 def test_an_orgs_queries_are_listed_by_time_and_status(stack: Stack) -> None:
     org, other = str(uuid.uuid4()), str(uuid.uuid4())
     before = datetime.now(UTC)
@@ -171,6 +177,7 @@ def test_an_orgs_queries_are_listed_by_time_and_status(stack: Stack) -> None:
     assert _queryd(stack.folder, "list", "--org", org, "--since", "yesterday").returncode == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["gone", "longer", "other bytes"])
 def test_a_result_with_a_wrong_size_or_checksum_is_not_written(stack: Stack, tmp_path: Path, change: str) -> None:
     submitted = _queryd(stack.folder, "submit", "SELECT 42 AS a", "--org", ORG, "--format", "csv", "--wait", "--json")
@@ -196,6 +203,7 @@ def test_a_result_with_a_wrong_size_or_checksum_is_not_written(stack: Stack, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_running_query_is_cancelled_by_its_org_and_by_no_other(stack: Stack) -> None:
     submitted = _queryd(stack.folder, "submit", _ENDLESS, "--org", ORG, "--json")
     query_id = json.loads(submitted.stdout)["query_id"]
@@ -209,6 +217,7 @@ def test_a_running_query_is_cancelled_by_its_org_and_by_no_other(stack: Stack) -
     assert (answer["attempt"], answer["output_location"]) == (1, None)
 
 
+@pytest.mark.slow
 def test_a_cancel_before_its_request_wins(stack: Stack) -> None:
     query_id = str(uuid.uuid4())
     assert _queryd(stack.folder, "cancel", query_id, "--org", ORG).returncode == 0
@@ -217,6 +226,7 @@ def test_a_cancel_before_its_request_wins(stack: Stack) -> None:
     assert json.loads(submitted.stdout)["error_code"] == "QUERY_CANCELLED"
 
 
+@pytest.mark.slow
 def test_a_finished_query_stays_finished(stack: Stack) -> None:
     submitted = _queryd(stack.folder, "submit", "SELECT 1", "--org", ORG, "--wait", "--json")
     query_id = json.loads(submitted.stdout)["query_id"]
@@ -240,6 +250,7 @@ def _await_row(stack: Stack, statement: str, *values: str) -> None:
             time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_an_id_that_was_used_for_another_query_is_no_success(stack: Stack) -> None:
     assert _queryd(stack.folder, "submit", "SELECT 1", "--org", ORG, "--id", USED, "--wait").returncode == 0
     again = _queryd(stack.folder, "submit", "SELECT 2", "--org", ORG, "--id", USED, "--wait")
@@ -247,6 +258,7 @@ def test_an_id_that_was_used_for_another_query_is_no_success(stack: Stack) -> No
     assert "was used before" in again.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -267,6 +279,7 @@ def test_what_was_asked_wrongly_is_one_sentence_and_exit_2(
     assert sentence in answer.stderr
 
 
+@pytest.mark.slow
 def test_an_output_that_cannot_be_written_is_one_sentence(stack: Stack, tmp_path: Path) -> None:
     query = _queryd(stack.folder, "submit", "SELECT 1 AS x", "--org", ORG, "--format", "csv", "--wait")
     query_id = query.stdout.splitlines()[0].removeprefix("query id: ")
@@ -315,6 +328,7 @@ _PAGE = {
 }
 
 
+@pytest.mark.slow
 def test_the_code_of_the_clients_page_runs_as_printed(stack: Stack) -> None:
     # In one program: the events are of the org whose queries the first section has submitted.
     code = "".join(block for section in _PAGE for block in read_blocks("docs/clients.md", "python", section))
@@ -331,6 +345,7 @@ def test_the_code_of_the_clients_page_runs_as_printed(stack: Stack) -> None:
     assert re.fullmatch("".join(_PAGE.values()), ran.stdout), ran.stdout
 
 
+@pytest.mark.slow
 def test_the_projector_of_the_clients_page_keeps_its_table(stack: Stack) -> None:
     [code] = read_blocks("docs/clients.md", "python", "Your own tables")
     running = subprocess.Popen(

@@ -143,14 +143,17 @@ def assert_passed(done: "subprocess.CompletedProcess[str]") -> None:
     assert "Traceback" not in done.stderr + done.stdout
 
 
+@pytest.mark.slow
 def test_the_demo_passes_from_a_clean_clone_with_spaces_and_letters_in_its_path(clone: Clone) -> None:
     assert_passed(clone.run("make", "demo"))
 
 
+@pytest.mark.slow
 def test_the_demo_ignores_the_shells_variables_for_other_programs(clone: Clone) -> None:
     assert_passed(clone.run("make", "demo", environment=HOSTILE))
 
 
+@pytest.mark.slow
 def test_the_demo_needs_neither_a_home_nor_a_locale(clone: Clone) -> None:
     bare = ("env", "-u", "HOME", "LC_ALL=C", "COLUMNS=60")
     done = clone.run(*bare, "make", "demo")
@@ -161,6 +164,7 @@ def test_the_demo_needs_neither_a_home_nor_a_locale(clone: Clone) -> None:
     assert "…" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_demo_beside_a_running_stack_is_its_own_and_a_second_one_is_refused(clone: Clone) -> None:
     with _up(clone) as up:
         settings = read_env_file(clone.folder / ".queryd" / "env")
@@ -182,6 +186,7 @@ def test_a_demo_beside_a_running_stack_is_its_own_and_a_second_one_is_refused(cl
         assert up.poll() is None
 
 
+@pytest.mark.slow
 def test_ports_stay_over_a_restart_and_a_stale_or_stopped_stack_is_named(clone: Clone) -> None:
     command = str(clone.folder / ".venv/bin/queryd")
     path = clone.folder / ".queryd" / "env"
@@ -207,6 +212,7 @@ def test_ports_stay_over_a_restart_and_a_stale_or_stopped_stack_is_named(clone: 
         assert "Succeeded" in submitted.stdout, submitted.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offset", [0, 1, 2])
 def test_a_taken_port_is_one_line_and_exit_2(clone: Clone, offset: int) -> None:
     (port,) = pick_ports(1)
@@ -225,6 +231,7 @@ def heeded_sigint() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("heeded_sigint")
 @pytest.mark.parametrize("target", ["demo", "up"])
 @pytest.mark.parametrize("seconds", [0.1, 0.3, 0.6, 1.0, 2.0, 3.0])
@@ -238,6 +245,7 @@ def test_ctrl_c_leaves_no_traceback_and_no_process(clone: Clone, target: str, se
     assert not running_in(clone.folder)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("heeded_sigint")
 def test_an_environment_that_was_interrupted_while_it_was_made_is_made_again(wheels: Path) -> None:
     with make_clone("interrupted") as folder:

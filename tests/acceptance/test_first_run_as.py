@@ -29,18 +29,21 @@ def root() -> None:
     assert shutil.which("make") is not None, "QUERYD_TEST_MATRIX=all needs make"
 
 
+@pytest.mark.slow
 def test_the_demo_passes_as_root_in_a_private_folder(wheels: Path) -> None:
     with make_clone("private", mode=0o700) as folder:
         assert_passed(Clone(folder, wheels).run("make", "demo"))
         _assert_nothing_is_left(folder)
 
 
+@pytest.mark.slow
 def test_the_demo_passes_as_root_whose_files_are_private(wheels: Path) -> None:
     with make_clone("umask") as folder:
         assert_passed(Clone(folder, wheels, umask=0o077).run("make", "demo"))
         _assert_nothing_is_left(folder)
 
 
+@pytest.mark.slow
 def test_the_demo_passes_as_an_ordinary_user_with_every_variable_set(wheels: Path) -> None:
     with make_clone("ordinary", user=_ORDINARY) as folder:
         clone = Clone(folder, wheels, user=_ORDINARY)

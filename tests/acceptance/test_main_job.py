@@ -229,6 +229,7 @@ def test_a_killed_executor_loses_and_doubles_nothing(stack: Stack, contract: Con
     assert play(stack, contract, count, wound, Rules()) == []
 
 
+@pytest.mark.slow
 def test_a_killed_relay_loses_and_doubles_nothing(stack: Stack, kafka: Kafka, contract: Contract) -> None:
     count = 300
 
@@ -240,6 +241,7 @@ def test_a_killed_relay_loses_and_doubles_nothing(stack: Stack, kafka: Kafka, co
     assert play(stack, contract, count, wound, Rules(events_may_repeat=not kafka.transactions)) == []
 
 
+@pytest.mark.slow
 def test_a_killed_projector_loses_and_doubles_nothing(stack: Stack, contract: Contract) -> None:
     count = 300
 
@@ -403,6 +405,7 @@ def _needs(*programs: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)}: not installed here")
 
 
+@pytest.mark.slow
 @pytest.mark.needs_kafka
 @pytest.mark.parametrize(
     "way",

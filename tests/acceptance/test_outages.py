@@ -21,6 +21,7 @@ def servers(tmp_path: Path, lifeline: Lifeline) -> Iterator[Servers]:
         yield opened
 
 
+@pytest.mark.slow
 def test_postgres_away_at_the_start_and_later_is_waited_for(servers: Servers) -> None:
     servers.postgres.stop()
     with servers.client as client, servers.running(_SERVICES):
@@ -38,6 +39,7 @@ def test_postgres_away_at_the_start_and_later_is_waited_for(servers: Servers) ->
     assert not [line for line in log if line["level"] in ("error", "critical")]
 
 
+@pytest.mark.slow
 def test_s3_away_is_waited_for_and_the_result_is_whole(servers: Servers) -> None:
     with servers.client as client, servers.running(_SERVICES):
         assert client.submit("SELECT 1 AS one", org_id=ORG).wait(PATIENCE_SECONDS).status is Status.SUCCEEDED

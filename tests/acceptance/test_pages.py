@@ -23,6 +23,7 @@ def stack() -> Iterator[Stack]:
         yield running
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", FOLLOWED)
 def test_it_runs_as_printed_from_top_to_bottom(page: str, stack: Stack) -> None:
@@ -91,6 +92,7 @@ def test_a_failing_command_is_reported_with_its_line_and_output(tmp_path: Path) 
     assert "out" in str(broken.value) and "lost" in str(broken.value)
 
 
+@pytest.mark.slow
 def test_an_id_is_the_one_that_was_printed(tmp_path: Path) -> None:
     shell = PageShell(tmp_path, make_environment())
     first = "aaaaaaaa-aaaa-4aaa-8aaa-aaaaaaaaaaaa"

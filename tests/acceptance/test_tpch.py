@@ -88,6 +88,7 @@ def _fill(source: duckdb.DuckDBPyConnection, settings: dict[str, str], folder: P
                 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("org_id", [_PARQUET_ORG, _MIXED_ORG], ids=["parquet", "half in postgres"])
 @pytest.mark.timeout(1200)
 def test_all_22_queries_have_the_known_answers(warehouse: Warehouse, org_id: str) -> None:
@@ -100,6 +101,7 @@ def test_all_22_queries_have_the_known_answers(warehouse: Warehouse, org_id: str
     assert len(warehouse.questions) == 22
 
 
+@pytest.mark.slow
 def test_a_wrong_answer_is_found(warehouse: Warehouse) -> None:
     """The comparison can fail: another query's answer, and one digit."""
     first, second = warehouse.questions[:2]

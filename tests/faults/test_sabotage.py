@@ -130,6 +130,7 @@ def take_the_store_away(stack: SmallStack) -> None:
 _AWAY = '"dependency": "s3", "reason"'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sabotage", "executors", "fault", "invariant"),
     [
@@ -150,6 +151,7 @@ def test_the_judge_finds(
     assert invariant in {violation.invariant for violation in found}, [str(violation) for violation in found]
 
 
+@pytest.mark.slow
 def test_the_judge_finds_nothing_in_the_product_itself_but_what_is_planted_there(run: _Run) -> None:
     with run(executors=2) as stack:
         for fault in FAULTS:

@@ -26,6 +26,7 @@ def test_a_mutant_is_made_again_by_its_seed_and_number() -> None:
     assert Mutator(3).make(1) != Mutator(4).make(1)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_mutants_find_no_way_through_the_gate() -> None:
     assert len(MUTATIONS) >= 10
@@ -37,6 +38,7 @@ def test_mutants_find_no_way_through_the_gate() -> None:
     assert len(counts.trees) > 0.2 * counts.mutants
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("check", SABOTAGES)
 def test_the_run_finds_the_hole_that_a_missing_check_leaves(check: str) -> None:

@@ -270,6 +270,7 @@ def reading(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
     return event
 
 
+@pytest.mark.slow
 async def test_a_read_that_runs_into_its_time_limit_is_recorded(place: Place, tmp_path: Path) -> None:
     await place.add_dataset(tmp_path)
     query_id = await place.run(_ENDLESS, timeout_seconds=2)
@@ -303,6 +304,7 @@ async def test_a_read_that_is_cancelled_is_recorded(place: Place, tmp_path: Path
     assert place.columns(admitted.facts.query_id) == [("people", "name")]
 
 
+@pytest.mark.slow
 async def test_a_read_that_its_store_cuts_off_is_recorded_and_the_event_names_the_outage(
     place: Place, tmp_path: Path
 ) -> None:
@@ -396,6 +398,7 @@ async def test_an_error_tells_its_author_more_than_anybody_else(place: Place, tm
     assert place.columns(query_id) == [("people", "name")]
 
 
+@pytest.mark.slow
 async def test_an_error_goes_with_its_retention_and_not_before(place: Place, tmp_path: Path) -> None:
     query_id = await place.run("SELECT CAST('x' AS INTEGER)")
     [key] = place.objects(query_id)

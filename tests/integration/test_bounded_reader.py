@@ -61,6 +61,7 @@ def _stopped_before_the_first_fetch(broker: Broker, monkeypatch: pytest.MonkeyPa
         waking.join()
 
 
+@pytest.mark.slow
 def test_all_records_from_the_starts_to_the_ends_are_read(kafka: Kafka, unique_topic: Callable[..., str]) -> None:
     config, topic = config_of(kafka), unique_topic(3)
     # The third partition stays empty.
@@ -105,6 +106,7 @@ def test_a_topic_without_records_is_at_its_end(kafka: Kafka, unique_topic: Calla
     assert _read(config_of(kafka), unique_topic(3), {0: 0, 1: 0, 2: 0}) == set()
 
 
+@pytest.mark.slow
 def test_a_broker_that_answers_late_is_waited_for(own_broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     config = {"bootstrap.servers": own_broker.bootstrap}
     _make_topic(config)

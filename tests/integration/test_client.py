@@ -106,6 +106,7 @@ def test_a_submitted_request_is_in_its_lane_and_its_story_is_followed(
     assert handle.wait(PATIENCE_SECONDS) == story[-1] == handle.event
 
 
+@pytest.mark.slow
 def test_a_query_that_was_finished_before_the_client_was_made_is_found_in_the_log(config: dict[str, Any]) -> None:
     stories = [make_story() for _ in range(20)]
     publish(config, *(event for story in stories for event in story))
@@ -249,6 +250,7 @@ def test_a_result_is_a_table_or_its_batches_or_links(
         assert parquet.read_table(BytesIO(answer.read())).equals(TABLE)
 
 
+@pytest.mark.slow
 def test_an_inline_result_is_read_from_its_event_and_has_no_links(config: dict[str, Any], client: QueryClient) -> None:
     body = b"n,text\r\n1,NULL\r\n2,\r\n"
     columns = (Column("n", "BIGINT"), Column("text", "VARCHAR"))
@@ -314,6 +316,7 @@ def test_a_failed_query_has_its_reason_and_no_result(config: dict[str, Any], cli
 # The twin.
 
 
+@pytest.mark.slow
 async def test_the_async_client_does_the_same(config: dict[str, Any], store: ObjectStore) -> None:
     stored, deleted = _store(store, _to_parquet(TABLE)), make_story()
     await publish_async(config, *stored, *deleted, deleted[0].query_id)

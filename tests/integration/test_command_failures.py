@@ -204,6 +204,7 @@ def test_the_matrix_has_every_command() -> None:
         assert name in _STARTED_ELSEWHERE or any(each == name or each.startswith(f"{name} ") for each in listed), name
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(_MINUTES)
 def test_whatever_is_wrong_is_one_line_and_a_code_of_the_table(answers: list[tuple[Cell, Answer]]) -> None:
     problems = [

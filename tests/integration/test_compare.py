@@ -103,6 +103,7 @@ async def _compare_two(place: Place, original: str, new: str) -> tuple[Verdict, 
     return judged.verdict, judged.differences
 
 
+@pytest.mark.slow
 async def test_the_changed_ones_are_found_and_no_other(place: Place, tmp_path: Path) -> None:
     one, two = _export(tmp_path, _SUMS.format(20_000), 1), _export(tmp_path, _SUMS.format(20_000), 2)
     originals = [(await _announce(place, one, duration_ms=10)).query_id for _ in range(60)]

@@ -54,6 +54,7 @@ def _read_stories(url: str) -> dict[str, list[bytes]]:
     return stories
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_plain_again")
 async def test_requests_in_either_format_are_answered_in_confluents(
     data_url: str, kafka: dict[str, Any], tmp_path: Path

@@ -35,6 +35,7 @@ async def _poll_until(reader: Subscription, lags: dict[tuple[str, int], int], re
             records += await reader.poll()
 
 
+@pytest.mark.slow
 async def test_lag_is_what_is_not_finished(kafka: Kafka, reader: tuple[Subscription, str]) -> None:
     subscription, topic = reader
     producer = Producer(config_of(kafka))

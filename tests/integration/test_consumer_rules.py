@@ -83,6 +83,7 @@ def new_group(kafka: Kafka) -> Iterator[NewGroup]:
 # Rebalances.
 
 
+@pytest.mark.slow
 async def test_a_member_that_stalled_commits_nothing_and_its_late_work_does_not_count(
     kafka: Kafka, unique_topic: NewTopic, new_group: NewGroup
 ) -> None:
@@ -178,6 +179,7 @@ def _assert_lost_and_never_committed(stalled: str, other: str, *, together: bool
         assert of_other[-1] == ("revoke", 1)
 
 
+@pytest.mark.slow
 async def test_members_come_go_stall_and_die_at_random_and_nothing_is_lost(
     kafka: Kafka, unique_topic: NewTopic, new_group: NewGroup
 ) -> None:
@@ -265,6 +267,7 @@ async def _watch(group: Group, partitions: list[Partition]) -> None:
         await asyncio.sleep(_WATCH_SECONDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 async def test_storing_refuses_what_a_member_no_longer_owns(
     kafka: Kafka, unique_topic: NewTopic, new_group: NewGroup, protocol: str
@@ -286,6 +289,7 @@ async def test_storing_refuses_what_a_member_no_longer_owns(
     await b.close()
 
 
+@pytest.mark.slow
 async def test_a_member_a_topic_shares_out_each_topic_evenly(
     kafka: Kafka, unique_topic: NewTopic, new_group: NewGroup
 ) -> None:
@@ -307,6 +311,7 @@ async def test_a_member_a_topic_shares_out_each_topic_evenly(
 # The loop.
 
 
+@pytest.mark.slow
 async def test_a_full_window_is_no_stall(kafka: Kafka, unique_topic: NewTopic, new_group: NewGroup) -> None:
     """Rules 13 and 15: paused for longer than `max.poll.interval.ms`, the member stays, and nothing comes twice."""
     topic = unique_topic(2)
@@ -402,6 +407,7 @@ async def test_records_of_a_failed_assignment_are_read_by_the_next_subscription(
     }
 
 
+@pytest.mark.slow
 async def test_a_drain_that_fails_in_a_revoke_loses_nothing(
     kafka: Kafka, unique_topic: NewTopic, new_group: NewGroup, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -348,6 +348,7 @@ _ODD_NAMES = (
 )
 
 
+@pytest.mark.slow
 async def test_every_name_that_can_be_registered_can_be_read(stores: Stores, tmp_path: Path) -> None:
     for name in _ODD_NAMES:
         check_dataset(_new(new_id(), name))
@@ -497,6 +498,7 @@ def _json(*arguments: str) -> Any:
     return json.loads(out)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("reachable")
 def test_the_command_registers_shows_grants_and_removes(stores: Stores) -> None:
     org, other, user = new_id(), new_id(), new_id()
@@ -528,6 +530,7 @@ def test_the_command_registers_shows_grants_and_removes(stores: Stores) -> None:
         assert (code, out, err) == (1, "", "queryd: the org has no dataset of that name\n")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("reachable")
 def test_the_command_refuses_what_is_not_there_unless_told_not_to_look(stores: Stores) -> None:
     org = new_id()
@@ -548,6 +551,7 @@ def test_the_command_refuses_what_is_not_there_unless_told_not_to_look(stores: S
     assert _json("show", "x", "--org", org, "--no-check")["location"] == "public.nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("reachable")
 def test_a_replacement_that_deletes_grants_asks_first(stores: Stores) -> None:
     org = new_id()

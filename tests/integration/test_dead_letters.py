@@ -118,6 +118,7 @@ async def test_a_dead_letter_is_the_record_as_received_and_says_why(place: Place
     }
 
 
+@pytest.mark.slow
 async def test_every_letter_of_a_batch_is_written_under_its_own_code(place: Place, dead_letters: DeadLetters) -> None:
     letters = [_make_letter(code=code) for code in DeadCode]
     await dead_letters.write(letters)
@@ -152,6 +153,7 @@ async def test_how_often_a_record_was_driven_again_is_kept(place: Place, dead_le
 # Once, whatever happens.
 
 
+@pytest.mark.slow
 async def test_a_record_that_is_read_again_is_no_second_letter(place: Place, dead_letters: DeadLetters) -> None:
     letter, other = _make_letter(), _make_letter()
     await dead_letters.write([letter])
@@ -165,6 +167,7 @@ async def test_a_record_that_is_read_again_is_no_second_letter(place: Place, dea
         assert len(await _read_dead(place.kafka, sent)) == 1
 
 
+@pytest.mark.slow
 async def test_two_owners_of_a_record_write_one_letter(place: Place) -> None:
     letters = [_make_letter() for _ in range(3)]
     await asyncio.gather(*(_open_dead_letters(place).write(letters[:: 1 - 2 * (number % 2)]) for number in range(6)))
@@ -190,6 +193,7 @@ async def test_a_letter_that_a_former_release_may_not_have_written_is_written(pl
 # What can't be written.
 
 
+@pytest.mark.slow
 async def test_a_record_that_the_topic_would_refuse_is_not_skipped(place: Place) -> None:
     # Random bytes stay as large as they are, however they are compressed.
     refused, small = _make_letter(value=random.Random(7).randbytes(_TOO_LARGE)), _make_letter()
@@ -235,6 +239,7 @@ async def test_a_relay_holds_no_more_headers_and_keys_than_a_batch(place: Place,
             assert len(await read_waiting(connection, [DEAD_LETTER_SHARD], 500, max_bytes)) == count
 
 
+@pytest.mark.slow
 @pytest.mark.needs_kafka
 @pytest.mark.parametrize("compressible", [False, True])
 async def test_large_letters_survive_unchanged(place: Place, compressible: bool) -> None:

@@ -43,6 +43,7 @@ def test_a_store_that_refuses_our_clock_is_missing(
     assert not _has_bucket(client, object_store.bucket)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("userinfo", "port", "database", "reason"),
     [

@@ -80,6 +80,7 @@ def _instead(url: str, *, userinfo: str | None = None, database: str | None = No
     return parts.geturl()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("environment")
 def test_kafka_that_is_not_there() -> None:
     assert _find("kafka").advice.startswith("no broker answers: is Kafka up")
@@ -111,6 +112,7 @@ def test_what_postgres_refuses_is_told_apart(
     assert "QUERYD_DATA_URL" in finding.advice
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_kafka")
 def test_a_database_without_our_tables_is_told_apart_from_one_that_is_away(postgres_server: Postgres) -> None:
     said = _find("postgres state").advice
@@ -139,6 +141,7 @@ def test_a_state_database_that_only_lacks_the_platforms_tables_is_sent_to_them(s
     assert "upgrade" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_kafka")
 def test_databases_that_are_swapped_are_recognised_and_not_upgraded(data_url: str, state_url: str) -> None:
     create_platform_tables(state_url)
@@ -190,6 +193,7 @@ def test_findings_fit_the_terminal(
     assert " ".join(line.strip() for line in lines[1:]) == advice
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_kafka")
 def test_what_must_be_so_in_the_embedded_stack_is_no_warning_there(
     postgres_server: Postgres, data_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -212,6 +216,7 @@ def test_what_must_be_so_in_the_embedded_stack_is_no_warning_there(
     assert (_find("relay").state, _find("datasets in postgres").state) == ("warning", "warning")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_kafka")
 def test_what_s3_refuses_is_told_apart(object_store: ObjectStore) -> None:
     assert _find("s3") == Finding("s3", "well", f"bucket {object_store.bucket}")
@@ -228,6 +233,7 @@ def test_what_s3_refuses_is_told_apart(object_store: ObjectStore) -> None:
     assert _find("s3").advice.startswith("nobody listens there")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_kafka")
 @pytest.mark.parametrize(
     ("mode", "state", "advice"),

@@ -104,6 +104,7 @@ def test_no_server_is_in_our_process_group(stack: EmbeddedStack) -> None:
     assert os.getpgrp() not in {os.getpgid(process.pid) for process in _wardens_and_servers(psutil.Process())}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["stop", "kill"])
 def test_the_s3_server_leaves_no_socket_outside_its_directory(tmp_path: Path, lifeline: Lifeline, end: str) -> None:
     store = ObjectStore(tmp_path, tmp_path / "s3.log", lifeline)
@@ -166,6 +167,7 @@ def test_no_grpc_server_of_the_s3_server_talks_to_a_client_without_our_certifica
         assert _is_refused_without_certificate(port)
 
 
+@pytest.mark.slow
 def test_those_probes_find_an_open_s3_server(
     tmp_path: Path, lifeline: Lifeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +218,7 @@ def test_a_database_is_made_once_and_dropped_under_its_sessions(stack: EmbeddedS
             session.execute("SELECT 1")
 
 
+@pytest.mark.slow
 def test_a_killed_server_is_noticed_and_starts_again_where_it_was(tmp_path: Path, lifeline: Lifeline) -> None:
     store = ObjectStore(tmp_path, tmp_path / "s3.log", lifeline)
     store.start()
@@ -232,6 +235,7 @@ def test_a_killed_server_is_noticed_and_starts_again_where_it_was(tmp_path: Path
         store.stop()
 
 
+@pytest.mark.slow
 def test_data_and_ports_survive_stop_and_kill(tmp_path: Path) -> None:
     with EmbeddedStack(tmp_path) as first:
         _write(first, 1)
@@ -247,6 +251,7 @@ def test_data_and_ports_survive_stop_and_kill(tmp_path: Path) -> None:
         assert _read(third) == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_port_that_another_program_has_taken_since_is_replaced(tmp_path: Path) -> None:
     with EmbeddedStack(tmp_path) as first:
         _write(first, 1)
@@ -260,6 +265,7 @@ def test_a_port_that_another_program_has_taken_since_is_replaced(tmp_path: Path)
             assert _read(second) == [1]
 
 
+@pytest.mark.slow
 def test_kill_9_of_the_owner_leaves_no_process(tmp_path: Path) -> None:
     with _owner(tmp_path / "stack") as owner:
         born = _below(psutil.Process(owner.pid))
@@ -270,6 +276,7 @@ def test_kill_9_of_the_owner_leaves_no_process(tmp_path: Path) -> None:
         _assert_gone(born)
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_owners_group_does_not_reach_the_servers(tmp_path: Path) -> None:
     with _owner(tmp_path / "stack") as owner:
         born = _wardens_and_servers(psutil.Process(owner.pid))
@@ -282,6 +289,7 @@ def test_a_signal_to_the_owners_group_does_not_reach_the_servers(tmp_path: Path)
         _assert_gone(born)
 
 
+@pytest.mark.slow
 def test_kill_9_of_the_wardens_leaves_no_process(tmp_path: Path) -> None:
     with _owner(tmp_path / "stack") as owner:
         wardens = psutil.Process(owner.pid).children()
@@ -322,6 +330,7 @@ def test_a_server_that_cannot_start_says_where_its_log_is(tmp_path: Path, lifeli
     assert not postgres.server.running
 
 
+@pytest.mark.slow
 def test_a_second_stack_runs_beside_the_first(stack: EmbeddedStack, tmp_path: Path) -> None:
     with EmbeddedStack(tmp_path) as other:
         assert other.broker is not None
@@ -344,6 +353,7 @@ def test_a_lost_port_is_replaced_by_another(
         postgres.stop()
 
 
+@pytest.mark.slow
 def test_one_directory_has_one_server(tmp_path: Path, lifeline: Lifeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(servers, "_LOCK_SECONDS", 0.1)
     first, second = (Postgres(tmp_path, tmp_path / "postgres.log", lifeline) for _ in range(2))

@@ -353,6 +353,7 @@ async def test_the_deadline_interrupts_and_the_child_goes_on(engine: DuckDBEngin
     assert engine._all == {child}
 
 
+@pytest.mark.slow
 async def test_a_child_that_does_not_stop_is_killed_and_replaced(engine: DuckDBEngine, prepare: _Prepare) -> None:
     [child] = engine._all
     loop = asyncio.get_running_loop()
@@ -394,6 +395,7 @@ async def test_a_child_that_dies_idle_costs_nothing(engine: DuckDBEngine, prepar
     assert _lines(await engine.execute(prepare("SELECT 1 AS a"))) == [{"a": 1}]
 
 
+@pytest.mark.slow
 async def test_memory_stays_bounded_and_the_child_is_replaced(engine: DuckDBEngine, prepare: _Prepare) -> None:
     [child] = engine._all
     for sql in (

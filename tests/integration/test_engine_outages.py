@@ -191,6 +191,7 @@ async def test_a_store_that_says_later_is_an_outage(store: _Store, opened: Run, 
     assert (await _execute(engine, tmp_path, "SELECT sum(id) FROM sales", _SALES)).rows == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("status", "code", "sentence"),
     [
@@ -219,6 +220,7 @@ async def test_a_wrong_clock_is_an_outage(store: _Store, opened: Run, tmp_path: 
     assert await _outage(engine, tmp_path, "SELECT sum(id) FROM sales", _SALES) is Outage.CLOCKS
 
 
+@pytest.mark.slow
 async def test_a_store_that_cuts_its_answers_is_an_outage(store: _Store, opened: Run, tmp_path: Path) -> None:
     engine = await opened(store.url)
     for store.cut_after in (0, 5):
@@ -248,6 +250,7 @@ async def test_a_store_that_never_answers_is_an_outage(tmp_path: Path, monkeypat
     assert caught.value.outage is Outage.STORE
 
 
+@pytest.mark.slow
 async def test_a_store_that_cuts_the_tls_handshake_is_an_outage(opened: Run, tmp_path: Path, store: _Store) -> None:
     store.cut_after = 0
     engine = await opened(store.url.replace("http:", "https:"))
@@ -334,6 +337,7 @@ _DAMAGES: list[Callable[[bytes], bytes]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     _DAMAGES,
@@ -393,6 +397,7 @@ async def test_a_postgres_that_is_not_there_is_an_outage(
     assert (await _execute(engine, tmp_path, "SELECT 1 AS a", _SHOPS)).rows == 1
 
 
+@pytest.mark.slow
 async def test_a_postgres_that_never_answers_or_cuts_is_an_outage(
     database: _Database, opened: Run, tmp_path: Path
 ) -> None:
@@ -453,6 +458,7 @@ async def test_a_scan_that_is_in_the_way_of_replication_is_an_outage(
     assert await _outage(engine, tmp_path, "SELECT id FROM shops", relation) is Outage.POSTGRES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "code", "sentence"),
     [

@@ -252,6 +252,7 @@ def _executors(place: Place, *settings: dict[str, str]) -> Iterator[list[Process
         yield processes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["classic", "consumer"])
 async def test_an_executor_that_was_stopped_and_wakes_loses_and_doubles_nothing(place: Place, protocol: str) -> None:
     """Rules 6 to 9 and 12: SIGSTOP past the lease, the session and `max.poll.interval.ms`, then SIGCONT."""
@@ -304,6 +305,7 @@ def _lost_some(line: dict[str, Any]) -> bool:
     return line["event"] == "partitions lost" and bool(line["partitions"])
 
 
+@pytest.mark.slow
 async def test_a_group_changes_its_protocol_once_the_last_of_the_old_has_left(place: Place) -> None:
     """Rule 12: a broker may refuse members of the other protocol. They wait, and take over what was committed."""
     classic, consumer = ({"QUERYD_KAFKA_GROUP_PROTOCOL": protocol} for protocol in ("classic", "consumer"))
@@ -323,6 +325,7 @@ async def test_a_group_changes_its_protocol_once_the_last_of_the_old_has_left(pl
     assert committed == ends
 
 
+@pytest.mark.slow
 async def test_a_dead_letter_is_committed_to_the_outbox_before_its_offset_and_once(place: Place) -> None:
     """Rules 19 and 20: whatever becomes of Kafka's topic, and although every record is read twice."""
     place.submit(200, bad=20)
@@ -365,6 +368,7 @@ async def _count_letters(place: Place) -> tuple[int, int]:
     return row[0], row[1]
 
 
+@pytest.mark.slow
 async def test_an_offset_that_left_the_log_stops_the_executor_with_one_line(place: Place) -> None:
     """Rule 17."""
     moved = TopicPartition(Topic.REQUESTS_BATCH.value, 1, 4_711)
@@ -379,6 +383,7 @@ async def test_an_offset_that_left_the_log_stops_the_executor_with_one_line(plac
     assert place.offsets()[0][moved.topic, 1] == 4_711
 
 
+@pytest.mark.slow
 async def test_an_executor_whose_consumer_failed_for_good_makes_another(place: Place) -> None:
     """Rules 11 and 14: a stranger takes its `group.instance.id`, and the executor takes it back."""
     identity, lane = f"one-{uuid.uuid4()}", Mode.BATCH.topic.value

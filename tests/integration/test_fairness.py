@@ -76,6 +76,7 @@ async def _until(condition: Callable[[], Awaitable[bool]]) -> None:
     await until(condition, seconds=_PATIENCE_SECONDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [1, 2])
 async def test_behind_ten_thousand_of_another_org_a_query_waits_for_one_that_runs(
     kafka: dict[str, Any], data_url: str, tmp_path: Path, slots: int
@@ -109,6 +110,7 @@ async def test_behind_ten_thousand_of_another_org_a_query_waits_for_one_that_run
         assert stage.running == {crowd: slots - 1, one: 1}
 
 
+@pytest.mark.slow
 async def test_a_query_behind_a_burst_that_is_not_admitted_yet_is_admitted_before_most_of_it(
     kafka: dict[str, Any], data_url: str, tmp_path: Path
 ) -> None:
@@ -130,6 +132,7 @@ async def test_a_query_behind_a_burst_that_is_not_admitted_yet_is_admitted_befor
         assert stage.begun[1].query_id == newcomer.query_id
 
 
+@pytest.mark.slow
 async def test_an_org_at_its_limit_takes_no_slot_from_others_on_any_worker(
     kafka: dict[str, Any], data_url: str, tmp_path: Path
 ) -> None:
@@ -156,6 +159,7 @@ async def test_an_org_at_its_limit_takes_no_slot_from_others_on_any_worker(
         assert len(stage.begun) == 80
 
 
+@pytest.mark.slow
 async def test_an_org_that_is_held_goes_on_in_its_order_when_one_of_its_queries_ends(
     kafka: dict[str, Any], data_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,6 +186,7 @@ async def test_an_org_that_is_held_goes_on_in_its_order_when_one_of_its_queries_
         stage.end_all()
 
 
+@pytest.mark.slow
 async def test_no_worker_keeps_the_only_place_for_itself(
     kafka: dict[str, Any], data_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +212,7 @@ async def test_no_worker_keeps_the_only_place_for_itself(
         stage.end_all()
 
 
+@pytest.mark.slow
 async def test_each_limit_of_an_org_reaches_the_engine_and_the_smaller_one_holds(
     kafka: dict[str, Any], data_url: str, tmp_path: Path
 ) -> None:

@@ -77,6 +77,7 @@ def _find_end(config: dict[str, Any], place: TopicPartition) -> int:
         reader.close()
 
 
+@pytest.mark.slow
 def test_events_of_one_org_come_in_order_and_go_on_behind_the_commit(
     config: dict[str, Any], new_group: NewGroup
 ) -> None:
@@ -106,6 +107,7 @@ def _name(event: QueryStatusChanged) -> tuple[str, int]:
     return event.query_id, event.sequence
 
 
+@pytest.mark.slow
 def test_copies_and_older_events_are_passed_over_and_a_restart_tells_them_by_their_replay(
     config: dict[str, Any], new_group: NewGroup
 ) -> None:
@@ -132,6 +134,7 @@ def test_copies_and_older_events_are_passed_over_and_a_restart_tells_them_by_the
     assert (copy.event, copy.event.event_id, copy.replay_id) == (marker[2], marker[2].event_id, "a replay")
 
 
+@pytest.mark.slow
 def test_the_story_of_an_id_that_was_deleted_and_asked_for_again_is_another(
     config: dict[str, Any], new_group: NewGroup
 ) -> None:
@@ -148,6 +151,7 @@ def test_the_story_of_an_id_that_was_deleted_and_asked_for_again_is_another(
     assert [event for event in heard if event.query_id == marker[0].query_id] == marker
 
 
+@pytest.mark.slow
 async def test_a_copy_of_what_is_not_processed_yet_is_not_committed_before_it(
     config: dict[str, Any], new_group: NewGroup
 ) -> None:
@@ -161,6 +165,7 @@ async def test_a_copy_of_what_is_not_processed_yet_is_not_committed_before_it(
             assert (await anext(feed)).event == story[0]
 
 
+@pytest.mark.slow
 async def test_who_never_commits_is_told_so(
     config: dict[str, Any], new_group: NewGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +182,7 @@ async def test_who_never_commits_is_told_so(
         await anext(feed)
 
 
+@pytest.mark.slow
 async def test_members_of_a_group_share_what_there_is(config: dict[str, Any], new_group: NewGroup) -> None:
     group = await asyncio.to_thread(new_group)
     stories = [make_story() for _ in range(30)]
@@ -224,6 +230,7 @@ class _Losing(Subscription):
         return records
 
 
+@pytest.mark.slow
 async def test_a_subscription_that_is_lost_is_opened_again_and_nothing_is_missed(
     config: dict[str, Any], new_group: NewGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +277,7 @@ async def _await_event(event: threading.Event) -> None:
     assert await asyncio.to_thread(event.wait, PATIENCE_SECONDS)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_refused")
 async def test_a_commit_waits_while_the_group_is_shared_out_anew(config: dict[str, Any], new_group: NewGroup) -> None:
     group, story = await asyncio.to_thread(new_group), make_story()
@@ -299,6 +307,7 @@ def _sum_committed(config: dict[str, Any], group: str) -> int:
         reader.close()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_refused")
 async def test_a_commit_that_a_close_overtakes_says_so(config: dict[str, Any], new_group: NewGroup) -> None:
     group, story = await asyncio.to_thread(new_group), make_story()
@@ -312,6 +321,7 @@ async def test_a_commit_that_a_close_overtakes_says_so(config: dict[str, Any], n
             await committing
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_refused")
 async def test_a_commit_does_not_wait_for_ever(
     config: dict[str, Any], new_group: NewGroup, monkeypatch: pytest.MonkeyPatch

@@ -52,6 +52,7 @@ def fleet(whole_fleet: Fleet) -> Iterator[Fleet]:
 # A worker that stops and wakes up after its lease.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [Failpoint.CHILD_BEFORE, Failpoint.EXECUTE_AFTER, Failpoint.FINISH_BEFORE])
 def test_a_worker_that_wakes_past_its_lease_can_neither_finish_nor_publish_nor_spoil_an_object(
     fleet: Fleet, place: Failpoint
@@ -104,6 +105,7 @@ def _assert_one_result(event: QueryStatusChanged, row: dict[str, Any], objects: 
 # Leases handed back.
 
 
+@pytest.mark.slow
 def test_a_handed_back_query_starts_again_within_two_seconds_and_restarts_are_not_held_against_it(
     fleet: Fleet,
 ) -> None:
@@ -139,6 +141,7 @@ def _read_hand_back(executor: Service, query: QueryHandle) -> datetime:
 # Crashes, and what is none.
 
 
+@pytest.mark.slow
 def test_a_querys_own_error_is_never_tried_again(fleet: Fleet) -> None:
     query = fleet.client.submit("SELECT CAST('no number' AS INTEGER)", org_id=ORG)
     event = query.wait(PATIENCE_SECONDS)
@@ -146,6 +149,7 @@ def test_a_querys_own_error_is_never_tried_again(fleet: Fleet) -> None:
     assert _steps(fleet, query) == [(Status.QUEUED, 0), (Status.RUNNING, 1), (Status.FAILED, 1)]
 
 
+@pytest.mark.slow
 def test_three_crashes_of_its_own_fail_a_query_and_its_neighbours_never_notice(fleet: Fleet) -> None:
     fleet.arm(Failpoint.CHILD_BEFORE, "STOP")
     neighbour = fleet.client.submit(SQL, org_id=str(uuid.uuid4()))
@@ -172,6 +176,7 @@ def test_three_crashes_of_its_own_fail_a_query_and_its_neighbours_never_notice(f
     assert (neighbour.wait(PATIENCE_SECONDS).status, neighbour.wait(0).attempt) == (Status.SUCCEEDED, 1)
 
 
+@pytest.mark.slow
 def test_sql_that_kills_its_whole_worker_three_times_is_a_crash_of_its_own(fleet: Fleet) -> None:
     fleet.man(4)
     fleet.arm(Failpoint.CHILD_BEFORE, "STOP")

@@ -90,6 +90,7 @@ async def _verdict(engine: DuckDBEngine, statement: Statement, relations: tuple[
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 async def test_what_is_allowed_runs_in_a_child_and_the_rest_is_refused(
     engine: DuckDBEngine, relations: tuple[Relation, ...], tmp_path: Path

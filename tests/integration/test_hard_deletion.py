@@ -180,6 +180,7 @@ _STEPS = (
 )
 
 
+@pytest.mark.slow
 async def test_a_deletion_that_dies_after_any_step_is_completed_by_its_repetition(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,6 +222,7 @@ async def test_a_deletion_that_is_never_repeated_is_completed_by_the_sweep(
     assert place.uploads(f"results/{home.org_id}/") == []
 
 
+@pytest.mark.slow
 async def test_a_live_attempt_of_a_deleted_query_can_not_finish_and_what_it_stores_late_is_swept(
     place: Place,
 ) -> None:
@@ -344,6 +346,7 @@ async def test_results_in_a_bucket_of_an_earlier_setting_go_too(place: Place) ->
     assert "Contents" not in place.s3.list_objects_v2(Bucket=earlier)
 
 
+@pytest.mark.slow
 async def test_results_of_a_bucket_that_is_gone_hold_up_neither_a_deletion_nor_the_sweep(place: Place) -> None:
     deleted, stuck, other = await place.announce(), await place.announce(), await place.announce()
     for attempt in (deleted, stuck):

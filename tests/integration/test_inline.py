@@ -92,6 +92,7 @@ async def attempts(place: Place, object_store: ObjectStore, tmp_path: Path) -> A
 # What is delivered.
 
 
+@pytest.mark.slow
 async def test_an_inline_result_is_the_file_that_would_have_been_stored(place: Place, attempts: Attempts) -> None:
     sql = "SELECT i AS number, 'a \"word\"' AS text, NULL AS nothing FROM range(0, 100) AS t(i)"
     for output_format in OutputFormat:
@@ -152,6 +153,7 @@ async def test_a_batch_result_is_an_object(place: Place, attempts: Attempts) -> 
 # When its time is over.
 
 
+@pytest.mark.slow
 async def test_an_expired_inline_result_leaves_the_row_and_is_told_again_without_itself(place: Place) -> None:
     over, object_over = await place.announce_inline(_BODY, _OVER), await place.announce(_OVER)
     fresh = await place.announce_inline(_BODY)
@@ -205,6 +207,7 @@ async def test_a_query_that_is_deleted_meanwhile_is_not_told_again(
     assert await place.tombstones() == [attempt.query_id]
 
 
+@pytest.mark.slow
 async def test_a_deletion_leaves_no_inline_result_behind(place: Place) -> None:
     over, fresh = await place.announce_inline(_BODY, _OVER), await place.announce_inline(_BODY)
     await place.sweep()
@@ -215,6 +218,7 @@ async def test_a_deletion_leaves_no_inline_result_behind(place: Place) -> None:
     assert await place.count("query_runs") == 0
 
 
+@pytest.mark.slow
 async def test_an_event_that_cannot_be_read_keeps_its_result_for_a_newer_release(place: Place) -> None:
     other, attempt = await place.announce_inline(_BODY, _OVER), await place.announce_inline(_BODY, _OVER)
     unknown = b"\xc3\x01" + bytes(8) + _BODY
@@ -228,6 +232,7 @@ async def test_an_event_that_cannot_be_read_keeps_its_result_for_a_newer_release
 # What subscribers see of it.
 
 
+@pytest.mark.slow
 @_BOTH_WAYS
 async def test_the_log_has_the_event_once_more_without_its_result(
     place: Place, kafka: Kafka, *, transactions: bool
@@ -251,6 +256,7 @@ async def test_the_log_has_the_event_once_more_without_its_result(
     assert headers_of(messages[-1])["ce_id"] == end_event_of(attempt.query_id).encode()
 
 
+@pytest.mark.slow
 @_BOTH_WAYS
 async def test_a_relay_that_dies_before_or_after_the_expiry_publishes_each_once(
     place: Place, kafka: Kafka, monkeypatch: pytest.MonkeyPatch, *, transactions: bool

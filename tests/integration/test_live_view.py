@@ -154,6 +154,7 @@ async def test_an_org_is_shown_its_own_only(pool: DataPool) -> None:
 # The command.
 
 
+@pytest.mark.slow
 async def test_a_look_is_one_json_line_or_plain_lines(
     pool: DataPool, environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -194,6 +195,7 @@ async def _queryd(environment: dict[str, str], folder: Path, *arguments: str) ->
     )
 
 
+@pytest.mark.slow
 async def test_a_pipe_gets_a_line_a_second_until_ctrl_c(
     pool: DataPool, environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -219,6 +221,7 @@ async def test_a_pipe_gets_a_line_a_second_until_ctrl_c(
     await asyncio.gather(follow(b"interactive: 1 waiting"), follow(b'"waiting": 1', "--json"))
 
 
+@pytest.mark.slow
 async def test_a_terminal_of_80_columns_shows_whole_lines(
     pool: DataPool, environment: dict[str, str], tmp_path: Path
 ) -> None:

@@ -275,6 +275,7 @@ def _failing_once(method: str, *, after: bool) -> type[Producer]:
     return Failing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [True, False], ids=["done", "never arrived"])
 @pytest.mark.parametrize(
     ("method", "transactions"),

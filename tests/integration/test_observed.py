@@ -149,6 +149,7 @@ def stack(lifeline: Lifeline, tmp_path_factory: pytest.TempPathFactory) -> Itera
     collector.close()
 
 
+@pytest.mark.slow
 def test_after_some_queries_the_metrics_have_the_right_values(stack: Stack) -> None:
     before = stack.read_metrics(Service.EXECUTOR)
     published_before = stack.read_metrics(Service.RELAY)("events_published_total")
@@ -272,6 +273,7 @@ def test_a_query_whose_caller_did_not_want_it_recorded_is_not(stack: Stack) -> N
     assert stack.collector.of_trace(trace_id) == []
 
 
+@pytest.mark.slow
 def test_with_postgres_stopped_services_live_and_say_what_they_miss(stack: Stack) -> None:
     needed = {Service.EXECUTOR: "postgres data", Service.RELAY: "postgres data", Service.PROJECTOR: "postgres state"}
     stack.servers.postgres.stop()

@@ -207,6 +207,7 @@ async def test_offsets_of_another_cluster_or_topic_mean_nothing(place: Place) ->
     assert await _read_row(place.pool, story[0].query_id) is not None
 
 
+@pytest.mark.slow
 async def test_another_cluster_is_read_from_its_earliest_record(
     pool: StatePool, tmp_path: Path, lifeline: Lifeline
 ) -> None:

@@ -157,6 +157,7 @@ def config(kafka: Kafka) -> dict[str, Any]:
 # From the log.
 
 
+@pytest.mark.slow
 async def test_the_state_database_emptied_and_rebuilt_from_the_log_equals_the_old_one(
     place: Place, config: dict[str, Any]
 ) -> None:
@@ -198,6 +199,7 @@ async def test_a_projector_goes_on_beside_a_rebuild_and_nothing_is_lost(place: P
         }
 
 
+@pytest.mark.slow
 async def test_what_the_copy_is_ahead_of_is_read_again_by_a_projector_that_was_behind(
     place: Place, config: dict[str, Any]
 ) -> None:
@@ -229,6 +231,7 @@ async def test_a_query_asked_for_again_after_its_deletion_stands(place: Place, c
     assert await place.read_rows(story) == {story[0].query_id: ("Queued", 1)}
 
 
+@pytest.mark.slow
 async def test_a_damaged_table_is_mended_and_whole_rows_are_left_alone(place: Place, config: dict[str, Any]) -> None:
     stories = [_make_story() for _ in range(6)]
     _publish(config, *stories)
@@ -433,6 +436,7 @@ async def test_a_writer_waits_for_the_swap_and_a_reader_does_not(place: Place) -
     assert await place.read_rows(story) == {story[0].query_id: ("Running", 2)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["staged", "swapping"])
 async def test_a_rebuild_that_is_killed_has_changed_nothing_and_can_be_repeated(place: Place, where: str) -> None:
     whole, lacking, stranger = _make_story(), _make_story(), _make_story()
@@ -492,6 +496,7 @@ async def test_a_task_that_is_at_its_end_stays_there(place: Place) -> None:
 # The command.
 
 
+@pytest.mark.slow
 async def test_the_command_plans_and_then_does_what_the_hash_says(place: Place, tmp_path: Path) -> None:
     story, stranger, odd = _make_story(), _make_story(), _make_story()
     await place.commit(story, odd)

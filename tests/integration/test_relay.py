@@ -223,6 +223,7 @@ def _crashing(point: str, *, at: int) -> type[Producer]:
     return Crashing
 
 
+@pytest.mark.slow
 @needs_kafka
 @pytest.mark.parametrize(
     ("point", "at"),
@@ -262,6 +263,7 @@ async def test_crash_after_crash_every_event_is_there_once(place: Place, monkeyp
     await _assert_published_once(place, events)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("point", "at"), [("amid producing", 1), ("amid producing", 20), ("acknowledged", 1)])
 async def test_without_transactions_a_crashed_batch_is_published_again_with_the_same_event_ids(
     place: Place, monkeypatch: pytest.MonkeyPatch, point: str, at: int
@@ -403,6 +405,7 @@ async def _connected(kafka: Kafka, url: str, shard: int) -> AsyncIterator[Place]
         yield Place(url, pool, kafka, shard)
 
 
+@pytest.mark.slow
 @needs_kafka
 @pytest.mark.parametrize("batches", [1, 2, 3])
 @pytest.mark.parametrize("after", ["nothing new", "other events"])
@@ -427,6 +430,7 @@ async def test_a_database_restored_to_before_what_was_published_stops_the_relay(
         assert await _read_published(restored, new) == []
 
 
+@pytest.mark.slow
 @needs_kafka
 async def test_a_database_restored_to_while_events_waited_that_were_published_since_stops_the_relay(
     kafka: Kafka, data_url: str, back_up: Backup
@@ -445,6 +449,7 @@ async def test_a_database_restored_to_while_events_waited_that_were_published_si
         await _assert_published_once(restored, [*events, *more], left=len(events))
 
 
+@pytest.mark.slow
 @needs_kafka
 async def test_a_database_that_lacks_no_more_than_the_last_delete_is_settled_as_after_a_crash(
     kafka: Kafka, data_url: str, back_up: Backup
@@ -477,6 +482,7 @@ async def test_of_what_was_published_and_waits_to_be_deleted_a_hard_deletion_cha
 # Two relays.
 
 
+@pytest.mark.slow
 @_BOTH_WAYS
 async def test_of_two_relays_one_works_and_the_standby_takes_over(place: Place, transactions: bool) -> None:
     rules = place.rules(transactions=transactions)
@@ -494,6 +500,7 @@ async def test_of_two_relays_one_works_and_the_standby_takes_over(place: Place, 
     await _assert_published_once(place, events)
 
 
+@pytest.mark.slow
 @needs_kafka
 @pytest.mark.parametrize("point", ["amid producing", "before the commit", "before the delete"])
 async def test_a_relay_that_was_stopped_and_wakes_up_late_publishes_nothing(
@@ -568,6 +575,7 @@ def _is_aborted(place: Place) -> bool:
     return True
 
 
+@pytest.mark.slow
 @needs_kafka
 @pytest.mark.parametrize("late", ["after the timeout", "after the successor"])
 async def test_an_end_of_a_transaction_that_comes_after_its_timeout_changes_nothing(
@@ -595,6 +603,7 @@ async def test_an_end_of_a_transaction_that_comes_after_its_timeout_changes_noth
     await _assert_published_once(place, events)
 
 
+@pytest.mark.slow
 @needs_kafka
 async def test_an_end_of_a_transaction_whose_answer_is_lost_is_found_in_the_ledger(
     place: Place, monkeypatch: pytest.MonkeyPatch
@@ -613,6 +622,7 @@ async def test_an_end_of_a_transaction_whose_answer_is_lost_is_found_in_the_ledg
     await _assert_published_once(place, events)
 
 
+@pytest.mark.slow
 @needs_kafka
 async def test_an_end_of_a_transaction_that_was_repeated_and_comes_late_ends_no_later_transaction(
     place: Place, monkeypatch: pytest.MonkeyPatch
@@ -685,6 +695,7 @@ def _arm(folder: Path, point: Failpoint, what: str = "KILL") -> Path:
     return folder
 
 
+@pytest.mark.slow
 @needs_kafka
 @pytest.mark.parametrize("point", [point for point in Failpoint if point.startswith("relay.")])
 async def test_a_relay_killed_at_a_named_place_has_published_everything_once(
@@ -700,6 +711,7 @@ async def test_a_relay_killed_at_a_named_place_has_published_everything_once(
     await _assert_published_once(place, events)
 
 
+@pytest.mark.slow
 @needs_kafka
 async def test_relays_stopped_at_any_place_are_replaced_and_wake_to_find_themselves_fenced(
     place: Place, tmp_path: Path

@@ -86,6 +86,7 @@ def test_a_committed_transaction_holds_its_records_and_its_offsets_metadata(benc
     assert bench.read_records("read_committed") == ["a"]
 
 
+@pytest.mark.slow
 def test_while_a_transaction_is_pending_its_offset_is_not_answered_and_then_is_the_new_one(bench: Bench) -> None:
     producer = bench.make_producer()
     bench.begin(producer, "a", 1, "first")
@@ -115,6 +116,7 @@ def test_an_aborted_transaction_leaves_the_offset_and_the_topic_as_they_were(ben
     assert bench.read_records("read_committed") == ["a"]
 
 
+@pytest.mark.slow
 def test_a_successor_settles_what_was_pending_before_it_reads_and_fences_the_zombie(bench: Bench) -> None:
     zombie = bench.make_producer()
     bench.begin(zombie, "a", 1, "first")

@@ -51,6 +51,7 @@ class _Seen:
     largest: int = 0
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells another process's memory")
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])

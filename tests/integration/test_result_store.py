@@ -111,6 +111,7 @@ def test_a_prefix_is_the_attempts_own() -> None:
         prefix(org, query, 3, "0123")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 4_096, 16 * _MIB, 16 * _MIB + 1, 37 * _MIB])
 async def test_a_stored_object_is_whole(
     results: ResultStore, s3: Any, object_store: ObjectStore, tmp_path: Path, size: int

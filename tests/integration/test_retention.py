@@ -482,6 +482,7 @@ async def test_a_young_row_that_went_is_not_run_again_by_a_redelivery(place: Pla
     assert await read_row(place.pool, attempt.query_id) is None
 
 
+@pytest.mark.slow
 async def test_tombstones_reach_the_status_topic_and_the_state_database_forgets(
     place: Place, kafka: Kafka, state_url: str
 ) -> None:

@@ -61,6 +61,7 @@ async def _queryd(environment: dict[str, str], folder: Path, *arguments: str) ->
     )
 
 
+@pytest.mark.slow
 async def test_the_command_sweeps_and_says_how_much(place: Place, environment: dict[str, str], tmp_path: Path) -> None:
     over = await place.announce(timedelta(0))
     swept = await _queryd(environment, tmp_path, "--json")
@@ -80,6 +81,7 @@ async def test_the_command_sweeps_and_says_how_much(place: Place, environment: d
     assert (fetched.returncode, fetched.stderr) == (1, "queryd: the result has expired and was removed\n")
 
 
+@pytest.mark.slow
 async def test_the_command_deletes_only_when_told_twice_and_says_when_the_topics_have_forgotten(
     place: Place, environment: dict[str, str], tmp_path: Path
 ) -> None:

@@ -385,6 +385,7 @@ async def test_a_child_says_which_layers_hold(tmp_path: Path) -> None:
 # What a process may take.
 
 
+@pytest.mark.slow
 def test_memory_beyond_the_address_space_is_an_error_and_not_the_end(tmp_path: Path) -> None:
     code = """
     from engines.duckdb import errors
@@ -402,6 +403,7 @@ def test_memory_beyond_the_address_space_is_an_error_and_not_the_end(tmp_path: P
     assert outcomes == ["MemoryError", ErrorCode.MEMORY_LIMIT_EXCEEDED, ErrorCode.MEMORY_LIMIT_EXCEEDED]
 
 
+@pytest.mark.slow
 def test_cpu_beyond_the_budget_ends_the_process(tmp_path: Path) -> None:
     ended = _run_sandboxed(tmp_path, "allow_cpu(1.0)\nwhile True: pass")
     assert ended.returncode == -signal.SIGXCPU

@@ -352,6 +352,7 @@ def _json(*arguments: str) -> Any:
     return json.loads(out)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("environment")
 def test_the_command_saves_shows_changes_and_removes(database: str) -> None:
     org, user = new_id(), new_id()
@@ -383,6 +384,7 @@ def test_the_command_saves_shows_changes_and_removes(database: str) -> None:
         assert (code, out, err) == (1, "", "queryd: there is no saved query with that id\n")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("environment")
 @pytest.mark.parametrize(
     ("text", "sentence"),

@@ -126,6 +126,7 @@ async def asking(world: _World, tmp_path: Path) -> AsyncIterator[_Asking]:
     await engine.close()
 
 
+@pytest.mark.slow
 async def test_bytes_scanned_are_those_of_the_column_chunks(asking: _Asking, world: _World) -> None:
     scanned = await asking.scan("SELECT sum(v) AS s FROM numbers")
     assert scanned is not None
@@ -178,6 +179,7 @@ async def test_a_result_over_its_limit_is_stopped_while_it_is_written(
     assert asking.engine._all == {child}
 
 
+@pytest.mark.slow
 async def test_a_scan_over_its_limit_is_stopped_while_it_reads(world: _World, tmp_path: Path) -> None:
     """A filter might leave row groups out, so that nothing is certain before the run."""
     store = urlsplit(world.endpoint_url)

@@ -333,6 +333,7 @@ async def test_a_caller_is_given_exactly_what_the_rule_says(pool: DataPool) -> N
         assert await _list_readable(pool, person) == {(_org_id(table.org), table.name) for table in meant}, person
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 async def test_every_user_reads_what_may_be_read_and_the_rest_does_not_exist(
     pool: DataPool, engine: DuckDBEngine, tmp_path: Path

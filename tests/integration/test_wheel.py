@@ -71,6 +71,7 @@ def _environment(installed: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(installed), "COLUMNS": "200", "NO_COLOR": "1"}
 
 
+@pytest.mark.slow
 def test_the_only_top_level_name_is_queryd(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         top_level = {name.partition("/")[0] for name in archive.namelist()}
@@ -91,6 +92,7 @@ def test_rooms_and_schemas_are_inside_and_whole(wheel: Path) -> None:
     assert {name for name in packed if ".dist-info/" not in name} == expected
 
 
+@pytest.mark.slow
 def test_the_command_runs_from_a_folder_whose_packages_are_named_as_our_rooms(
     installed: Path, program_folder: Path
 ) -> None:
@@ -108,6 +110,7 @@ def test_the_rooms_of_an_install_are_its_own(installed: Path, program_folder: Pa
     assert [Path(path).relative_to(installed).parts[:2] for path in seen] == [("queryd", "_rooms")] * 2
 
 
+@pytest.mark.slow
 def test_a_program_with_packages_named_db_and_schemas_submits_waits_and_reads(
     installed: Path, program_folder: Path, kafka: Kafka, object_store: ObjectStore
 ) -> None:

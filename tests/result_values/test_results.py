@@ -23,6 +23,7 @@ def test_a_case_is_made_again_by_its_seed_and_number() -> None:
     assert first == again != other
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_every_value_of_every_type_is_exact_for_every_reader_or_refused(tmp_path: Path) -> None:
     seed = int(os.environ.get("QUERYD_TEST_SEED") or random.SystemRandom().randrange(2**32))

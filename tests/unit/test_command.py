@@ -89,6 +89,7 @@ def test_without_one_nothing_is_said() -> None:
     assert CliRunner().invoke(app, ["db", "--help"]).stderr == ""
 
 
+@pytest.mark.slow
 def test_doctor_tells_of_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
     nobody = "127.0.0.1:1"
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{nobody}")

@@ -57,6 +57,7 @@ def test_a_host_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said == "the host's name is not known: check QUERYD_DATA_URL"
 
 
+@pytest.mark.slow
 def test_a_listener_that_never_answers() -> None:
     # The kernel takes connections into its backlog, and nobody takes them from there.
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -245,6 +245,7 @@ def test_services_that_share_a_host_take_ports_in_a_row() -> None:
     assert http_variables(Service.RELAY, 0) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [dependencies.postgres_data, dependencies.postgres_state, dependencies.kafka])
 async def test_a_server_that_is_not_there_is_no_error(make: Callable[[Settings], Dependency]) -> None:
     (port,) = pick_ports(1)

@@ -88,6 +88,7 @@ def _scale(value: float, digit: int, by: int = 1) -> float:
     return value + math.copysign(by * 10.0 ** (exponent - digit + 1), value)
 
 
+@pytest.mark.slow
 @QUICK
 @given(rows=_ROWS, seed=st.integers())
 def test_the_order_of_rows_and_the_layout_of_the_file_do_not_matter(rows: list[Row], seed: int) -> None:
@@ -111,6 +112,7 @@ _CHANGES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.slow
 @QUICK
 @given(rows=_ROWS.filter(len), column=st.sampled_from(sorted(_CHANGES)), data=st.data())
 def test_one_changed_value_is_a_difference(rows: list[Row], column: str, data: st.DataObject) -> None:

@@ -118,6 +118,7 @@ async def test_a_record_is_what_was_written(cluster: Cluster, topic: str, group:
         assert subscription.assignment == {(topic, partition) for partition in range(4)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", [QUICK_GROUP, {"session.timeout.ms": 6000}], ids=["KIP-848", "classic"])
 async def test_a_restart_reads_on_from_the_finished_prefix(
     cluster: Cluster, topic: str, group: str, protocol: dict[str, Any]
@@ -331,6 +332,7 @@ async def test_a_revoke_drains_then_commits_and_ends_ownership(cluster: Cluster,
     assert cluster.committed(group, topic) == 1
 
 
+@pytest.mark.slow
 async def test_a_new_member_takes_over_without_loss_and_old_work_no_longer_counts(
     cluster: Cluster, topic: str, group: str
 ) -> None:

@@ -91,6 +91,7 @@ def _look_up(world: World, gate: Gate, call: str, parameters: dict[str, Paramete
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_no_text_given_to_a_function_is_looked_up(world: World) -> None:
     gate, state, found = Gate(), world.state(), []
@@ -131,6 +132,7 @@ def test_the_listener_of_the_world_hears_where_an_address_is_called(world: World
     assert not world.was_called()
 
 
+@pytest.mark.slow
 def test_every_function_that_the_docs_call_refused_is_refused() -> None:
     page = Path(__file__).parents[2].joinpath("docs", "sql.md").read_text(encoding="utf-8")
     table = page.partition("## Texts that become names")[2].partition("\n## ")[0]

@@ -271,6 +271,7 @@ def test_a_service_is_called_as_it_is_or_as_it_was_told(
     recorder.close()
 
 
+@pytest.mark.slow
 def test_an_endpoint_that_is_away_keeps_no_service_from_ending(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

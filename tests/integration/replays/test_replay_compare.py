@@ -30,6 +30,7 @@ def _put_table(fleet: Fleet, org_id: str, name: str, values: list[float]) -> Non
         )
 
 
+@pytest.mark.slow
 def test_the_three_whose_data_was_changed_are_found(
     fleet: Fleet, queryd: CommandLine, kafka: Kafka, monkeypatch: pytest.MonkeyPatch
 ) -> None:

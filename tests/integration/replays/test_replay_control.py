@@ -60,6 +60,7 @@ def _status(fleet: Fleet, replay_id: str) -> str | None:
     return None if row is None else str(row[0])
 
 
+@pytest.mark.slow
 def test_one_process_has_it_and_ctrl_c_leaves_it_to_be_resumed(fleet: Fleet, queryd: CommandLine, kafka: Kafka) -> None:
     org_id = new_id()
     span = _prepare(fleet, kafka, org_id)
@@ -76,6 +77,7 @@ def test_one_process_has_it_and_ctrl_c_leaves_it_to_be_resumed(fleet: Fleet, que
     assert len(find_copies(read_records(kafka, [Topic.REQUESTS_INTERACTIVE]), replay_id)) == _REQUESTS
 
 
+@pytest.mark.slow
 def test_a_cancel_reaches_the_process_that_works_on_it(fleet: Fleet, queryd: CommandLine, kafka: Kafka) -> None:
     org_id = new_id()
     span = _prepare(fleet, kafka, org_id)
@@ -90,6 +92,7 @@ def test_a_cancel_reaches_the_process_that_works_on_it(fleet: Fleet, queryd: Com
     assert "has ended" in queryd.refuse("resume", replay_id)
 
 
+@pytest.mark.slow
 def test_it_waits_while_live_traffic_is_behind(fleet: Fleet, queryd: CommandLine, kafka: Kafka) -> None:
     """A request that runs holds back its partition's offset: everything behind it counts as waiting."""
     org_id = new_id()

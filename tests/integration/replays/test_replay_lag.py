@@ -15,6 +15,7 @@ from tests.servers.kafka import Kafka
 pytestmark = pytest.mark.needs_kafka
 
 
+@pytest.mark.slow
 def test_removed_records_wait_for_nobody(kafka: Kafka, unique_topic: Callable[..., str]) -> None:
     config, topic = config_of(kafka), unique_topic(2)
     new, old = new_id(), new_id()

@@ -54,6 +54,7 @@ def _broken(org_id: str, count: int, *, beyond_mending: bool = False) -> Sequenc
     return [make_request(org_id=org_id, timeout_seconds=0, **changes) for _ in range(count)]
 
 
+@pytest.mark.slow
 def test_mended_letters_succeed_and_the_others_are_dead_again_with_their_count(
     fleet: Fleet, queryd: CommandLine, kafka: Kafka
 ) -> None:
@@ -83,6 +84,7 @@ def _names(record: Message) -> list[str]:
     return [name for name, _ in headers]
 
 
+@pytest.mark.slow
 def test_a_letter_is_sent_again_once_and_parked_in_the_end(fleet: Fleet, queryd: CommandLine, kafka: Kafka) -> None:
     """What comes of it is a letter of its own, with the count of both; that one may be sent again, up to the cap."""
     org_id = new_id()
@@ -113,6 +115,7 @@ def test_letters_of_one_id_are_requests_of_their_own(fleet: Fleet, queryd: Comma
     assert "2 redriven" in queryd.refuse("dead-letters", "--org", org_id)
 
 
+@pytest.mark.slow
 def test_a_letter_whose_id_nobody_has_keeps_it_and_its_bytes(fleet: Fleet, queryd: CommandLine, kafka: Kafka) -> None:
     """It could not be read; the reader may have learnt since."""
     key = new_id()
@@ -128,6 +131,7 @@ def test_a_letter_whose_id_nobody_has_keeps_it_and_its_bytes(fleet: Fleet, query
     assert "unreadable" in patched
 
 
+@pytest.mark.slow
 def test_a_record_in_confluents_format_stops_no_replay_where_there_is_no_registry(
     fleet: Fleet, queryd: CommandLine, kafka: Kafka
 ) -> None:
@@ -151,6 +155,7 @@ def _with_key(kafka: Kafka, key: str) -> list[Message]:
     return [record for record in read_records(kafka, [Topic.DEAD_LETTERS]) if record.key() == key.encode()]
 
 
+@pytest.mark.slow
 def test_a_mended_letter_of_nobody_s_org_runs_once_under_its_own_id(
     fleet: Fleet, queryd: CommandLine, kafka: Kafka
 ) -> None:
@@ -164,6 +169,7 @@ def test_a_mended_letter_of_nobody_s_org_runs_once_under_its_own_id(
     assert "1 redriven" in queryd.refuse(*asked)
 
 
+@pytest.mark.slow
 def test_a_letter_in_conflict_runs_under_a_new_id(fleet: Fleet, queryd: CommandLine, kafka: Kafka) -> None:
     org_id = new_id()
     first = make_request(org_id=org_id)
@@ -221,6 +227,7 @@ def test_a_patch_that_breaks_a_valid_letter_is_refused(fleet: Fleet, queryd: Com
     assert "make a valid request invalid" in said
 
 
+@pytest.mark.slow
 def test_a_resumed_patch_is_given_again(fleet: Fleet, queryd: CommandLine, kafka: Kafka) -> None:
     """Its values are kept nowhere: they may be SQL."""
     org_id, replay_id, canary = new_id(), new_id(), "canary_of_a_patch"

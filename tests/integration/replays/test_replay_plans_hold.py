@@ -30,6 +30,7 @@ def _set_status(fleet: Fleet, query_id: str, status: str) -> None:
         assert changed.rowcount == 1
 
 
+@pytest.mark.slow
 def test_a_resumed_replay_publishes_what_was_planned_and_says_what_has_changed(
     fleet: Fleet, queryd: CommandLine, kafka: Kafka
 ) -> None:
@@ -60,6 +61,7 @@ def test_a_resumed_replay_publishes_what_was_planned_and_says_what_has_changed(
     assert sent == {request.query_id.encode() for request in failed if request.query_id != other}
 
 
+@pytest.mark.slow
 def test_a_cancelled_replay_whose_process_died_sends_nothing_more(
     fleet: Fleet, queryd: CommandLine, kafka: Kafka
 ) -> None:

@@ -47,6 +47,7 @@ def _publish_many(kafka: Kafka, org_id: str) -> Stretch:
 
 
 # Ten thousand requests are for a broker that keeps them on disk.
+@pytest.mark.slow
 @pytest.mark.needs_kafka
 def test_ten_thousand_finished_requests_change_nothing_and_a_killed_replay_goes_on(
     fleet: Fleet, queryd: CommandLine, kafka: Kafka

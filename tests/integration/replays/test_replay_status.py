@@ -36,6 +36,7 @@ def _by_key(records: list[Message]) -> dict[bytes | str | None, Message]:
     return {record.key(): record for record in records}
 
 
+@pytest.mark.slow
 def test_each_finished_query_s_last_event_comes_again_byte_for_byte(
     fleet: Fleet, queryd: CommandLine, kafka: Kafka
 ) -> None:
@@ -61,6 +62,7 @@ def test_each_finished_query_s_last_event_comes_again_byte_for_byte(
     assert (again["published"], again["skipped"]) == (6, {"superseded": 12, "repeated": 6})
 
 
+@pytest.mark.slow
 def test_what_is_not_finished_or_was_deleted_is_not_replayed(fleet: Fleet, queryd: CommandLine, kafka: Kafka) -> None:
     """Behind the event of an unfinished query its next one may come, and behind a tombstone nothing."""
     org_id = new_id()
@@ -78,6 +80,7 @@ def test_what_is_not_finished_or_was_deleted_is_not_replayed(fleet: Fleet, query
         connection.execute("UPDATE query_runs SET deadline = NULL WHERE query_id = %s", [unfinished])
 
 
+@pytest.mark.slow
 def test_filters_narrow_a_window(fleet: Fleet, queryd: CommandLine, kafka: Kafka) -> None:
     org_id, user_id = new_id(), new_id()
     with stretch() as span:
@@ -109,6 +112,7 @@ def test_filters_narrow_a_window(fleet: Fleet, queryd: CommandLine, kafka: Kafka
     assert [(each["start"], each["end"]) for each in by_offset["ranges"]] == [(offset, offset + 1)]
 
 
+@pytest.mark.slow
 def test_headers_are_kept_and_dropped_as_asked(fleet: Fleet, queryd: CommandLine, kafka: Kafka) -> None:
     org_id = new_id()
     with stretch() as span:
@@ -121,6 +125,7 @@ def test_headers_are_kept_and_dropped_as_asked(fleet: Fleet, queryd: CommandLine
         assert headers_of(copied).keys() - ours == kept
 
 
+@pytest.mark.slow
 def test_records_with_odd_times_are_judged_one_by_one(fleet: Fleet, queryd: CommandLine, kafka: Kafka) -> None:
     """Dead letters carry their producers' times: one from before the window may lie behind one from within it."""
     begin = datetime.now(UTC) - timedelta(days=3)
@@ -147,6 +152,7 @@ def _say(moment: datetime) -> str:
 # What is refused, before anything is published.
 
 
+@pytest.mark.slow
 def test_a_stale_plan_is_refused(fleet: Fleet, queryd: CommandLine, kafka: Kafka) -> None:
     org_id = new_id()
     span = _run_some(fleet, kafka, org_id, 2)
@@ -194,6 +200,7 @@ def test_a_window_beyond_retention_is_refused(fleet: Fleet, queryd: CommandLine,
     assert queryd.replay(*by_offset, str(last))["ranges"][0]["start"] == last
 
 
+@pytest.mark.slow
 def test_one_replay_at_a_time_on_a_scope(fleet: Fleet, queryd: CommandLine, kafka: Kafka) -> None:
     org_id, first = new_id(), str(uuid.uuid4())
     span = _run_some(fleet, kafka, org_id, 4)
