@@ -53,6 +53,7 @@ def stack() -> Iterator[Stack]:
         yield started
 
 
+@pytest.mark.slow
 def test_nothing_tells_sql_or_data_but_what_is_made_to(stack: Stack, tmp_path: Path) -> None:
     canaries = {kind: f"canary{kind}{uuid.uuid4().hex}" for kind in _KEPT}
     _add_datasets(stack, canaries, tmp_path)
@@ -220,6 +221,7 @@ def find_in_files(word: str, folder: Path) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_the_searches_can_find(stack: Stack) -> None:
     servers = stack.servers
     word = f"planted{uuid.uuid4().hex}"

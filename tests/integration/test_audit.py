@@ -211,6 +211,7 @@ async def test_the_principal_of_a_batch_query_is_its_task(place: Place, tmp_path
     assert (entry["user_id"], entry["task_id"]) == (None, task_id)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sql", "recorded"),
     [
@@ -280,6 +281,7 @@ async def test_a_read_that_runs_into_its_time_limit_is_recorded(place: Place, tm
     assert place.columns(query_id) == [("people", "name")]
 
 
+@pytest.mark.slow
 async def test_a_read_of_a_child_that_dies_is_recorded(place: Place, tmp_path: Path, reading: asyncio.Event) -> None:
     await place.add_dataset(tmp_path)
     admitted = await place.admit(_ENDLESS)

@@ -86,6 +86,8 @@ def test_records_at_and_behind_the_given_ends_are_left_for_a_later_read(
         assert reader.positions == {(topic, 0): 11, (topic, 1): 11}
 
 
+# The embedded broker answers such a fetch as one that finds nothing.
+@pytest.mark.needs_kafka
 def test_an_offset_that_is_not_in_the_log_is_an_error(kafka: Kafka, unique_topic: Callable[..., str]) -> None:
     topic = unique_topic(1)
     with BoundedReader(config_of(kafka), {(topic, 0): 7}) as reader, pytest.raises(LogChanged, match=topic):

@@ -86,6 +86,7 @@ def _store(
 # What a client knows.
 
 
+@pytest.mark.slow
 def test_a_submitted_request_is_in_its_lane_and_its_story_is_followed(
     kafka: Kafka, config: dict[str, Any], client: QueryClient
 ) -> None:
@@ -131,6 +132,7 @@ def test_a_query_that_the_log_does_not_know_is_none_and_is_heard_of_later(
     assert handle.wait(PATIENCE_SECONDS) == story[-1]
 
 
+@pytest.mark.slow
 def test_a_deleted_query_ends_a_wait_whether_it_was_deleted_before_or_meanwhile(
     config: dict[str, Any], client: QueryClient
 ) -> None:

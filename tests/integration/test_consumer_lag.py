@@ -45,6 +45,7 @@ async def test_lag_is_what_is_not_finished(kafka: Kafka, reader: tuple[Subscript
     await _follow(subscription, topic, 30)
 
 
+@pytest.mark.slow
 @pytest.mark.needs_kafka
 async def test_markers_and_aborted_records_are_no_lag(kafka: Kafka, reader: tuple[Subscription, str]) -> None:
     subscription, topic = reader

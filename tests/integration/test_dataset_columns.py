@@ -162,6 +162,7 @@ async def test_a_column_that_is_text_only_in_duckdb_is_compared_by_duckdb(databa
     assert await database.ask("SELECT count(*) AS n FROM d WHERE j IS NULL") == [{"n": 0}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("made", "reason"),
     [

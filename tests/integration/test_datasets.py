@@ -295,6 +295,7 @@ def _columns(looked: Looked) -> tuple[Column, ...]:
     return tuple(Column(column.name, column.type) for column in looked.columns)
 
 
+@pytest.mark.slow
 async def test_columns_are_read_as_they_are_spelled(looker: Looker, stores: Stores) -> None:
     columns = {
         location: _columns(await looker.look(_new(new_id(), name, kind=kind, location=location)))
@@ -314,6 +315,7 @@ async def test_columns_are_read_as_they_are_spelled(looker: Looker, stores: Stor
     }
 
 
+@pytest.mark.slow
 async def test_what_cannot_be_read_is_refused_with_the_reason(looker: Looker, stores: Stores) -> None:
     for kind, location, sentence in (
         ("parquet", stores.location("nothing.parquet"), "missing"),

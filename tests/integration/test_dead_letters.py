@@ -85,6 +85,7 @@ async def _publish(place: Place) -> None:
 # What a dead letter is.
 
 
+@pytest.mark.slow
 async def test_a_dead_letter_is_the_record_as_received_and_says_why(place: Place, dead_letters: DeadLetters) -> None:
     received: tuple[tuple[str, bytes | None], ...] = (
         ("ce_id", b"an id"),
@@ -128,6 +129,7 @@ async def test_every_letter_of_a_batch_is_written_under_its_own_code(place: Plac
         assert ("queryd_dead_code", letter.code.value.encode()) in _headers(message)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "value"), [(None, b"value"), (b"", b""), (b"\xff\xfe", b"value"), (b"key", None)], ids=repr
 )
@@ -142,6 +144,7 @@ async def test_keys_and_values_of_any_kind_stay_what_they_were(
     assert (message.key(), message.value()) == (key, value)
 
 
+@pytest.mark.slow
 async def test_how_often_a_record_was_driven_again_is_kept(place: Place, dead_letters: DeadLetters) -> None:
     letter = _make_letter(headers=(("queryd_dead_redrives", b"2"),))
     await dead_letters.write([letter])
@@ -176,6 +179,7 @@ async def test_two_owners_of_a_record_write_one_letter(place: Place) -> None:
         assert len(await _read_dead(place.kafka, letter)) == 1
 
 
+@pytest.mark.slow
 async def test_a_letter_that_a_former_release_may_not_have_written_is_written(place: Place) -> None:
     letter = _make_letter()
     dead_letters = _open_dead_letters(place)
@@ -285,6 +289,7 @@ async def _read_dead(kafka: Kafka, letter: DeadLetter) -> list[Message]:
     return [message for message in await read_topic(kafka, Topic.DEAD_LETTERS) if offset in _headers(message)]
 
 
+@pytest.mark.slow
 @pytest.mark.needs_kafka
 async def test_whatever_a_lane_takes_can_become_a_dead_letter(place: Place) -> None:
     value = bytes(1_500_000)

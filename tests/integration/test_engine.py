@@ -365,6 +365,7 @@ async def test_a_child_that_does_not_stop_is_killed_and_replaced(engine: DuckDBE
     assert child not in engine._all
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sql", [_ENDLESS, _UNSTOPPABLE])
 async def test_a_cancelled_query_stops_at_once(engine: DuckDBEngine, prepare: _Prepare, sql: str) -> None:
     execution = prepare(sql)
@@ -407,6 +408,7 @@ async def test_memory_stays_bounded_and_the_child_is_replaced(engine: DuckDBEngi
     assert _lines(await engine.execute(prepare("SELECT 1 AS a"))) == [{"a": 1}]
 
 
+@pytest.mark.slow
 async def test_a_sort_larger_than_memory_spills(engine: DuckDBEngine, prepare: _Prepare) -> None:
     sql = "SELECT h FROM (SELECT hash(range) AS h, repeat('x', 900) || range AS s FROM range(1000000)) ORDER BY h, s"
     output = await engine.execute(prepare(sql, output_format=OutputFormat.PARQUET))

@@ -257,6 +257,7 @@ async def test_a_store_that_cuts_the_tls_handshake_is_an_outage(opened: Run, tmp
     assert await _outage(engine, tmp_path, "SELECT sum(id) FROM sales", _SALES) is Outage.STORE
 
 
+@pytest.mark.slow
 async def test_a_store_that_dies_while_it_is_read_is_an_outage(
     object_store: ObjectStore, opened: Run, tmp_path: Path
 ) -> None:
@@ -386,6 +387,7 @@ def database(postgres_url: str) -> Iterator[_Database]:
     made.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "given", [{"port": 9}, {"host": "no-such-host.invalid"}], ids=["nobody listens", "name unknown"]
 )
@@ -444,6 +446,7 @@ async def test_a_connection_that_an_administrator_ends_is_an_outage(
         thread.join()
 
 
+@pytest.mark.slow
 async def test_a_scan_that_is_in_the_way_of_replication_is_an_outage(
     database: _Database, opened: Run, tmp_path: Path
 ) -> None:
@@ -574,6 +577,7 @@ async def test_a_query_that_reads_no_dataset_is_never_retried(store: _Store, ope
         assert failure.detail is not None
 
 
+@pytest.mark.slow
 async def test_a_child_is_replaced_after_an_unknown_error_and_kept_after_a_known_one(
     opened: Run, tmp_path: Path
 ) -> None:

@@ -208,6 +208,7 @@ def _dying_after(real: Callable[..., Any]) -> Callable[..., Any]:
     return die
 
 
+@pytest.mark.slow
 async def test_a_deletion_that_is_never_repeated_is_completed_by_the_sweep(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,6 +286,7 @@ async def _is_waited_for(place: Place) -> bool:
         return int(row[0]) > 0
 
 
+@pytest.mark.slow
 async def test_an_admission_under_way_is_waited_for_and_none_that_hangs_holds_up_the_others(place: Place) -> None:
     attempt = await place.start()
     async with place.pool.connection() as hanging:
@@ -315,6 +317,7 @@ async def test_a_saved_query_that_others_have_run_goes_and_their_rows_stay(place
     assert await _find_everywhere(place, [saved.id, author]) == set()
 
 
+@pytest.mark.slow
 async def test_more_queries_than_a_batch_are_deleted(place: Place) -> None:
     org_id = new_id()
     await place.worker.admit(*(make_record(make_request(org_id=org_id)) for _ in range(1100)))
@@ -326,6 +329,7 @@ async def test_more_queries_than_a_batch_are_deleted(place: Place) -> None:
         assert await read_deleted(connection, await place.tombstones()) == set(await place.tombstones())
 
 
+@pytest.mark.slow
 async def test_results_in_a_bucket_of_an_earlier_setting_go_too(place: Place) -> None:
     earlier = f"earlier-{new_id()[:8]}"
     place.s3.create_bucket(Bucket=earlier)

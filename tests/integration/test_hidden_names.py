@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import psycopg
+import pytest
 import pytest_asyncio
 
 from engines.duckdb.pool import DuckDBEngine
@@ -77,6 +78,7 @@ _LOOKING: tuple[tuple[str, dict[str, Parameter]], ...] = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 async def test_nothing_that_was_not_granted_shows_in_a_result_or_an_error(engine: DuckDBEngine, tmp_path: Path) -> None:
     for sql, parameters in _LOOKING:
         outcome = await _outcome(engine, tmp_path, sql, parameters)

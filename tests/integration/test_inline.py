@@ -118,6 +118,7 @@ async def test_a_result_without_rows_is_an_inline_result_too(place: Place, attem
     assert (event.inline_result, event.row_count, event.bytes) == (b"", 0, 0)
 
 
+@pytest.mark.slow
 async def test_nothing_is_stored_and_the_row_has_the_numbers(place: Place, attempts: Attempts) -> None:
     counted = METRICS.registry.get_sample_value
     before = counted("queryd_result_bytes_sum", {"lane": "interactive"}) or 0.0
@@ -193,6 +194,7 @@ async def test_sweeps_at_the_same_time_tell_it_again_once(place: Place, monkeypa
     assert len(await read_events(place.pool, attempt.query_id)) == 4
 
 
+@pytest.mark.slow
 async def test_a_query_that_is_deleted_meanwhile_is_not_told_again(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,6 +281,7 @@ async def test_a_relay_that_dies_before_or_after_the_expiry_publishes_each_once(
         assert decode_status(messages[-1].value()).inline_result is None
 
 
+@pytest.mark.slow
 async def test_large_events_are_published_in_batches_that_a_slow_link_takes(
     place: Place, kafka: Kafka, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -167,6 +167,7 @@ async def test_a_hand_back_that_is_repeated_leaves_the_next_attempt_alone(place:
     assert (state.token, state.lease_token, state.attempt) == (following.token, following.token, 2)
 
 
+@pytest.mark.slow
 async def test_a_postgres_that_accepts_and_never_answers_is_waited_for(place: Place) -> None:
     query = await place.worker.admit_new()
     token = new_id()
@@ -224,6 +225,7 @@ async def _tell_a_story(place: Place) -> tuple[str, list[str]]:
         return facts.query_id, [row[0] for row in await cursor.fetchall()]
 
 
+@pytest.mark.slow
 @_BOTH_FATES
 @pytest.mark.parametrize(
     "transactions", [pytest.param(True, marks=pytest.mark.needs_kafka), False], ids=["transactional", "plain"]
@@ -403,6 +405,7 @@ async def test_an_upload_that_is_cut_in_the_middle_leaves_nothing_visible_and_is
     assert bucket.count_uploads(key) == 0
 
 
+@pytest.mark.slow
 async def test_a_result_is_never_taken_for_stored_because_another_lies_there(bucket: Bucket, tmp_path: Path) -> None:
     path, key = tmp_path / "result", _key()
     body = _write(path, 4_096)

@@ -56,6 +56,7 @@ async def test_without_its_event_no_change_stands(pool: DataPool) -> None:
         assert await cursor.fetchone() == (2,)
 
 
+@pytest.mark.slow
 async def test_a_row_that_commits_after_rows_behind_it_is_published_too(
     pool: DataPool, data_url: str, kafka: Kafka
 ) -> None:

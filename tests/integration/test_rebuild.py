@@ -219,6 +219,7 @@ async def test_what_the_copy_is_ahead_of_is_read_again_by_a_projector_that_was_b
     assert await place.read_rows(story, gone) == {story[0].query_id: ("Succeeded", 3)}
 
 
+@pytest.mark.slow
 async def test_a_query_asked_for_again_after_its_deletion_stands(place: Place, config: dict[str, Any]) -> None:
     story = _make_story()
     _publish(config, story)
@@ -253,6 +254,7 @@ async def test_a_damaged_table_is_mended_and_whole_rows_are_left_alone(place: Pl
     assert (await place.plan(SourceName.LOG, config)).difference == Difference(0, 0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["by its report", "by a cancel"])
 async def test_a_rebuild_that_is_given_up_has_changed_nothing(place: Place, config: dict[str, Any], how: str) -> None:
     class GivenUp(Exception):
@@ -282,6 +284,7 @@ async def test_a_rebuild_that_is_given_up_has_changed_nothing(place: Place, conf
     assert (await place.plan(SourceName.LOG, config)).difference.missing > 0
 
 
+@pytest.mark.slow
 @pytest.mark.needs_kafka
 async def test_what_no_transaction_has_committed_is_not_rebuilt(place: Place, config: dict[str, Any]) -> None:
     committed, aborted, under_way = _make_story(), _make_story(), _make_story()
@@ -316,6 +319,7 @@ async def test_a_log_that_does_not_reach_back_is_refused(place: Place, config: d
         await place.plan(SourceName.LOG, config)
 
 
+@pytest.mark.slow
 async def test_a_plan_over_a_log_says_what_it_has_read(place: Place, config: dict[str, Any]) -> None:
     ends = _publish(config, _make_story())
     found = await place.plan(SourceName.LOG, config)

@@ -253,6 +253,7 @@ async def test_after_a_crash_every_event_is_there_once(
     await _assert_published_once(place, [*events, *late])
 
 
+@pytest.mark.slow
 @needs_kafka
 async def test_crash_after_crash_every_event_is_there_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     events = []
@@ -307,6 +308,7 @@ async def test_a_ledger_of_another_outbox_stops_the_relay(place: Place, postgres
         assert await _count_waiting(pool) == len(events)
 
 
+@pytest.mark.slow
 @needs_kafka
 async def test_a_lost_ledger_stops_the_relay(place: Place) -> None:
     await _insert(place, _tell_stories(place.shard, queries=1))
@@ -320,6 +322,7 @@ async def test_a_lost_ledger_stops_the_relay(place: Place) -> None:
     assert await _count_waiting(place.pool) == len(events)
 
 
+@pytest.mark.slow
 @needs_kafka
 async def test_a_relay_that_was_reset_as_documented_publishes_what_still_waits(place: Place) -> None:
     await _insert(place, _tell_stories(place.shard, queries=1))
@@ -351,6 +354,7 @@ async def test_a_group_offset_of_somebody_else_stops_the_relay(place: Place) -> 
     assert await _count_waiting(place.pool) == len(events)
 
 
+@pytest.mark.slow
 @needs_kafka
 async def test_a_kafka_that_forgot_its_last_batches_stops_the_relay(place: Place) -> None:
     for _ in range(2):
@@ -920,6 +924,7 @@ async def _assert_published_once(place: Place, events: Sequence[NewEvent], left:
     assert published == expected
 
 
+@pytest.mark.slow
 @pytest.mark.needs_kafka
 async def test_relays_of_different_shards_share_an_outbox(place: Place) -> None:
     events = await _insert(place, _tell_stories(place.shard, queries=1))

@@ -358,6 +358,7 @@ async def test_unfinished_uploads_of_ended_queries_and_dead_attempts_are_aborted
     assert place.uploads(f"results/{org_id}/") == [stranger]
 
 
+@pytest.mark.slow
 async def test_more_uploads_than_a_page_are_aborted(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bucket, "_PAGE", 10)
     attempt = await place.start()

@@ -140,12 +140,14 @@ async def test_bytes_scanned_are_those_of_the_column_chunks(asking: _Asking, wor
     assert 0 < few < world.chunks["w"] / 4 + _ASIDE
 
 
+@pytest.mark.slow
 async def test_nothing_scanned_is_zero_and_what_postgres_sends_is_unknown(asking: _Asking) -> None:
     assert await asking.scan("SELECT 1 AS a") == 0
     assert await asking.scan("SELECT id FROM shops") is None
     assert await asking.scan("SELECT count(*) AS n FROM numbers, shops") is None
 
 
+@pytest.mark.slow
 async def test_a_scan_over_its_limit_leaves_nothing(asking: _Asking, world: _World) -> None:
     limit = world.chunks["v"] // 2
     failure = await asking.fail("SELECT sum(v) AS s FROM numbers", max_bytes_scanned=limit)

@@ -404,6 +404,7 @@ _LISTINGS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("person", [Person(2, 1, ("analyst",)), Person(4, 3, ("clerk",))], ids=["analyst", "clerk"])
 async def test_no_listing_and_no_mistake_tells_of_what_is_hidden(
     pool: DataPool, engine: DuckDBEngine, tmp_path: Path, person: Person

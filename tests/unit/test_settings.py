@@ -191,6 +191,7 @@ def test_without_reading_credentials_the_services_own_are_used() -> None:
     assert reader_credentials(load_settings()) == ("own", "secret", None)
 
 
+@pytest.mark.slow
 def test_the_command_says_one_line_and_exits_2(folder: Path) -> None:
     os.environ.update(VALID)
     del os.environ["QUERYD_STATE_URL"]

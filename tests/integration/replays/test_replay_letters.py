@@ -104,6 +104,7 @@ def test_a_letter_is_sent_again_once_and_parked_in_the_end(fleet: Fleet, queryd:
     assert {each["reason"] for each in listed} == {"timeout_seconds must be above zero"}
 
 
+@pytest.mark.slow
 def test_letters_of_one_id_are_requests_of_their_own(fleet: Fleet, queryd: CommandLine, kafka: Kafka) -> None:
     org_id = new_id()
     first = make_request(org_id=org_id)
@@ -256,6 +257,7 @@ def test_a_resumed_patch_is_given_again(fleet: Fleet, queryd: CommandLine, kafka
     assert "timeout_seconds" in row
 
 
+@pytest.mark.slow
 def test_what_queryd_has_not_buried_is_left_alone(queryd: CommandLine, kafka: Kafka) -> None:
     key = new_id()
     producer = Producer(config_of(kafka))
