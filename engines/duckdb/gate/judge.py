@@ -58,6 +58,8 @@ class Gate:
 
     def __init__(self) -> None:
         self._parser = duckdb.connect(":memory:", config=_PARSER_SETTINGS)
+        # Its statements are calls of the parser: optimizing them takes a third of their time and changes nothing.
+        self._parser.execute("PRAGMA disable_optimizer")
         self._parser.execute("SET enable_external_access = false")
         self._parser.execute("SET lock_configuration = true")
 
