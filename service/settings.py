@@ -37,7 +37,6 @@ from service.sizes import read_size, show_size
 STATE_DIRECTORY = Path(".queryd")
 ENV_FILE = STATE_DIRECTORY / "env"
 
-_CORES_A_SLOT = 2
 _GIB = 1024**3
 # Of the columns in `org_limits`.
 _MOST_INT = 2**31 - 1
@@ -78,7 +77,7 @@ Size = Annotated[int, BeforeValidator(_read_size)]
 
 
 def _default_slots() -> int:
-    return max(1, int(count_cores() // _CORES_A_SLOT))
+    return max(1, int(count_cores()))
 
 
 class Settings(BaseSettings):

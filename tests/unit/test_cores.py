@@ -80,8 +80,8 @@ def test_without_cgroups_the_affinity_counts(tmp_path: Path) -> None:
     assert count_cores(tmp_path) == 16.0
 
 
-@pytest.mark.parametrize(("quota", "slots"), [(50_000, 1), (150_000, 1), (400_000, 2), (700_000, 3)])
-def test_default_slots_are_one_for_two_cores(
+@pytest.mark.parametrize(("quota", "slots"), [(50_000, 1), (150_000, 1), (400_000, 4), (750_000, 7)])
+def test_default_slots_are_one_for_each_core(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: int, slots: int
 ) -> None:
     root = _lay_out(tmp_path, "0::/\n", {"sys/fs/cgroup/cpu.max": f"{quota} 100000"})
