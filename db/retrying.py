@@ -14,6 +14,8 @@ _Answer = TypeVar("_Answer")
 
 _LONGEST_SECONDS = 5.0
 _JITTER_SECONDS = 0.5
+# Once a dependency is back, everything that waits for it has asked again within this time.
+ASKED_AGAIN_SECONDS = _LONGEST_SECONDS + _JITTER_SECONDS + 0.5
 
 
 async def until_available(

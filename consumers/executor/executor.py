@@ -30,7 +30,7 @@ from consumers.executor.schedule import FairQueue, Turn
 from consumers.executor.transitions import Batcher, Refusal, RowRefused, Transitions
 from consumers.executor.watch import Watch
 from db.clock import DatabaseClock, elapsed
-from db.connection import DataPool
+from db.connection import DatabaseUnavailable, DataPool
 from db.retrying import until_available
 from engines.protocol import Engine
 from queryd.dead_letters import DeadCode
@@ -435,7 +435,11 @@ class Executor:
 
     async def _look_at_watched(self) -> None:
         asked, asked_at = [query.facts.query_id for query in self._watch.queries], elapsed()
-        states = await self._transitions.read(asked)
+        try:
+            states = await self._transitions.read(asked)
+        except DatabaseUnavailable:
+            self._watch.forget_leases()
+            raise
         finished, takeable = self._watch.observe(asked, states, asked_at)
         for query in finished:
             self.intake.finish(query.record)

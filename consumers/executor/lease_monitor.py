@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from db.clock import elapsed
 from db.data.runs import RunState
+from db.retrying import ASKED_AGAIN_SECONDS
 
 # The executor and the reaper read more often than this. After a longer gap the database was out of reach, for holders
 # too, or this process was stopped.
@@ -31,6 +32,13 @@ class LeaseMonitor:
         self._lease_seconds = lease_seconds
         self._observed: dict[str, _Observation] = {}
         self._observed_at = elapsed()
+        # By then every live holder has renewed its lease after the last outage.
+        self._renewed_by = self._observed_at
+
+    def forget(self) -> None:
+        """Begin the observation again, because the database did not answer."""
+        self._observed = {}
+        self._renewed_by = elapsed() + ASKED_AGAIN_SECONDS
 
     def observe(self, states: Iterable[RunState], asked_at: float) -> set[str]:
         """Compare leases with the last observation; returns the ids of queries whose lease is dead.
@@ -49,6 +57,6 @@ class LeaseMonitor:
             if seen is None or (seen.token, seen.renewal) != (state.lease_token, state.lease_renewal):
                 seen = _Observation(state.lease_token, state.lease_renewal, now)
             self._observed[state.query_id] = seen
-            if asked_at - seen.since >= self._lease_seconds:
+            if asked_at - seen.since >= self._lease_seconds and asked_at >= self._renewed_by:
                 dead.add(state.query_id)
         return dead

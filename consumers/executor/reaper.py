@@ -13,7 +13,7 @@ from consumers.executor.lease_monitor import LeaseMonitor
 from consumers.executor.story import QueryFacts
 from consumers.executor.transitions import EndResult, Transitions
 from db.clock import DatabaseClock, elapsed
-from db.connection import Connection, DataPool, statement
+from db.connection import Connection, DatabaseUnavailable, DataPool, statement
 from db.data.runs import CanonicalRow, RunState, read_canonical, read_overdue, read_states
 from db.retrying import until_available
 from queryd.events import Status
@@ -48,7 +48,14 @@ class Reaper:
         """Look every few seconds, with jitter so that executors don't look together. `is_over` as for `reap`."""
         while True:
             await asyncio.sleep(_SECONDS * random.uniform(0.7, 1.0))  # noqa: S311 — jitter, not a secret
-            await until_available(partial(self.reap, is_over), "postgres data")
+            await until_available(partial(self._reap_or_forget, is_over), "postgres data")
+
+    async def _reap_or_forget(self, is_over: IsOver) -> None:
+        try:
+            await self.reap(is_over)
+        except DatabaseUnavailable:
+            self._leases.forget()
+            raise
 
     async def reap(self, is_over: IsOver) -> int:
         """End what is overdue now and not held; returns how many were found. Raises `DatabaseUnavailable`.

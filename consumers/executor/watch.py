@@ -24,6 +24,10 @@ class Watch:
         """Stop watching."""
         self._parked.pop(query_id, None)
 
+    def forget_leases(self) -> None:
+        """Observe all leases anew, because the database did not answer."""
+        self._leases.forget()
+
     @property
     def queries(self) -> list[Admitted]:
         """What is watched now."""

@@ -6,6 +6,7 @@ import pytest
 
 from consumers.executor import lease_monitor
 from consumers.executor.lease_monitor import LeaseMonitor
+from db.retrying import ASKED_AGAIN_SECONDS
 from tests.unit.samples import QUERY_ID, make_state
 
 _LEASE_SECONDS = 15.0
@@ -16,10 +17,14 @@ _HELD: dict[str, Any] = {"status": "Running", "lease_token": "token", "lease_ren
 class Observer:
     """A monitor whose clock moves when a test says so."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, lease_seconds: float = _LEASE_SECONDS) -> None:
         self.now = 1_000.0
         monkeypatch.setattr(lease_monitor, "elapsed", lambda: self.now)
-        self._monitor = LeaseMonitor(_LEASE_SECONDS)
+        self._monitor = LeaseMonitor(lease_seconds)
+
+    def fail_to_read(self) -> None:
+        """The database does not answer."""
+        self._monitor.forget()
 
     def see(self, answer_seconds: float = 0.0, **lease: Any) -> bool:
         """Read the lease of one query; True if it is dead."""
@@ -67,6 +72,22 @@ def test_an_outage_begins_the_observation_anew(observer: Observer) -> None:
     observer.see_for(_LEASE_SECONDS - _LOOK_SECONDS)
     observer.now += 2 * _LEASE_SECONDS
     assert not observer.see_for(_LEASE_SECONDS - _LOOK_SECONDS)
+    observer.now += _LOOK_SECONDS
+    assert observer.see()
+
+
+def test_a_read_that_fails_begins_the_observation_anew(observer: Observer) -> None:
+    observer.see_for(_LEASE_SECONDS - _LOOK_SECONDS)
+    observer.fail_to_read()
+    observer.now += _LOOK_SECONDS
+    assert not observer.see_for(_LEASE_SECONDS - _LOOK_SECONDS)
+
+
+def test_after_an_outage_holders_have_the_time_of_their_next_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A holder of a short lease may wait for its next try for longer than its lease."""
+    observer = Observer(monkeypatch, lease_seconds=3.0)
+    observer.fail_to_read()
+    assert not observer.see_for(ASKED_AGAIN_SECONDS - _LOOK_SECONDS)
     observer.now += _LOOK_SECONDS
     assert observer.see()
 
