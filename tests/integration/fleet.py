@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import boto3
 import psutil
 import psycopg
-from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, KafkaException, TopicPartition
+from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
 from psycopg.rows import dict_row
 
@@ -291,7 +291,7 @@ def _groups_at_the_end(kafka: Kafka) -> Iterator[None]:
     try:
         for group, topics in _GROUPS.items():
             ends = [
-                TopicPartition(topic, partition, consumer.get_watermark_offsets(TopicPartition(topic, partition))[1])
+                _find_end(consumer, topic, partition)
                 for topic in topics
                 for partition in consumer.list_topics(topic).topics[topic].partitions
             ]
@@ -302,6 +302,22 @@ def _groups_at_the_end(kafka: Kafka) -> Iterator[None]:
     yield
     # Members that were killed are members until their session is over.
     await_that(lambda: _forget_groups(admin), "the groups to be empty")
+
+
+def _find_end(consumer: Consumer, topic: str, partition: int) -> TopicPartition:
+    """The end of a partition, whose leader may have been elected at this moment and not know it yet."""
+    found: list[int] = []
+
+    def ask() -> bool:
+        try:
+            found.append(consumer.get_watermark_offsets(TopicPartition(topic, partition))[1])
+        except KafkaException as error:
+            if error.args[0].code() != KafkaError.NOT_LEADER_FOR_PARTITION:
+                raise
+        return bool(found)
+
+    await_that(ask, f"the leader of {topic} {partition}")
+    return TopicPartition(topic, partition, found[0])
 
 
 def _forget_groups(admin: AdminClient) -> bool:
