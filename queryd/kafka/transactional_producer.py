@@ -23,6 +23,8 @@ BROKER_SECONDS = 15.0
 # whether one was repeated.
 _RETRY_MILLIS = 1_000
 _REPEATED_SECONDS = 0.5
+# `poll` returns earlier where there is something to report.
+_POLL_SECONDS = 0.01
 
 
 class TransactionalProducer:
@@ -74,7 +76,7 @@ class TransactionalProducer:
         """Add offsets of a consumer group, which is given by its metadata, to the transaction."""
         # Once the records are acknowledged, the broker has completed the transaction before. Until then it refuses
         # offsets as concurrent, and librdkafka repeats such a request only after `_RETRY_MILLIS`.
-        self._opened.flush(BROKER_SECONDS)
+        self._await_acknowledgements()
         began = time.monotonic()
         self._opened.send_offsets_to_transaction(list(offsets), group, BROKER_SECONDS)
         self._sent_offsets_seconds = time.monotonic() - began
@@ -91,6 +93,13 @@ class TransactionalProducer:
         if self._producer is not None:
             self._producer.purge()
             self._producer.abort_transaction(BROKER_SECONDS)
+
+    def _await_acknowledgements(self) -> None:
+        """Return once all records are acknowledged or have failed, or after `BROKER_SECONDS`."""
+        # `flush` of a producer that was fenced raises SystemError (confluent-kafka 2.16).
+        latest = time.monotonic() + BROKER_SECONDS
+        while len(self._opened) and time.monotonic() < latest:
+            self._opened.poll(_POLL_SECONDS)
 
     @property
     def _opened(self) -> Producer:
