@@ -586,8 +586,8 @@ def _is_aborted(place: Place) -> bool:
 async def test_an_end_of_a_transaction_that_comes_after_its_timeout_changes_nothing(
     place: Place, monkeypatch: pytest.MonkeyPatch, late: str
 ) -> None:
-    # Long enough for the broker to abort, which it looks for each second. librdkafka gives a request up 0.1 s before the
-    # transaction's timeout; repeated after its usual second, it could commit before the broker looks.
+    # Long enough for the broker to abort, which it looks for each second. librdkafka gives up a request 0.1 s before
+    # the transaction's timeout; repeated after its usual second, it could commit before the broker looks.
     monkeypatch.setattr(transactional_producer, "_TRANSACTION_MILLIS", 2_000)
     monkeypatch.setattr(transactional_producer, "_RETRY_MILLIS", 5_000)
     monkeypatch.setattr(transactional_producer, "BROKER_SECONDS", 30.0 if late == "after the timeout" else 5.0)
