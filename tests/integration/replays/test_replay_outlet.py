@@ -31,7 +31,7 @@ async def _lost() -> None:
 
 
 def _make_record(key: str) -> NewRecord:
-    # A tombstone of nobody: it means nothing to whoever else reads the topic.
+    # A tombstone for a key that no query has: other readers of the topic ignore it.
     return NewRecord(Topic.STATUS, key.encode(), None, [], 0)
 
 
