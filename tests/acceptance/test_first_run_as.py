@@ -5,6 +5,7 @@ Four minutes that need root: they run where `QUERYD_TEST_MATRIX=all` is set, as 
 
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -59,4 +60,13 @@ def _assert_nothing_is_left(folder: Path) -> None:
     assert not running_in(folder)
     note = folder / ".queryd" / "demo" / "s3" / "ports"
     sockets = [path for port in note.read_text().split() for path in Path("/tmp").glob(f"seaweedfs-*-grpc-{port}.sock")]
-    assert not sockets
+    # A server that is killed together with its warden leaves one, and the port is given out again: what is older than
+    # the clone is not ours, and what answers belongs to a server that runs.
+    made = folder.parent.stat().st_mtime
+    ours = [path for path in sockets if path.stat().st_mtime >= made and not _answers(path)]
+    assert not ours
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0
