@@ -1,6 +1,7 @@
 """Admission: records become rows, and each record gets a verdict on what to do with it."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
@@ -9,7 +10,7 @@ from access.limits import OrgLimits, read_limits
 from consumers.executor.endings import Failure
 from consumers.executor.story import QueryFacts, tell
 from db.clock import DatabaseClock
-from db.connection import Connection, DataPool, transaction
+from db.connection import Connection, DataPool, statement
 from db.data.admission import NewQuery, SavedLookup, insert_queries, resolve_saved
 from db.data.limits import find_surplus
 from db.data.outbox import NewEvent
@@ -143,25 +144,27 @@ async def admit(
     each of the batch, or none.
     """
     failpoint(Failpoint.ADMIT_BEFORE)
-    async with transaction(pool) as connection:
-        texts = await resolve_saved(
-            connection, [lookup for place, item in enumerate(batch) if (lookup := _look_up(place, item)) is not None]
-        )
+    lookups = [lookup for place, item in enumerate(batch) if (lookup := _look_up(place, item)) is not None]
+    async with statement(pool) as connection:
         limits = await read_limits(connection, {item.org_id for item in batch}, rules.limits)
-        failures = await _find_failures(connection, batch, texts, limits)
-        births = []
-        for place, item in enumerate(batch):
-            with within(traced, place):
-                births.append(_give_birth(item, texts.get(place), failures[place], clock.now(), rules))
-        # Of two records with one id in one batch the first is the query's own.
-        first = {birth.query.query_id: birth for birth in reversed(births)}
-        await insert_queries(
-            connection,
-            [birth.query for birth in first.values()],
-            [event for birth in first.values() for event in birth.events],
-        )
-        states = await read_states(connection, first)
-        missing = first.keys() - states.keys()
+        async with _hold_locks(connection, lookups, limits):
+            texts = await resolve_saved(connection, lookups)
+            failures = await _find_failures(connection, batch, texts, limits)
+            births = []
+            for place, item in enumerate(batch):
+                with within(traced, place):
+                    births.append(_give_birth(item, texts.get(place), failures[place], clock.now(), rules))
+            # Of two records with one id in one batch the first is the query's own.
+            first = {birth.query.query_id: birth for birth in reversed(births)}
+            states = await insert_queries(
+                connection,
+                [birth.query for birth in first.values()],
+                [event for birth in first.values() for event in birth.events],
+            )
+        known = first.keys() - states.keys()
+        if known:
+            states |= await read_states(connection, known)
+        missing = known - states.keys()
         deleted = await read_deleted(connection, missing) if missing else set()
     failpoint(Failpoint.ADMIT_AFTER)
     if states:
@@ -175,6 +178,18 @@ async def admit(
         _decide(birth, states.get(birth.query.query_id), birth.query.query_id in deleted, limits[birth.item.org_id])
         for birth in births
     ]
+
+
+@asynccontextmanager
+async def _hold_locks(
+    connection: Connection, lookups: Sequence[SavedLookup], limits: Mapping[str, OrgLimits]
+) -> AsyncIterator[None]:
+    """A transaction if admission locks saved queries or an org's queue until its rows are committed."""
+    if not lookups and all(each.queued_queries is None for each in limits.values()):
+        yield
+        return
+    async with connection.transaction():
+        yield
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,11 +28,14 @@ class Arrivals:
         self._of_org[org].append(item)
         self._arrived.set()
 
-    async def take(self, most: int) -> list[Legible]:
-        """The next requests, one of each org in turn, waiting for the first."""
+    async def wait(self) -> None:
+        """Return once there are requests."""
         while not self._turns:
             self._arrived.clear()
             await self._arrived.wait()
+
+    def take(self, most: int) -> list[Legible]:
+        """Remove and return the next requests, one of each org in turn."""
         taken: list[Legible] = []
         while self._turns and len(taken) < most:
             org = self._turns.popleft()

@@ -27,6 +27,7 @@ from consumers.executor.intake import Intake
 from consumers.executor.leases import Leases, Stop
 from consumers.executor.reaper import Reaper
 from consumers.executor.schedule import FairQueue, Turn
+from consumers.executor.spacing import Spacing
 from consumers.executor.transitions import Batcher, Refusal, RowRefused, Transitions
 from consumers.executor.watch import Watch
 from db.clock import DatabaseClock, elapsed
@@ -46,6 +47,8 @@ _log = structlog.get_logger("queryd.executor")
 _PORTION = 50
 # Requests in one admission transaction, which then takes some 50 ms.
 _ADMISSION = 500
+# Under load a batch starts this long after the last: it costs two statements, and claiming its queries another two.
+_ADMISSIONS_APART_SECONDS = 0.04
 # A handed-back query's next attempt starts within 2 s, so the watch looks twice a second; one statement for all.
 _WATCH_SECONDS = 0.5
 # Results waiting for the store or the finish, per lane: bounds what lies in scratch while S3 or Postgres is slow.
@@ -203,6 +206,7 @@ class Executor:
         self._unread: deque[Record] = deque()
         self._has_arrived = asyncio.Event()
         self._arrivals = Arrivals()
+        self._admission_spacing = Spacing(_ADMISSIONS_APART_SECONDS)
         self._watch = Watch(rules.lease_seconds)
         self._running: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
@@ -278,7 +282,9 @@ class Executor:
 
     async def _admit_for_ever(self) -> None:
         while True:
-            batch = await self._arrivals.take(_ADMISSION)
+            await self._arrivals.wait()
+            await self._admission_spacing.wait()
+            batch = self._arrivals.take(_ADMISSION)
             await self._admit_batch([item for item in batch if self.intake.owns(item.record)])
 
     async def _admit_batch(self, batch: Sequence[Legible]) -> None:

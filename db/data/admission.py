@@ -9,6 +9,7 @@ from psycopg.types.json import Jsonb
 
 from db.connection import Connection
 from db.data.outbox import NewEvent
+from db.data.runs import RunState
 from db.data.saved_queries import THERE
 from db.data.visibility import visible
 from db.rows import to_arrays
@@ -81,15 +82,20 @@ WITH input AS (
            CASE WHEN i.status <> 'Queued' THEN now() END,
            i.cancelled, i.last_event
     FROM input i JOIN new ON new.id = i.query_id
+    RETURNING query_id, queued_at, deadline, cancelled
+), events AS (
+    INSERT INTO outbox (shard, event_id, query_id, type, payload, headers)
+    SELECT e.shard, e.event_id, e.query_id, e.type, e.payload, e.headers
+    FROM unnest(
+        %(event_shard)s::smallint[], %(event_id)s::uuid[], %(event_query_id)s::uuid[], %(event_sequence)s::int[],
+        %(event_type)s::text[], %(event_payload)s::bytea[], %(event_headers)s::jsonb[]
+    ) AS e(shard, event_id, query_id, sequence, type, payload, headers)
+    JOIN new ON new.id = e.query_id
+    ORDER BY e.query_id, e.sequence
 )
-INSERT INTO outbox (shard, event_id, query_id, type, payload, headers)
-SELECT e.shard, e.event_id, e.query_id, e.type, e.payload, e.headers
-FROM unnest(
-    %(event_shard)s::smallint[], %(event_id)s::uuid[], %(event_query_id)s::uuid[], %(event_sequence)s::int[],
-    %(event_type)s::text[], %(event_payload)s::bytea[], %(event_headers)s::jsonb[]
-) AS e(shard, event_id, query_id, sequence, type, payload, headers)
-JOIN new ON new.id = e.query_id
-ORDER BY e.query_id, e.sequence
+SELECT query_id::text, queued_at, coalesce(deadline <= least(now(), %(worker_now)s), false), cancelled,
+       clock_timestamp()
+FROM runs
 """
 
 # Which saved queries the callers may run, and their text. One that is not visible is simply not there. The key-share
@@ -115,15 +121,46 @@ class SavedLookup:
     roles: tuple[str, ...]
 
 
-async def insert_queries(connection: Connection, queries: Sequence[NewQuery], events: Sequence[NewEvent]) -> None:
-    """Insert the queries that are not there yet, each with its events."""
+async def insert_queries(
+    connection: Connection, queries: Sequence[NewQuery], events: Sequence[NewEvent]
+) -> dict[str, RunState]:
+    """Insert the queries that do not exist yet, each with its events; returns the states of those inserted, by id."""
     arrays: dict[str, Any] = to_arrays(NewQuery, queries) | {"worker_now": datetime.now(UTC)}
     arrays |= {
         f"event_{name}".replace("event_event_", "event_"): values
         for name, values in to_arrays(NewEvent, events).items()
     }
     arrays["event_shard"] = [event.shard for event in events]
-    await connection.execute(INSERT_QUERIES, arrays)
+    rows = await (await connection.execute(INSERT_QUERIES, arrays)).fetchall()
+    by_id = {query.query_id: query for query in queries}
+    return {query_id: _to_state(by_id[query_id], *answer) for query_id, *answer in rows}
+
+
+def _to_state(query: NewQuery, queued_at: datetime, late: bool, cancelled: bool, read_at: datetime) -> RunState:
+    """The state of a query that has just been inserted."""
+    return RunState(
+        query_id=query.query_id,
+        org_id=query.org_id,
+        status=query.status,
+        sql_hash=query.sql_hash,
+        saved_query_id=query.saved_query_id,
+        fingerprint=query.fingerprint,
+        topic=query.topic,
+        partition=query.partition,
+        record_offset=query.record_offset,
+        traceparent=query.traceparent,
+        sequence=query.sequence,
+        attempt=0,
+        crashes=0,
+        token=None,
+        queued_at=queued_at,
+        started_at=None,
+        late=late,
+        cancelled=cancelled,
+        lease_token=None,
+        lease_renewal=None,
+        read_at=read_at,
+    )
 
 
 async def resolve_saved(connection: Connection, lookups: Sequence[SavedLookup]) -> dict[int, str]:

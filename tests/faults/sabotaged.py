@@ -7,6 +7,7 @@ The product knows nothing of this; what is replaced here must be there to be rep
 
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
@@ -84,6 +85,8 @@ def _publish_after_commit() -> None:
             failpoint(Failpoint.FINISH_AFTER)
         _publish(rows)
 
+    # Inside a transaction's context nothing can be committed.
+    patch.object(admission, "_hold_locks", lambda *_: nullcontext()).start()
     _bypass_outbox(change)
 
 
@@ -107,6 +110,10 @@ _ANSWERS = {
         "SELECT query_id::text, token::text, topic, total FROM moved",
         "SELECT m.query_id::text, m.token::text, m.topic, m.total, e.* FROM moved m JOIN told e USING (query_id)",
     ),
+    "INSERT_QUERIES": (
+        "       clock_timestamp()\nFROM runs",
+        "       clock_timestamp(), e.*\nFROM runs JOIN events e USING (query_id)",
+    ),
 }
 _REFUSED_CLAIMS = (
     "SELECT query_id::text, org_id::text, NULL, NULL::int, NULL::int FROM judged WHERE NOT granted\nUNION ALL\n"
@@ -120,9 +127,7 @@ def _bypass_outbox(change: _Bypass) -> None:
     insert = "INSERT INTO outbox (shard, event_id, query_id, type, payload, headers)\n"
     patch.object(attempt_rows, "CLAIM", _replace(attempt_rows.CLAIM, _REFUSED_CLAIMS, "")).start()
     for module, name in ((attempt_rows, "CLAIM"), (attempt_rows, "END"), (admission_rows, "INSERT_QUERIES")):
-        statement = _replace(getattr(module, name), insert, "")
-        if name in _ANSWERS:
-            statement = _replace(statement, *_ANSWERS[name])
+        statement = _replace(_replace(getattr(module, name), insert, ""), *_ANSWERS[name])
         patch.object(module, name, statement).start()
 
     def divert(statement: Callable[..., Awaitable[Any]], finishes: bool) -> Callable[..., Awaitable[Any]]:

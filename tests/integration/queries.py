@@ -109,9 +109,11 @@ class Worker:
         return await admit(self.pool, self.clock, self._rules, [read_legible(record) for record in records])
 
     async def admit_new(self, **changes: Any) -> Admitted:
-        """A new query of ours to run."""
+        """Admit a new query; its state is the one that is stored."""
         [verdict] = await self.admit(make_record(make_request(**changes)))
         assert isinstance(verdict, Admitted)
+        stored = await self.read(verdict.facts.query_id)
+        assert verdict.state == replace(stored, read_at=verdict.state.read_at)
         return verdict
 
     async def read(self, query_id: str) -> RunState:

@@ -93,7 +93,9 @@ async def test_a_queued_query_is_ended_and_its_story_says_so(worker: Worker) -> 
 async def test_a_cancel_before_its_request_waits_for_it(worker: Worker) -> None:
     request = make_request()
     assert await _cancel(worker, request.query_id, request.org_id) is CancelOutcome.EARLY
-    await worker.admit(make_record(request))
+    [verdict] = await worker.admit(make_record(request))
+    assert isinstance(verdict, Admitted)
+    assert verdict.state.cancelled
     assert (await worker.read(request.query_id)).cancelled
     await _reaper(worker).reap(is_over)
     assert await _code(worker, request.query_id) == ("Failed", "QUERY_CANCELLED")

@@ -19,6 +19,7 @@ import pytest
 from confluent_kafka import KafkaError, KafkaException, Producer
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+from access.limits import OrgLimits
 from consumers.executor.admission import Admitted, Verdict
 from db.connection import DataPool
 from db.data.outbox import CHANNEL, shard_of
@@ -28,6 +29,7 @@ from db.retrying import until_available
 from producers.relay.relay import Relay, RelayRules
 from queryd.events import OrgId, QueryId, Topic
 from queryd.kafka import transactional_producer
+from queryd.kafka.record import Record
 from results.location import prefix
 from results.store import ResultStore, StoreAccess, StoredObject, StoreRefused, StoreUnavailable
 from service.embedded.object_store import ObjectStore
@@ -59,7 +61,7 @@ _BOTH_FATES = pytest.mark.parametrize(
 )
 
 
-# Postgres: each transition is one statement and so its own transaction; an admission ends with COMMIT.
+# Postgres: each transition is one statement and so its own transaction. An admission under a limit ends with COMMIT.
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +93,23 @@ async def _losing_one(trigger: Trigger, work: Awaitable[Any]) -> Any:
 
 
 @_BOTH_FATES
-async def test_an_admission_whose_commit_is_not_answered_admits_once(place: Place, lose: _Losing) -> None:
-    worker, record = place.worker, make_record(make_request())
+async def test_an_admission_that_is_not_answered_admits_once(place: Place, lose: _Losing) -> None:
+    record = make_record(make_request())
+    await _lose_admission(place, place.worker, record, lose(place.proxy, record.key or b""))
 
+
+@_BOTH_FATES
+async def test_an_admission_whose_commit_is_not_answered_admits_once(place: Place, lose: _Losing) -> None:
+    # Its org's queue is locked until the commit.
+    limited = Worker(place.worker.pool, OrgLimits(queued_queries=1))
+    await _lose_admission(place, limited, make_record(make_request()), lose(place.proxy, b"COMMIT"))
+
+
+async def _lose_admission(place: Place, worker: Worker, record: Record, trigger: Trigger) -> None:
     async def admit() -> list[Verdict]:
         return await worker.admit(record)
 
-    [verdict] = await _losing_one(lose(place.proxy, b"COMMIT"), until_available(admit, "postgres data"))
+    [verdict] = await _losing_one(trigger, until_available(admit, "postgres data"))
     assert isinstance(verdict, Admitted)
     assert await read_story(place.direct, verdict.facts.query_id) == [(1, "Queued", 0)]
 

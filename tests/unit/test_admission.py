@@ -235,8 +235,12 @@ class Database:
         self.events: list[QueryStatusChanged] = []
 
     @asynccontextmanager
-    async def transaction(self, pool: object) -> AsyncIterator[object]:
+    async def statement(self, pool: object) -> AsyncIterator[object]:
         yield pool
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[None]:
+        yield
 
     async def resolve_saved(self, _connection: object, lookups: Sequence[SavedLookup]) -> dict[int, str]:
         self.lookups += lookups
@@ -251,13 +255,16 @@ class Database:
 
     async def insert_queries(
         self, _connection: object, queries: Sequence[NewQuery], events: Sequence[NewEvent]
-    ) -> None:
+    ) -> dict[str, RunState]:
         self.queries = list(queries)
         self.events = [decode_status(event.payload) for event in events]
-        for query in queries:
-            if query.query_id not in self.states.keys() | self.deleted:
-                kept = {name: getattr(query, name) for name in _KEPT}
-                self.states[query.query_id] = make_state(**kept)
+        inserted = {
+            query.query_id: make_state(**{name: getattr(query, name) for name in _KEPT})
+            for query in queries
+            if query.query_id not in self.states.keys() | self.deleted
+        }
+        self.states |= inserted
+        return inserted
 
     async def read_states(self, _connection: object, query_ids: Iterable[str]) -> dict[str, RunState]:
         return {query_id: self.states[query_id] for query_id in query_ids if query_id in self.states}
@@ -285,7 +292,7 @@ _KEPT = (
 @pytest.fixture
 def database(monkeypatch: pytest.MonkeyPatch) -> Database:
     made = Database()
-    for name in ("transaction", "resolve_saved", "read_limits", "insert_queries", "read_states", "read_deleted"):
+    for name in ("statement", "resolve_saved", "read_limits", "insert_queries", "read_states", "read_deleted"):
         monkeypatch.setattr(admission, name, getattr(made, name))
     return made
 
