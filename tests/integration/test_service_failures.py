@@ -1,0 +1,208 @@
+"""Every service with every dependency wrong in each way, and `up` and `demo` with what they get from outside.
+
+A service waits for what may come back, and says in its log and at `/readyz` what it waits for. It ends with a sentence
+where only a person can help.
+"""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from service.embedded.broker import Broker
+from service.embedded.object_store import ObjectStore
+from service.embedded.ports import pick_ports
+from service.embedded.postgres import Postgres
+from service.embedded.servers import Lifeline
+from tests.integration.wrong_dependencies import CANARY, WORDS, Dependencies, Need, dependencies
+from tests.servers.kafka import Kafka, Kind
+
+_NEEDS = {
+    "executor": (Need.KAFKA, Need.DATA, Need.S3, Need.REGISTRY),
+    "relay": (Need.KAFKA, Need.DATA),
+    "projector": (Need.KAFKA, Need.STATE),
+}
+# `run all` starts the same services: one wrong state of each dependency shows that it says the same.
+_ALL = (Need.KAFKA, Need.DATA, Need.STATE, Need.S3)
+# Two cores import and start so many in some seconds.
+_AT_ONCE = 4
+# A Postgres that does not answer is given up after 10 s, an S3 server after 2.
+_PATIENCE_SECONDS = 40.0
+# `queryd up` ends 15 s after SIGTERM; a busy machine takes longer.
+_END_SECONDS = 30.0
+_LOOK_SECONDS = 0.2
+_MINUTES = 10 * 60
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One service in one environment."""
+
+    service: str
+    need: Need
+    state: str
+    environment: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def there(
+    postgres_server: Postgres,
+    object_store_server: ObjectStore,
+    lifeline: Lifeline,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Dependencies]:
+    """Dependencies of these tests alone: an executor would read other tests' requests."""
+    folder = tmp_path_factory.mktemp("services")
+    broker = Broker(folder / "own", folder / "own.log", lifeline)
+    broker.start()
+    try:
+        kafka = Kafka(broker.bootstrap, Kind.EMBEDDED)
+        with dependencies(kafka, postgres_server, object_store_server, lifeline, folder) as made:
+            yield made
+    finally:
+        broker.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(_MINUTES)
+def test_a_service_says_what_is_wrong_and_ends_when_asked(there: Dependencies, tmp_path: Path) -> None:
+    cells = list(_cells(there))
+    with ThreadPoolExecutor(_AT_ONCE) as threads:
+        found = threads.map(lambda cell: _run(cell, tmp_path), cells)
+        problems = [
+            f"{cell.need}/{cell.state}: queryd run {cell.service}\n  {problem}"
+            for cell, problem in zip(cells, found, strict=True)
+            if problem is not None
+        ]
+    assert not problems, f"{len(problems)} of {len(cells)}\n" + "\n".join(problems)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(_MINUTES)
+def test_up_with_a_wrong_kafka_is_one_sentence(there: Dependencies, tmp_path: Path) -> None:
+    # It starts everything else itself.
+    for state, variables in there.wrong[Need.KAFKA].items():
+        if state == "empty":
+            continue
+        place = tmp_path / state.replace(" ", "-")
+        place.mkdir()
+        done = _queryd("up", place, _outside(there) | variables)
+        assert done.returncode == 1, (state, done.stderr)
+        sentence = done.stderr.rstrip().rpartition("\n")[2]
+        assert sentence.startswith("queryd: kafka"), (state, done.stderr)
+        assert CANARY not in done.stderr + done.stdout
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(_MINUTES)
+def test_the_demo_asks_nothing_of_what_is_wrong_outside(there: Dependencies, tmp_path: Path) -> None:
+    wrong: dict[str, str] = {}
+    for need in Need:
+        wrong |= there.wrong[need]["refused"]
+    done = _queryd("demo", tmp_path, _outside(there) | wrong)
+    assert done.returncode == 0, done.stderr
+
+
+def _outside(there: Dependencies) -> dict[str, str]:
+    """What a shell has that knows of no stack."""
+    return {name: there.right[name] for name in ("PATH", "HOME")}
+
+
+def _queryd(command: str, place: Path, environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "queryd", command],
+        cwd=place,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=_MINUTES / 2,
+        check=False,
+    )
+
+
+def _cells(there: Dependencies) -> Iterator[Cell]:
+    for service, needs in _NEEDS.items():
+        for need in needs:
+            for state, variables in there.wrong[need].items():
+                yield Cell(service, need, state, there.right | variables)
+    for need in _ALL:
+        yield Cell("all", need, "refused", there.right | there.wrong[need]["refused"])
+
+
+def _run(cell: Cell, folder: Path) -> str | None:
+    """Run a service until it has said what is wrong, then end it; returns what is not as it must be."""
+    place = folder / f"{cell.service}-{cell.need}-{cell.state}".replace(" ", "-")
+    place.mkdir()
+    # `all` takes the two that follow as well.
+    port = pick_ports(1)[0]
+    own = {
+        "QUERYD_HTTP_PORT": str(port),
+        "QUERYD_SCRATCH": str(place),
+        "QUERYD_SLOTS_INTERACTIVE": "1",
+        "QUERYD_SLOTS_BATCH": "1",
+        "QUERYD_RELAY_TRANSACTIONS": "false",
+    }
+    with (place / "log").open("w+b") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "queryd", "run", cell.service],
+            cwd=place,
+            env=cell.environment | own,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            named = _wait_until_named(cell, process, place / "log", port)
+            ended_by_itself = process.poll()
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(_END_SECONDS)
+            except subprocess.TimeoutExpired:
+                return f"did not end within {_END_SECONDS:.0f} s"
+        finally:
+            process.kill()
+            process.wait()
+    told = (place / "log").read_text()
+    problems = {
+        "does not name what is wrong": not named,
+        f"ended with {ended_by_itself}": ended_by_itself not in (None, 1, 2),
+        "quotes what it must not": CANARY in told,
+        "prints a traceback": "Traceback" in told,
+    }
+    found = [problem for problem, is_there in problems.items() if is_there]
+    return f"{', '.join(found)}: {told[-1500:]}" if found else None
+
+
+def _wait_until_named(cell: Cell, process: "subprocess.Popen[bytes]", log: Path, port: int) -> bool:
+    """Wait until the service names what is wrong: in its log, and at `/readyz` unless it has ended."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while time.monotonic() < deadline:
+        has_ended = process.poll() is not None
+        in_log = any(word.lower() in log.read_text().lower() for word in WORDS[cell.need])
+        if has_ended:
+            return in_log
+        if in_log and _is_unready(port):
+            return True
+        time.sleep(_LOOK_SECONDS)
+    return False
+
+
+def _is_unready(port: int) -> bool:
+    """True if the service answers that it is not ready."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5):
+            return False
+    except urllib.error.HTTPError as refused:
+        return json.load(refused)["ready"] is False
+    except OSError:
+        # It has not begun to listen.
+        return False
