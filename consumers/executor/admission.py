@@ -8,7 +8,8 @@ from typing import Any
 
 from access.limits import OrgLimits, read_limits
 from consumers.executor.endings import Failure
-from consumers.executor.story import QueryFacts, tell
+from consumers.executor.query import Query
+from consumers.executor.status_event import QueryFacts, build_status_event
 from db.clock import DatabaseClock
 from db.connection import Connection, DataPool, statement
 from db.data.admission import NewQuery, SavedLookup, insert_queries, resolve_saved
@@ -59,24 +60,7 @@ class Done:
     """Nothing is left to do for the record."""
 
 
-@dataclass(frozen=True, slots=True)
-class Admitted:
-    """A query of ours to run, or to watch while another worker runs it. `sql` is None when the saved query that was
-    admitted is not to be had any more with the same text. `limits` are its org's, as of its admission.
-
-    `stale_lease_version` is the number of renewals of a dead lease, which the query's next claim takes over.
-    """
-
-    record: Record
-    request: QueryRequested
-    facts: QueryFacts
-    state: RunState
-    limits: OrgLimits
-    sql: str | None = field(repr=False)
-    stale_lease_version: int | None = None
-
-
-Verdict = Refused | Done | Admitted
+Verdict = Refused | Done | Query
 
 _OVER_QUOTA = Failure(ErrorCode.QUOTA_EXCEEDED, "the org has as many queries waiting as its limit allows")
 
@@ -150,16 +134,16 @@ async def admit(
         async with _hold_locks(connection, lookups, limits):
             texts = await resolve_saved(connection, lookups)
             failures = await _find_failures(connection, batch, texts, limits)
-            births = []
+            candidates = []
             for place, item in enumerate(batch):
                 with within(traced, place):
-                    births.append(_give_birth(item, texts.get(place), failures[place], clock.now(), rules))
+                    candidates.append(_make_candidate(item, texts.get(place), failures[place], clock.now(), rules))
             # Of two records with one id in one batch the first is the query's own.
-            first = {birth.query.query_id: birth for birth in reversed(births)}
+            first = {candidate.query.query_id: candidate for candidate in reversed(candidates)}
             states = await insert_queries(
                 connection,
-                [birth.query for birth in first.values()],
-                [event for birth in first.values() for event in birth.events],
+                [candidate.query for candidate in first.values()],
+                [event for candidate in first.values() for event in candidate.events],
             )
         known = first.keys() - states.keys()
         if known:
@@ -169,14 +153,19 @@ async def admit(
     failpoint(Failpoint.ADMIT_AFTER)
     if states:
         clock.update(max(state.read_at for state in states.values()))
-    for query in (birth.query for birth in first.values()):
+    for query in (candidate.query for candidate in first.values()):
         state = states.get(query.query_id)
         if query.error_code is not None and state is not None and _is_own(query, state):
             waited = (state.read_at - state.queued_at).total_seconds()
             METRICS.end_query(query.mode, query.error_code, total_seconds=max(0.0, waited))
     return [
-        _decide(birth, states.get(birth.query.query_id), birth.query.query_id in deleted, limits[birth.item.org_id])
-        for birth in births
+        _decide(
+            candidate,
+            states.get(candidate.query.query_id),
+            candidate.query.query_id in deleted,
+            limits[candidate.item.org_id],
+        )
+        for candidate in candidates
     ]
 
 
@@ -193,7 +182,7 @@ async def _hold_locks(
 
 
 @dataclass(frozen=True, slots=True)
-class _Birth:
+class _Candidate:
     """A query as it would be admitted now, if it is new."""
 
     item: Legible
@@ -210,7 +199,9 @@ def _look_up(place: int, item: Legible) -> SavedLookup | None:
     return SavedLookup(place, request.saved_query_id, request.org_id, request.user_id, request.roles)
 
 
-def _give_birth(item: Legible, saved_text: str | None, failure: Failure | None, now: datetime, rules: Rules) -> _Birth:
+def _make_candidate(
+    item: Legible, saved_text: str | None, failure: Failure | None, now: datetime, rules: Rules
+) -> _Candidate:
     request = item.request
     sql = _choose_sql(item, saved_text)
     facts = QueryFacts(
@@ -229,10 +220,10 @@ def _give_birth(item: Legible, saved_text: str | None, failure: Failure | None, 
             saved_query_id=request.saved_query_id if saved_text is not None else None,
             output_format=request.output_format,
         )
-    events = [tell(facts, sequence=1, previous=None, status=Status.QUEUED, attempt=0, now=now)]
+    events = [build_status_event(facts, sequence=1, previous=None, status=Status.QUEUED, attempt=0, now=now)]
     if failure is not None:
         events.append(
-            tell(
+            build_status_event(
                 facts,
                 sequence=2,
                 previous=Status.QUEUED,
@@ -266,7 +257,7 @@ def _give_birth(item: Legible, saved_text: str | None, failure: Failure | None, 
         queue_seconds=rules.queue_seconds[item.mode],
         last_event=events[-1].payload,
     )
-    return _Birth(item, query, facts, events, sql)
+    return _Candidate(item, query, facts, events, sql)
 
 
 def _choose_sql(item: Legible, saved_text: str | None) -> str | None:
@@ -319,8 +310,8 @@ def _is_own(query: NewQuery, state: RunState) -> bool:
     return coordinates == (state.topic, state.partition, state.record_offset)
 
 
-def _decide(birth: _Birth, state: RunState | None, deleted: bool, limits: OrgLimits) -> Verdict:
-    item, record = birth.item, birth.item.record
+def _decide(candidate: _Candidate, state: RunState | None, deleted: bool, limits: OrgLimits) -> Verdict:
+    item, record = candidate.item, candidate.item.record
     if item.request is None:
         # Every malformed record is a dead letter of its own, whatever stands under its id.
         return Refused(DeadCode.INVALID_REQUEST, item.reason or "")
@@ -328,12 +319,12 @@ def _decide(birth: _Birth, state: RunState | None, deleted: bool, limits: OrgLim
         return Done()
     if state.fingerprint != item.fingerprint:
         return Refused(DeadCode.CONFLICT, "another request with this query_id was accepted before")
-    if not _is_own(birth.query, state) or Status(state.status).terminal:
+    if not _is_own(candidate.query, state) or Status(state.status).terminal:
         return Done()
     # What runs must be what was admitted: a saved query edited since then is another text.
-    sql = birth.sql if birth.facts.sql_hash == state.sql_hash else None
-    # So must what its story tells of it, whatever a saved query that is looked up again looks like now.
+    sql = candidate.sql if candidate.facts.sql_hash == state.sql_hash else None
+    # So must what its events say, whatever a saved query that is looked up again looks like now.
     facts = replace(
-        birth.facts, sql_hash=state.sql_hash, saved_query_id=state.saved_query_id, traceparent=state.traceparent
+        candidate.facts, sql_hash=state.sql_hash, saved_query_id=state.saved_query_id, traceparent=state.traceparent
     )
-    return Admitted(record=record, request=item.request, facts=facts, state=state, limits=limits, sql=sql)
+    return Query(record=record, request=item.request, facts=facts, state=state, limits=limits, sql=sql)

@@ -7,7 +7,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,11 @@ import structlog
 
 from access.audit import PersonalRead, record_reads
 from access.limits import least
-from consumers.executor.admission import Admitted
 from consumers.executor.endings import CANCELLED, ErrorFile, Failure, Result, Success, fail, succeed
 from consumers.executor.leases import Lease, Leases, Stop
+from consumers.executor.query import Attempt, Query
 from consumers.executor.spacing import Spacing
-from consumers.executor.story import QueryFacts, tell
+from consumers.executor.status_event import QueryFacts, build_status_event
 from consumers.executor.transitions import Claimed, EndResult, Refusal, Transitions
 from db.clock import DatabaseClock
 from db.connection import DatabaseUnavailable, DataPool
@@ -82,33 +82,6 @@ class AttemptRules:
     retention: timedelta
 
 
-@dataclass(frozen=True, slots=True)
-class ClaimedQuery:
-    """A query that is claimed for an attempt and has not started. `sequence` is that of its Running event.
-
-    `datasets` is everything that its caller may read.
-    """
-
-    query: Admitted
-    lease: Lease
-    attempt: int
-    sequence: int
-    run_seconds: float
-    queued_ms: int
-    datasets: tuple[Dataset, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Running(ClaimedQuery):
-    """An attempt under way. `started` is on the monotonic clock."""
-
-    started: float
-    # Exists only while a result that is too large for the engine's pipe lies in it.
-    scratch: Path
-    # The reads of personal data that the engine has reported so far.
-    reads: set[Read] = field(default_factory=set)
-
-
 class _Stopped(Exception):
     """The attempt was asked to end: its lease is lost, it was cancelled, or the worker drains."""
 
@@ -140,47 +113,43 @@ class Attempts:
         self._puts = Spacing(_PUTS_APART_SECONDS)
         self._rules = rules
 
-    async def run(self, claimed: ClaimedQuery, executed: Callable[[], None]) -> bool:
-        """Run one attempt; True if its query is terminal then, else somebody must watch it.
+    async def run(self, attempt: Attempt, executed: Callable[[], None]) -> bool:
+        """Run an attempt; True if its query is terminal then, else somebody must watch it.
 
         `executed` is called when the engine is free again and the result is still to be stored.
         """
-        facts = claimed.query.facts
-        running = Running(
-            **{each.name: getattr(claimed, each.name) for each in fields(ClaimedQuery)},
-            started=time.monotonic(),
-            scratch=self._rules.scratch / f"{facts.query_id}-{claimed.attempt}",
-        )
+        facts = attempt.query.facts
+        attempt.started = time.monotonic()
         try:
             with (
-                span(SpanName.ATTEMPT, facts.traceparent, **_names(running)),
+                span(SpanName.ATTEMPT, facts.traceparent, **_names(attempt)),
                 METRICS.running(facts.mode.value),
             ):
-                return await self._run(running, executed)
+                return await self._run(attempt, executed)
         finally:
-            self._leases.remove(claimed.lease)
-            if running.scratch.exists():
+            self._leases.remove(attempt.lease)
+            if attempt.scratch.exists():
                 # Removing a large file may take long, and is another thread's.
-                await asyncio.to_thread(shutil.rmtree, running.scratch, ignore_errors=True)
+                await asyncio.to_thread(shutil.rmtree, attempt.scratch, ignore_errors=True)
 
-    async def _run(self, running: Running, executed: Callable[[], None]) -> bool:
+    async def _run(self, attempt: Attempt, executed: Callable[[], None]) -> bool:
         try:
-            outcome = await self._execute(running)
+            outcome = await self._execute(attempt)
             executed()
             failpoint(Failpoint.EXECUTE_AFTER)
-            if running.reads:
-                outcome = await self._unless_stopped(running, self._audit(running, outcome))
-            return await self._finish(running, await self._store(running, outcome))
+            if attempt.reads:
+                outcome = await self._unless_stopped(attempt, self._audit(attempt, outcome))
+            return await self._finish(attempt, await self._store(attempt, outcome))
         except _Stopped as stopped:
-            return await self._give_up(running, stopped.why)
+            return await self._give_up(attempt, stopped.why)
         except EngineCrashed:
-            _log.warning(LogEvent.ENGINE_CHILD_DIED, **_names(running))
+            _log.warning(LogEvent.ENGINE_CHILD_DIED, **_names(attempt))
             # Audit now: if this crash is the query's last, no later attempt records its reads.
-            await self._audit(running, None)
-            await self._hand_back(running, crashed=True)
+            await self._audit(attempt, None)
+            await self._hand_back(attempt, crashed=True)
             return False
 
-    async def end_unclaimed(self, query: Admitted, failure: Failure) -> bool:
+    async def end_unclaimed(self, query: Query, failure: Failure) -> bool:
         """End a query that nobody holds; True if it is terminal then."""
         with span(SpanName.FINISH, query.facts.traceparent, **_name(query.facts, query.state.attempt)):
             ending = fail(
@@ -192,16 +161,16 @@ class Attempts:
             )
             return await self._end(ending, query.facts, query.state.attempt) in _TERMINAL
 
-    async def return_unstarted(self, claimed: ClaimedQuery) -> None:
-        """Hand back a claimed query that could not start soon enough."""
+    async def return_unstarted(self, attempt: Attempt) -> None:
+        """Hand back an attempt that could not start soon enough."""
         # It goes on waiting in the queue, for as long as it may.
-        queue_seconds = self._rules.queue_seconds[claimed.query.facts.mode]
-        await self._hand_back(claimed, crashed=False, queue_seconds=queue_seconds)
-        self._leases.remove(claimed.lease)
+        queue_seconds = self._rules.queue_seconds[attempt.query.facts.mode]
+        await self._hand_back(attempt, crashed=False, queue_seconds=queue_seconds)
+        self._leases.remove(attempt.lease)
 
     # Claim.
 
-    async def claim(self, queries: Sequence[Admitted]) -> list[ClaimedQuery | Refusal | None]:
+    async def claim(self, queries: Sequence[Query]) -> list[Attempt | Refusal | None]:
         """Claim queries in one statement; None for one that is somebody else's, cancelled or over, to be watched."""
         now = self._clock.now()
         # One clock that is ahead makes no query older.
@@ -214,7 +183,7 @@ class Attempts:
                 with within(traced, place):
                     wanted.append(self._to_claim(query, leases[place].token, now, queued[place]))
             answers = await self._transitions.claim(wanted)
-        claimed: list[ClaimedQuery | Refusal | None] = []
+        claimed: list[Attempt | Refusal | None] = []
         for query, lease, queued_ms, answer in zip(queries, leases, queued, answers, strict=True):
             if not isinstance(answer, Claimed):
                 claimed.append(answer)
@@ -222,24 +191,25 @@ class Attempts:
             self._leases.add(lease)
             METRICS.start_attempt(query.facts.mode.value, None if query.state.attempt else queued_ms / 1000)
             _log.debug(LogEvent.QUERY_STARTED, **_name(query.facts, answer.attempt))
-            claimed.append(
-                ClaimedQuery(
-                    query=query,
-                    lease=lease,
-                    attempt=answer.attempt,
-                    sequence=answer.sequence,
-                    run_seconds=self._find_seconds(query),
-                    queued_ms=queued_ms,
-                    datasets=answer.datasets,
-                )
-            )
+            claimed.append(self._begin(query, lease, queued_ms, answer))
         # After the log, by which the fault suite counts the attempts that died.
         failpoint(Failpoint.CLAIM_AFTER)
         return claimed
 
-    def _to_claim(self, query: Admitted, token: str, now: datetime, queued_ms: int) -> tuple[Claim, Caller]:
+    def _begin(self, query: Query, lease: Lease, queued_ms: int, claimed: Claimed) -> Attempt:
+        state = replace(query.state, status=Status.RUNNING.value, sequence=claimed.sequence, attempt=claimed.attempt)
+        return Attempt(
+            query=replace(query, state=state),
+            lease=lease,
+            run_seconds=self._find_seconds(query),
+            queued_ms=queued_ms,
+            datasets=claimed.datasets,
+            scratch=self._rules.scratch / f"{query.facts.query_id}-{claimed.attempt}",
+        )
+
+    def _to_claim(self, query: Query, token: str, now: datetime, queued_ms: int) -> tuple[Claim, Caller]:
         state, request = query.state, query.request
-        event = tell(
+        event = build_status_event(
             query.facts,
             sequence=state.sequence + 1,
             previous=Status(state.status),
@@ -267,7 +237,7 @@ class Attempts:
         )
         return claim, Caller(request.org_id, request.user_id, request.roles)
 
-    def _find_seconds(self, query: Admitted) -> float:
+    def _find_seconds(self, query: Query) -> float:
         """How long the query may run: what it asks for, within its lane's and its org's limit."""
         mode, limit = query.facts.mode, query.limits.timeout_seconds
         wanted = float(query.request.timeout_seconds or self._rules.default_seconds[mode])
@@ -276,11 +246,11 @@ class Attempts:
 
     # Execute.
 
-    async def _execute(self, running: Running) -> Output | Failure:
-        query = running.query
+    async def _execute(self, attempt: Attempt) -> Output | Failure:
+        query = attempt.query
         if query.sql is None:
             return Failure(ErrorCode.SAVED_QUERY_NOT_FOUND, "the saved query has changed since it was admitted")
-        request, granted = query.request, running.datasets
+        request, granted = query.request, attempt.datasets
         most_rows = least(request.max_rows, query.limits.result_rows)
         execution = Execution(
             query_id=request.query_id,
@@ -290,91 +260,91 @@ class Attempts:
             relations=tuple(_to_relation(dataset) for dataset in granted),
             denied=_denied(granted, query.facts),
             output_format=request.output_format,
-            scratch=running.scratch,
-            timeout_seconds=running.run_seconds,
+            scratch=attempt.scratch,
+            timeout_seconds=attempt.run_seconds,
             # The engine counts one row further.
             max_rows=None if most_rows is None else min(most_rows, _MOST_ROWS),
             max_bytes=query.limits.result_bytes,
             max_bytes_scanned=least(request.max_bytes_scanned, query.limits.bytes_scanned),
-            reads=running.reads,
+            reads=attempt.reads,
         )
         try:
-            return await self._unless_stopped(running, self._execute_when_available(execution, running))
+            return await self._unless_stopped(attempt, self._execute_when_available(execution, attempt))
         except QueryFailed as failed:
             if failed.code in _OPERATORS:
-                _log.error(LogEvent.ENGINE_FAILED, reason=failed.message, **_names(running))
+                _log.error(LogEvent.ENGINE_FAILED, reason=failed.message, **_names(attempt))
             return Failure(failed.code, failed.message, failed.detail)
         except EngineUnavailable as unavailable:
             return Failure(ErrorCode.ENGINE_UNAVAILABLE, unavailable.outage.sentence)
 
     @in_span(SpanName.EXECUTE)
-    async def _execute_when_available(self, execution: Execution, running: Running) -> Output:
+    async def _execute_when_available(self, execution: Execution, attempt: Attempt) -> Output:
         # An outage is not the author's error, so the query is retried until its time limit.
         return await until_available(
             partial(self._engine.execute, execution),
             _name_dependency,
             unavailable=EngineUnavailable,
-            give_up_after=_seconds_left(running),
+            give_up_after=_seconds_left(attempt),
         )
 
     # Audit.
 
-    async def _audit(self, running: Running, outcome: _Done) -> _Done | Failure:
+    async def _audit(self, attempt: Attempt, outcome: _Done) -> _Done | Failure:
         """Record the reads of personal data before the outcome is published, since any outcome may reveal data."""
-        facts, token = running.query.facts, running.lease.token
+        facts, token = attempt.query.facts, attempt.lease.token
         record = partial(
-            record_reads, self._pool, facts.query_id, token, [_to_personal(read) for read in running.reads]
+            record_reads, self._pool, facts.query_id, token, [_to_personal(read) for read in attempt.reads]
         )
         try:
             await until_available(record, "postgres data")
         except AuditRefused as refused:
-            _log.error(LogEvent.AUDIT_REFUSED, reason=str(refused), **_names(running))
+            _log.error(LogEvent.AUDIT_REFUSED, reason=str(refused), **_names(attempt))
             return Failure(ErrorCode.INTERNAL, "the read of personal data could not be recorded")
         return outcome
 
     # Store.
 
-    async def _store(self, running: Running, outcome: Output | Failure) -> Success | Failure:
+    async def _store(self, attempt: Attempt, outcome: Output | Failure) -> Success | Failure:
         if isinstance(outcome, Failure):
-            return outcome if outcome.detail is None else await self._store_error(running, outcome)
+            return outcome if outcome.detail is None else await self._store_error(attempt, outcome)
         try:
             with span(SpanName.STORE):
-                result = _find_inline(running, outcome) or await self._put_result(running, outcome)
+                result = _find_inline(attempt, outcome) or await self._put_result(attempt, outcome)
         except StoreRefused as refused:
-            _log.error(LogEvent.RESULT_REFUSED, reason=str(refused), **_names(running))
+            _log.error(LogEvent.RESULT_REFUSED, reason=str(refused), **_names(attempt))
             return Failure(ErrorCode.INTERNAL, "the result store refused the result")
         failpoint(Failpoint.STORE_AFTER)
         return Success(
             result=result,
             columns=outcome.columns,
             bytes_scanned=outcome.bytes_scanned,
-            duration_ms=_elapsed_ms(running),
-            queued_ms=running.queued_ms,
+            duration_ms=_elapsed_ms(attempt),
+            queued_ms=attempt.queued_ms,
             engine=self._engine.name,
             retention=self._rules.retention,
         )
 
-    async def _put_result(self, running: Running, output: Output) -> Result:
-        output_format = running.query.request.output_format
+    async def _put_result(self, attempt: Attempt, output: Output) -> Result:
+        output_format = attempt.query.request.output_format
         media_type = content_type(output_format)
-        file = await self._put(running, output.content, file_name(output_format), media_type, output.rows)
-        return Result.stored(self._location(running), file)
+        file = await self._put(attempt, output.content, file_name(output_format), media_type, output.rows)
+        return Result.stored(self._location(attempt), file)
 
-    async def _store_error(self, running: Running, failure: Failure) -> Failure:
+    async def _store_error(self, attempt: Attempt, failure: Failure) -> Failure:
         """The failure with its detail stored for the author; without, where that is not to be had in time."""
         detail = json.dumps({"code": failure.code, "message": failure.message, "detail": failure.detail}).encode()
         try:
             file = await self._put(
-                running, detail, ERROR_FILE, ERROR_CONTENT_TYPE, 0, give_up_after=_seconds_left(running)
+                attempt, detail, ERROR_FILE, ERROR_CONTENT_TYPE, 0, give_up_after=_seconds_left(attempt)
             )
         except (StoreRefused, StoreUnavailable) as error:
-            _log.warning(LogEvent.ERROR_DETAIL_LOST, reason=type(error).__name__, **_names(running))
+            _log.warning(LogEvent.ERROR_DETAIL_LOST, reason=type(error).__name__, **_names(attempt))
             return failure
-        return replace(failure, error_file=ErrorFile(self._location(running), file, self._rules.retention))
+        return replace(failure, error_file=ErrorFile(self._location(attempt), file, self._rules.retention))
 
     async def _put(
         self,
-        running: Running,
+        attempt: Attempt,
         content: bytes | Path,
         name: str,
         media_type: str,
@@ -385,24 +355,24 @@ class Attempts:
         """Put an object under the attempt's own prefix; raises `StoreRefused`, and `StoreUnavailable` at the end of
         `give_up_after` seconds."""
         await self._puts.wait()
-        store = partial(self._results.put, _prefix(running) + name, content, media_type)
+        store = partial(self._results.put, _prefix(attempt) + name, content, media_type)
         storing = until_available(store, "s3", unavailable=StoreUnavailable, give_up_after=give_up_after)
-        stored = await self._unless_stopped(running, storing)
+        stored = await self._unless_stopped(attempt, storing)
         return ResultFile(stored.key, stored.bytes, rows, stored.etag, stored.sha256)
 
-    def _location(self, running: Running) -> str:
-        return f"s3://{self._rules.bucket}/{_prefix(running)}"
+    def _location(self, attempt: Attempt) -> str:
+        return f"s3://{self._rules.bucket}/{_prefix(attempt)}"
 
     # Finish.
 
     @in_span(SpanName.FINISH)
-    async def _finish(self, running: Running, outcome: Success | Failure) -> bool:
-        facts, state, token = running.query.facts, _as_running(running), running.lease.token
-        running.lease.ending = True
+    async def _finish(self, attempt: Attempt, outcome: Success | Failure) -> bool:
+        facts, state, token = attempt.query.facts, attempt.query.state, attempt.lease.token
+        attempt.lease.ending = True
         failpoint(Failpoint.FINISH_BEFORE)
         now = self._clock.now()
         if isinstance(outcome, Success):
-            result = await self._end(succeed(facts, state, outcome, now=now, token=token), facts, running.attempt)
+            result = await self._end(succeed(facts, state, outcome, now=now, token=token), facts, attempt.number)
             if result is not EndResult.CANCELLED:
                 return result in _TERMINAL
             # The cancel locked the row first. Its query has no result, and the sweep takes the object away.
@@ -413,10 +383,10 @@ class Attempts:
             outcome,
             now=now,
             token=token,
-            duration_ms=_elapsed_ms(running),
+            duration_ms=_elapsed_ms(attempt),
             engine=self._engine.name,
         )
-        return await self._end(ending, facts, running.attempt) in _TERMINAL
+        return await self._end(ending, facts, attempt.number) in _TERMINAL
 
     async def _end(self, ending: Ending, facts: QueryFacts, attempt: int) -> EndResult:
         result = await self._transitions.end(ending)
@@ -437,21 +407,21 @@ class Attempts:
 
     # Giving up.
 
-    async def _unless_stopped(self, running: Running, work: Awaitable[_Done]) -> _Done:
+    async def _unless_stopped(self, attempt: Attempt, work: Awaitable[_Done]) -> _Done:
         """The work's answer, or `_Stopped` when the lease says so first; the work is then cancelled and awaited.
 
         A worker that drains has handed the query back by then: ending the work may take longer than it has left, and
         a lease that ran out instead would count as a crash.
         """
         task = asyncio.ensure_future(work)
-        waited: set[asyncio.Future[Any]] = {task, running.lease.stopped}
+        waited: set[asyncio.Future[Any]] = {task, attempt.lease.stopped}
         try:
             await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()
-            why = running.lease.stopped.result()
+            why = attempt.lease.stopped.result()
             if why is Stop.DRAINING:
-                await self._hand_back(running, crashed=False)
+                await self._hand_back(attempt, crashed=False)
             raise _Stopped(why)
         finally:
             # Where it has answered already, both do nothing.
@@ -468,27 +438,27 @@ class Attempts:
             ):
                 await task
 
-    async def _give_up(self, running: Running, why: Stop) -> bool:
+    async def _give_up(self, attempt: Attempt, why: Stop) -> bool:
         match why:
             case Stop.CANCELLED:
-                return await self._finish(running, await self._audit(running, CANCELLED))
+                return await self._finish(attempt, await self._audit(attempt, CANCELLED))
             case Stop.DRAINING:
                 return False
             case Stop.LOST:
-                _log.warning(LogEvent.LEASE_LOST, **_names(running))
+                _log.warning(LogEvent.LEASE_LOST, **_names(attempt))
                 return False
 
-    async def _hand_back(self, running: ClaimedQuery, *, crashed: bool, queue_seconds: float | None = None) -> None:
-        running.lease.ending = True
+    async def _hand_back(self, attempt: Attempt, *, crashed: bool, queue_seconds: float | None = None) -> None:
+        attempt.lease.ending = True
         failpoint(Failpoint.HAND_BACK_BEFORE)
         await self._transitions.hand_back(
-            HandBack(running.query.facts.query_id, running.lease.token, crashed, queue_seconds)
+            HandBack(attempt.query.facts.query_id, attempt.lease.token, crashed, queue_seconds)
         )
         if not crashed:
-            _log.info(LogEvent.QUERY_HANDED_BACK, **_names(running))
+            _log.info(LogEvent.QUERY_HANDED_BACK, **_names(attempt))
 
 
-def find_failure(query: Admitted) -> Failure | None:
+def find_failure(query: Query) -> Failure | None:
     """Why a query that nobody holds must end instead of being claimed."""
     state = query.state
     left_behind = query.stale_lease_version is not None
@@ -501,12 +471,12 @@ def find_failure(query: Admitted) -> Failure | None:
     return None
 
 
-def _find_inline(running: Running, output: Output) -> Result | None:
+def _find_inline(attempt: Attempt, output: Output) -> Result | None:
     """The result for its event, if that was requested and it is small enough; else it becomes an object.
 
     Nobody sits and waits for a batch, so one trip to the store less is nothing to it.
     """
-    request, content = running.query.request, output.content
+    request, content = attempt.query.request, output.content
     if request.delivery is not Delivery.INLINE_IF_SMALL or request.mode is not Mode.INTERACTIVE:
         return None
     if isinstance(content, Path) or len(content) > MAX_INLINE_BYTES:
@@ -514,9 +484,9 @@ def _find_inline(running: Running, output: Output) -> Result | None:
     return Result.in_event(content, output.rows)
 
 
-def _prefix(running: Running) -> str:
-    facts = running.query.facts
-    return prefix(facts.org_id, facts.query_id, running.attempt, running.lease.token)
+def _prefix(attempt: Attempt) -> str:
+    facts = attempt.query.facts
+    return prefix(facts.org_id, facts.query_id, attempt.number, attempt.lease.token)
 
 
 def _denied(granted: Sequence[Dataset], facts: QueryFacts) -> frozenset[str]:
@@ -534,8 +504,8 @@ def _to_personal(read: Read) -> PersonalRead:
     return PersonalRead(read.relation, read.columns)
 
 
-def _seconds_left(running: Running) -> float:
-    return running.started + running.run_seconds - time.monotonic()
+def _seconds_left(attempt: Attempt) -> float:
+    return attempt.started + attempt.run_seconds - time.monotonic()
 
 
 def _to_relation(dataset: Dataset) -> Relation:
@@ -549,26 +519,21 @@ def _to_relation(dataset: Dataset) -> Relation:
     )
 
 
-def _to_step(query: Admitted) -> Step:
+def _to_step(query: Query) -> Step:
     facts = query.facts
     return facts.traceparent, {SpanAttribute.QUERY_ID: facts.query_id, SpanAttribute.ORG_ID: facts.org_id}
 
 
-def _as_running(running: Running) -> RunState:
-    """The state in which the attempt stands by its own token: what its ending is judged against."""
-    return replace(running.query.state, status=Status.RUNNING.value, sequence=running.sequence, attempt=running.attempt)
-
-
-def _names(running: ClaimedQuery) -> dict[str, str | int]:
-    return _name(running.query.facts, running.attempt)
+def _names(attempt: Attempt) -> dict[str, str | int]:
+    return _name(attempt.query.facts, attempt.number)
 
 
 def _name(facts: QueryFacts, attempt: int) -> dict[str, str | int]:
     return {"query_id": facts.query_id, "org_id": facts.org_id, "attempt": attempt}
 
 
-def _elapsed_ms(running: Running) -> int:
-    return round((time.monotonic() - running.started) * 1000)
+def _elapsed_ms(attempt: Attempt) -> int:
+    return round((time.monotonic() - attempt.started) * 1000)
 
 
 def _queued_ms(state: RunState, now: datetime) -> int:

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from psycopg.types.json import Jsonb
 
-from consumers.executor.story import QueryFacts, tell
+from consumers.executor.status_event import QueryFacts, build_status_event
 from db.data.attempts import Ending
 from db.data.outbox import NewEvent
 from db.data.runs import INLINE_FILE, RunState
@@ -100,7 +100,7 @@ def fail(
     engine: str | None = None,
 ) -> Ending:
     """The query ends `Failed`. Without a token it must be one that nobody holds."""
-    event = tell(
+    event = build_status_event(
         facts,
         sequence=state.sequence + 1,
         previous=Status(state.status),
@@ -126,7 +126,7 @@ def fail(
 def succeed(facts: QueryFacts, state: RunState, success: Success, *, now: datetime, token: str) -> Ending:
     """The query ends `Succeeded`: from here on its result is visible."""
     result = success.result
-    event = tell(
+    event = build_status_event(
         facts,
         sequence=state.sequence + 1,
         previous=Status(state.status),

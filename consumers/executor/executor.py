@@ -17,14 +17,15 @@ from typing import Any
 import structlog
 
 from consumers.dead_letters import DeadLetter, DeadLetters
-from consumers.executor.admission import Admitted, Done, Legible, Refused, Rules, Verdict, admit, read_record
+from consumers.executor.admission import Done, Legible, Refused, Rules, Verdict, admit, read_record
 from consumers.executor.arrivals import Arrivals
-from consumers.executor.attempt import Attempts, ClaimedQuery, find_failure
+from consumers.executor.attempt import Attempts, find_failure
 from consumers.executor.cancel_news import CancelNews
 from consumers.executor.cancelling import end_tasks
 from consumers.executor.endings import Failure
 from consumers.executor.intake import Intake
 from consumers.executor.leases import Leases, Stop
+from consumers.executor.query import Attempt, Query
 from consumers.executor.reaper import Reaper
 from consumers.executor.schedule import FairQueue, Turn
 from consumers.executor.spacing import Spacing
@@ -95,7 +96,7 @@ class Lane:
         self.slots = slots
         self.queue = FairQueue()
         self.unfinished = asyncio.Semaphore(slots + _UNFINISHED_RESULTS)
-        self._ready: deque[ClaimedQuery] = deque()
+        self._ready: deque[Attempt] = deque()
         self._idle_slots = 0
         # Wakes slots for a claimed query, and the claims for a free slot.
         self._has_ready = asyncio.Condition()
@@ -126,13 +127,13 @@ class Lane:
             ahead = min(_MOST_AHEAD, int(self.slots * _AHEAD_SECONDS / max(self._run_seconds, 0.001)))
         return ahead + idle - ready if ready < idle or ready <= ahead // 4 else 0
 
-    async def put_ready(self, claimed: Sequence[ClaimedQuery]) -> None:
+    async def put_ready(self, claimed: Sequence[Attempt]) -> None:
         """Give claimed queries to the slots."""
         async with self._has_ready:
             self._ready.extend(claimed)
             self._has_ready.notify(len(claimed))
 
-    async def take_ready(self) -> ClaimedQuery:
+    async def take_ready(self) -> Attempt:
         """Wait for a claimed query, for a slot."""
         self._idle_slots += 1
         self._has_room.set()
@@ -145,11 +146,11 @@ class Lane:
             self._has_room.set()
 
     @property
-    def ready(self) -> list[ClaimedQuery]:
+    def ready(self) -> list[Attempt]:
         """The claimed queries that no slot has taken."""
         return list(self._ready)
 
-    def withdraw(self, claimed: Collection[ClaimedQuery]) -> list[ClaimedQuery]:
+    def withdraw(self, claimed: Collection[Attempt]) -> list[Attempt]:
         """Remove and return those of the claimed queries that no slot has taken."""
         withdrawn = [each for each in self._ready if each in claimed]
         for each in withdrawn:
@@ -309,9 +310,9 @@ class Executor:
             case Done():
                 self.intake.finish(record)
             # Whether a lease is dead is the watch's to say, and what has waited for too long is the reaper's to end.
-            case Admitted() if verdict.state.lease_token is not None or verdict.state.overdue:
+            case Query() if verdict.state.lease_token is not None or verdict.state.overdue:
                 self._park(verdict)
-            case Admitted():
+            case Query():
                 self._schedule(verdict)
 
     async def _bury(self, refused: Sequence[tuple[Record, Refused]]) -> None:
@@ -322,7 +323,7 @@ class Executor:
 
     # Schedule and run.
 
-    def _schedule(self, query: Admitted) -> None:
+    def _schedule(self, query: Query) -> None:
         failure = find_failure(query)
         if failure is not None:
             # It only has to be ended, and need not wait for a slot.
@@ -351,11 +352,11 @@ class Executor:
     async def _claim(self, lane: Lane, turns: Sequence[Turn]) -> None:
         """Claim queries whose turn it is, ahead of need, and give them to the lane's slots."""
         wanted = [turn for turn in turns if self.intake.owns(turn.query.record)]
-        claimed: list[ClaimedQuery] = []
+        claimed: list[Attempt] = []
         answers = await self._attempts.claim([turn.query for turn in wanted]) if wanted else []
         for turn, answer in zip(wanted, answers, strict=True):
             match answer:
-                case ClaimedQuery():
+                case Attempt():
                     claimed.append(answer)
                 case Refusal():
                     if self.intake.owns(turn.query.record):
@@ -369,7 +370,7 @@ class Executor:
             await lane.put_ready(claimed)
             asyncio.get_running_loop().call_later(_UNSTARTED_SECONDS, self._return_unstarted, lane, claimed)
 
-    def _return_unstarted(self, lane: Lane, claimed: Sequence[ClaimedQuery]) -> None:
+    def _return_unstarted(self, lane: Lane, claimed: Sequence[Attempt]) -> None:
         """Hand back claimed queries for which no slot was free soon enough: another worker may have one."""
         unstarted = lane.withdraw(claimed)
         if unstarted:
@@ -377,7 +378,7 @@ class Executor:
         for each in unstarted:
             self._start(self._hand_back(each))
 
-    async def _hand_back(self, claimed: ClaimedQuery) -> None:
+    async def _hand_back(self, claimed: Attempt) -> None:
         await self._attempts.return_unstarted(claimed)
         self._release(claimed.query, 0.0)
         if not self._stopping.is_set():
@@ -399,7 +400,7 @@ class Executor:
             self._failure = self._failure or error
             self._stopping.set()
 
-    async def _run(self, lane: Lane, claimed: ClaimedQuery, executed: asyncio.Event) -> None:
+    async def _run(self, lane: Lane, claimed: Attempt, executed: asyncio.Event) -> None:
         started, query = time.monotonic(), claimed.query
 
         def note_executed() -> None:
@@ -416,7 +417,7 @@ class Executor:
             lane.unfinished.release()
             executed.set()
 
-    async def _end_unclaimed(self, query: Admitted, failure: Failure) -> None:
+    async def _end_unclaimed(self, query: Query, failure: Failure) -> None:
         if not self.intake.owns(query.record):
             return
         if await self._attempts.end_unclaimed(query, failure):
@@ -424,7 +425,7 @@ class Executor:
         elif not self._stopping.is_set():
             self._park(query)
 
-    def _release(self, query: Admitted, run_seconds: float) -> None:
+    def _release(self, query: Query, run_seconds: float) -> None:
         """Let another query of the org have the place that this one had."""
         limited = query.limits.running_queries is not None
         rest_seconds = min(_LONGEST_REST_SECONDS, _REST * run_seconds) if limited else 0.0
@@ -452,7 +453,7 @@ class Executor:
         for query in takeable:
             self._schedule(query)
 
-    def _park(self, query: Admitted) -> None:
+    def _park(self, query: Query) -> None:
         """Watch a query until it is finished or may be taken; what is another worker's record now is its to watch."""
         if self.intake.owns(query.record):
             self._watch.park(replace(query, stale_lease_version=None))
@@ -470,7 +471,7 @@ class Executor:
     async def _forget_partitions(self, partitions: set[Partition]) -> None:
         """Drop the partitions' waiting queries: the next owner reads them. Running queries keep their leases."""
 
-        def gone(query: Admitted) -> bool:
+        def gone(query: Query) -> bool:
             return (query.record.topic, query.record.partition) in partitions
 
         for lane in self._lanes.values():

@@ -10,7 +10,7 @@ import structlog
 
 from consumers.executor.endings import CANCELLED, fail, overdue_failure
 from consumers.executor.lease_monitor import LeaseMonitor
-from consumers.executor.story import QueryFacts
+from consumers.executor.status_event import QueryFacts
 from consumers.executor.transitions import EndResult, Transitions
 from db.clock import DatabaseClock, elapsed
 from db.connection import Connection, DatabaseUnavailable, DataPool, statement

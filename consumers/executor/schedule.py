@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import count
 from operator import attrgetter
 
-from consumers.executor.admission import Admitted
+from consumers.executor.query import Query
 
 # Orgs without waiting queries of which something is remembered at most, roughly.
 _REMEMBERED = 1_000
@@ -24,7 +24,7 @@ class Waiting:
     """A query and the place in which it has come."""
 
     number: int
-    query: Admitted
+    query: Query
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Turn:
     releases: int
 
     @property
-    def query(self) -> Admitted:
+    def query(self) -> Query:
         """What is to be run."""
         return self.waiting.query
 
@@ -64,7 +64,7 @@ class FairQueue:
     def __len__(self) -> int:
         return sum(len(queries) for queries in self._waiting.values())
 
-    def put(self, query: Admitted) -> None:
+    def put(self, query: Query) -> None:
         """Append to the org's queries; one that was claimed before goes in front of them."""
         org = query.facts.org_id
         queries = self._waiting.setdefault(org, deque())
@@ -143,7 +143,7 @@ class FairQueue:
             self._hold(org, rest_seconds)
         self._schedule(org)
 
-    def drop(self, unwanted: Callable[[Admitted], bool]) -> list[Admitted]:
+    def drop(self, unwanted: Callable[[Query], bool]) -> list[Query]:
         """Remove and return the waiting queries that are unwanted."""
         dropped = [each.query for queries in self._waiting.values() for each in queries if unwanted(each.query)]
         if dropped:

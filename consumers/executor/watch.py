@@ -3,8 +3,8 @@
 from collections.abc import Collection
 from dataclasses import replace
 
-from consumers.executor.admission import Admitted
 from consumers.executor.lease_monitor import LeaseMonitor
+from consumers.executor.query import Query
 from db.data.runs import RunState
 from queryd.events import Status
 
@@ -13,10 +13,10 @@ class Watch:
     """The parked queries of this process, by id. A second record of one id replaces the first: it is the newer one."""
 
     def __init__(self, lease_seconds: float) -> None:
-        self._parked: dict[str, Admitted] = {}
+        self._parked: dict[str, Query] = {}
         self._leases = LeaseMonitor(lease_seconds)
 
-    def park(self, query: Admitted) -> None:
+    def park(self, query: Query) -> None:
         """Begin to watch a query."""
         self._parked[query.facts.query_id] = query
 
@@ -29,20 +29,20 @@ class Watch:
         self._leases.forget()
 
     @property
-    def queries(self) -> list[Admitted]:
+    def queries(self) -> list[Query]:
         """What is watched now."""
         return list(self._parked.values())
 
     def observe(
         self, asked: Collection[str], states: dict[str, RunState], asked_at: float
-    ) -> tuple[list[Admitted], list[Admitted]]:
+    ) -> tuple[list[Query], list[Query]]:
         """Judge by what the database says: queries that are terminal or gone, and queries that may be claimed.
 
         Both leave the watch. `asked` are the ids that were read after `asked_at`: a query that was parked later is not
         among them, and its state is not known.
         """
-        finished: list[Admitted] = []
-        takeable: list[Admitted] = []
+        finished: list[Query] = []
+        takeable: list[Query] = []
         dead = self._leases.observe(states.values(), asked_at)
         for query_id in asked:
             query, state = self._parked.get(query_id), states.get(query_id)

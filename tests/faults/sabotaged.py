@@ -17,7 +17,8 @@ from unittest.mock import patch
 from confluent_kafka import Message, Producer
 
 from consumers.executor import admission, transitions
-from consumers.executor.attempt import Attempts, ClaimedQuery
+from consumers.executor.attempt import Attempts
+from consumers.executor.query import Attempt
 from db.connection import Connection, DatabaseUnavailable
 from db.data import admission as admission_rows
 from db.data import attempts as attempt_rows
@@ -208,7 +209,7 @@ def _skip_on_error() -> None:
 
     run = Attempts.run
 
-    async def run_or_skip(attempts: Attempts, claimed: ClaimedQuery, executed: Callable[[], None]) -> bool:
+    async def run_or_skip(attempts: Attempts, claimed: Attempt, executed: Callable[[], None]) -> bool:
         try:
             return await run(attempts, claimed, executed)
         except StoreUnavailable:

@@ -10,9 +10,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from access.limits import OrgLimits
-from consumers.executor.admission import Admitted, Legible, Rules, Verdict, admit, read_record
+from consumers.executor.admission import Legible, Rules, Verdict, admit, read_record
 from consumers.executor.endings import Failure, Result, Success, fail, succeed
-from consumers.executor.story import QueryFacts, tell
+from consumers.executor.query import Query
+from consumers.executor.status_event import QueryFacts, build_status_event
 from consumers.executor.transitions import EndResult, Refusal, Transitions
 from db.clock import DatabaseClock
 from db.connection import DataPool, make_pool
@@ -108,10 +109,10 @@ class Worker:
     async def admit(self, *records: Record) -> list[Verdict]:
         return await admit(self.pool, self.clock, self._rules, [read_legible(record) for record in records])
 
-    async def admit_new(self, **changes: Any) -> Admitted:
+    async def admit_new(self, **changes: Any) -> Query:
         """Admit a new query; its state is the one that is stored."""
         [verdict] = await self.admit(make_record(make_request(**changes)))
-        assert isinstance(verdict, Admitted)
+        assert isinstance(verdict, Query)
         stored = await self.read(verdict.facts.query_id)
         assert verdict.state == replace(stored, read_at=verdict.state.read_at)
         return verdict
@@ -174,7 +175,7 @@ class Worker:
 def make_claim(
     facts: QueryFacts, state: RunState, token: str, stale_lease_version: int | None = None, **changes: Any
 ) -> Claim:
-    event = tell(
+    event = build_status_event(
         facts,
         sequence=state.sequence + 1,
         previous=Status(state.status),

@@ -13,7 +13,7 @@ from typing import Any
 import boto3
 
 from consumers.executor.endings import Result, Success, succeed
-from consumers.executor.story import QueryFacts
+from consumers.executor.status_event import QueryFacts
 from db.connection import DataPool
 from db.data.retention import Scope
 from db.data.runs import RunState

@@ -11,10 +11,11 @@ from typing import Any
 import psycopg
 import pytest
 
-from consumers.executor.admission import Admitted, Done, Refused, Verdict, admit
+from consumers.executor.admission import Done, Refused, Verdict, admit
 from consumers.executor.endings import fail, overdue_failure
+from consumers.executor.query import Query
 from consumers.executor.reaper import Reaper
-from consumers.executor.story import QueryFacts
+from consumers.executor.status_event import QueryFacts
 from consumers.executor.transitions import Batcher, EndResult, RowRefused
 from db.connection import DataPool
 from db.data.attempts import Renewal, claim, renew
@@ -216,7 +217,7 @@ async def test_a_cancel_before_its_request_wins_too(worker: Worker) -> None:
     request = make_request()
     await ask_to_cancel(worker.pool, request.query_id, request.org_id)
     [verdict] = await worker.admit(make_record(request))
-    assert isinstance(verdict, Admitted)
+    assert isinstance(verdict, Query)
     assert verdict.state.cancelled
     refused = await worker.claim(verdict.facts, verdict.state, new_id())
     assert refused is not None
@@ -428,7 +429,7 @@ async def test_only_crashes_and_dead_leases_count_as_crashes(worker: Worker) -> 
 async def test_every_step_writes_one_event_and_their_positions_rise_with_the_sequence(
     worker: Worker, other: Worker
 ) -> None:
-    async def live(query: Admitted) -> None:
+    async def live(query: Query) -> None:
         first = await worker.start(query.facts)
         await worker.hand_back(first)
         await other.start(query.facts)
@@ -581,7 +582,7 @@ async def test_an_admitted_query_is_a_row_and_an_event(worker: Worker) -> None:
     request = make_request(mode=Mode.BATCH, task_id=new_id(), sql="SELECT 'ä'")
     record = make_record(request)
     [verdict] = await worker.admit(record)
-    assert isinstance(verdict, Admitted)
+    assert isinstance(verdict, Query)
     assert (verdict.sql, verdict.record, verdict.request) == (request.sql, record, request)
     state = verdict.state
     assert (state.status, state.sequence, state.attempt, state.token) == ("Queued", 1, 0, None)
@@ -616,7 +617,7 @@ async def test_an_admitted_query_is_a_row_and_an_event(worker: Worker) -> None:
 async def test_no_table_of_ours_holds_the_sql_or_a_parameter(worker: Worker) -> None:
     request = make_request(sql="SELECT 'a secret text', $name", parameters={"name": "a secret value"})
     [verdict] = await worker.admit(make_record(request))
-    assert isinstance(verdict, Admitted)
+    assert isinstance(verdict, Query)
     running = await worker.start(verdict.facts)
     await worker.finish(verdict.facts, running)
     dumped = await _dump(worker.pool)
@@ -629,7 +630,7 @@ async def test_the_same_record_again_is_the_same_query(worker: Worker) -> None:
     record = make_record(make_request())
     first = await worker.admit(record)
     again = await worker.admit(record)
-    assert [type(verdict) for verdict in (*first, *again)] == [Admitted, Admitted]
+    assert [type(verdict) for verdict in (*first, *again)] == [Query, Query]
     assert await _count(worker.pool, "query_results") == 1
     assert await read_story(worker.pool, _id_of(first)) == [_QUEUED]
 
@@ -647,14 +648,14 @@ async def test_the_same_request_at_another_offset_is_done_at_once(worker: Worker
 async def test_the_same_request_twice_in_one_batch_is_one_query(worker: Worker) -> None:
     request = make_request()
     verdicts = await worker.admit(make_record(request), make_record(make_request()), make_record(request))
-    assert [type(verdict) for verdict in verdicts] == [Admitted, Admitted, Done]
+    assert [type(verdict) for verdict in verdicts] == [Query, Query, Done]
     assert await read_story(worker.pool, request.query_id) == [_QUEUED]
 
 
 async def test_two_workers_that_admit_the_same_batch_make_each_row_once(worker: Worker, other: Worker) -> None:
     records = [make_record(make_request()) for _ in range(20)]
     ours, theirs = await asyncio.gather(worker.admit(*records), other.admit(*reversed(records)))
-    assert {type(verdict) for verdict in (*ours, *theirs)} == {Admitted}
+    assert {type(verdict) for verdict in (*ours, *theirs)} == {Query}
     assert await _count(worker.pool, "query_results") == len(records)
     assert await _count(worker.pool, "outbox") == len(records)
 
@@ -662,7 +663,7 @@ async def test_two_workers_that_admit_the_same_batch_make_each_row_once(worker: 
 async def test_the_record_of_a_finished_query_is_done(worker: Worker) -> None:
     record = make_record(make_request())
     [verdict] = await worker.admit(record)
-    assert isinstance(verdict, Admitted)
+    assert isinstance(verdict, Query)
     await worker.finish(verdict.facts, await worker.start(verdict.facts))
     assert await worker.admit(record) == [Done()]
     assert len(await read_story(worker.pool, verdict.facts.query_id)) == 3
@@ -691,7 +692,7 @@ async def test_of_two_requests_with_one_id_in_one_batch_the_first_is_the_querys(
     request = make_request()
     rival = replace(request, sql="SELECT 2")
     first, second = await worker.admit(make_record(request), make_record(rival))
-    assert isinstance(first, Admitted)
+    assert isinstance(first, Query)
     assert isinstance(second, Refused)
     assert (first.sql, second.code) == ("SELECT 1", DeadCode.CONFLICT)
 
@@ -757,7 +758,7 @@ async def test_one_bad_record_does_not_fail_its_batch(worker: Worker) -> None:
         return await admit(worker.pool, worker.clock, RULES, batch)
 
     verdicts = await Batcher(run).run_all(items)
-    assert [type(verdict) for verdict in verdicts] == [Admitted, Admitted, RowRefused, Admitted, Admitted]
+    assert [type(verdict) for verdict in verdicts] == [Query, Query, RowRefused, Query, Query]
     assert await _count(worker.pool, "query_results") == 4
 
 
@@ -771,10 +772,10 @@ async def test_waiting_counts_from_the_brokers_append_and_never_from_the_future(
     # A producer may put what it likes into a time of its own.
     unstamped = replace(make_record(make_request()), timestamp_ms=0, appended_by_broker=False)
     verdicts = await worker.admit(record, old, ahead, unstamped)
-    overdue = [isinstance(verdict, Admitted) and verdict.state.overdue for verdict in verdicts]
+    overdue = [isinstance(verdict, Query) and verdict.state.overdue for verdict in verdicts]
     assert overdue == [False, True, False, False]
     for verdict in verdicts:
-        assert isinstance(verdict, Admitted)
+        assert isinstance(verdict, Query)
         assert verdict.state.queued_at <= verdict.state.read_at
 
 
@@ -818,7 +819,7 @@ async def test_a_saved_query_runs_for_those_who_may_see_it_and_does_not_exist_fo
     verdicts = await worker.admit(*map(make_record, requests.values()))
     for (caller, request), verdict in zip(requests.items(), verdicts, strict=True):
         if caller in _VISIBLE[visibility]:
-            assert isinstance(verdict, Admitted), caller
+            assert isinstance(verdict, Query), caller
             assert verdict.sql == _TEXT
             row = await read_row(worker.pool, request.query_id)
             assert row is not None
@@ -857,8 +858,8 @@ async def test_a_saved_query_edited_since_its_admission_does_not_run_with_the_ne
     async with worker.pool.connection() as connection:
         await connection.execute("UPDATE saved_queries SET query = 'SELECT 2' WHERE id = %s", [saved])
     [again] = await worker.admit(record)
-    assert isinstance(first, Admitted)
-    assert isinstance(again, Admitted)
+    assert isinstance(first, Query)
+    assert isinstance(again, Query)
     assert (first.sql, again.sql) == (_TEXT, None)
     assert again.facts.sql_hash == first.facts.sql_hash
 
@@ -931,7 +932,7 @@ async def _dump(pool: DataPool) -> str:
 
 def _id_of(verdicts: list[Verdict]) -> str:
     [verdict] = verdicts
-    assert isinstance(verdict, Admitted)
+    assert isinstance(verdict, Query)
     return verdict.facts.query_id
 
 
@@ -982,7 +983,7 @@ async def test_two_requests_of_one_id_in_one_batch_never_see_each_others_saved_q
     first = make_request(query_id=query_id, org_id=own_org, saved_query_id=ours.id, sql=None)
     second = make_request(query_id=query_id, org_id=other_org, user_id=author, saved_query_id=theirs.id, sql=None)
     admitted, refused = await worker.admit(make_record(first), make_record(second))
-    assert isinstance(admitted, Admitted)
+    assert isinstance(admitted, Query)
     assert admitted.sql == "SELECT 1"
     assert admitted.facts.sql_hash == hashlib.sha256(b"SELECT 1").hexdigest()
     assert isinstance(refused, Refused)

@@ -19,9 +19,9 @@ import pytest
 from psycopg.rows import dict_row
 
 from access.audit import PersonalRead, record_reads
-from consumers.executor.admission import Admitted
-from consumers.executor.attempt import AttemptRules, Attempts, ClaimedQuery
+from consumers.executor.attempt import AttemptRules, Attempts
 from consumers.executor.leases import Leases, Stop
+from consumers.executor.query import Attempt, Query
 from db.connection import DataPool, transaction
 from db.data.audit import AuditRefused
 from db.data.datasets import NewDataset, upsert_dataset
@@ -87,7 +87,7 @@ class Place:
         async with transaction(self.pool) as connection:
             await upsert_dataset(connection, dataset)
 
-    async def admit(self, sql: str, **changes: Any) -> Admitted:
+    async def admit(self, sql: str, **changes: Any) -> Query:
         """Admit a query."""
         return await self.worker.admit_new(sql=sql, org_id=self.org_id, **changes)
 
@@ -97,10 +97,10 @@ class Place:
         assert await self.attempt(admitted)
         return admitted.facts.query_id
 
-    async def attempt(self, admitted: Admitted) -> bool:
+    async def attempt(self, admitted: Query) -> bool:
         """One attempt at an admitted query: whether it is terminal then."""
         [claimed] = await self._attempts.claim([admitted])
-        assert isinstance(claimed, ClaimedQuery)
+        assert isinstance(claimed, Attempt)
         return await self._attempts.run(claimed, lambda: None)
 
     def read_log(self, query_id: str) -> list[dict[str, Any]]:

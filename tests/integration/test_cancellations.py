@@ -12,9 +12,9 @@ import pytest
 
 from consumers.cancellations import Cancellations
 from consumers.dead_letters import DeadLetters
-from consumers.executor.admission import Admitted
 from consumers.executor.cancel_news import CancelNews
 from consumers.executor.leases import Lease, Leases, Stop
+from consumers.executor.query import Query
 from consumers.executor.reaper import Reaper
 from db.connection import DataPool, statement
 from db.data.cancellations import CANCEL, CancelOutcome, NewCancellation, cancel
@@ -94,7 +94,7 @@ async def test_a_cancel_before_its_request_waits_for_it(worker: Worker) -> None:
     request = make_request()
     assert await _cancel(worker, request.query_id, request.org_id) is CancelOutcome.EARLY
     [verdict] = await worker.admit(make_record(request))
-    assert isinstance(verdict, Admitted)
+    assert isinstance(verdict, Query)
     assert verdict.state.cancelled
     assert (await worker.read(request.query_id)).cancelled
     await _reaper(worker).reap(is_over)
@@ -215,7 +215,7 @@ async def test_an_early_cancel_that_commits_after_the_claim_still_wins(worker: W
         asking = asyncio.create_task(ask())
         await _wait_for_lock(data_url)
         [query] = await worker.admit(make_record(request))
-        assert isinstance(query, Admitted)
+        assert isinstance(query, Query)
         running = await worker.start(query.facts)
     assert (await asking)[request.query_id, request.org_id] is CancelOutcome.EARLY
     state = await worker.finish(query.facts, running)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from consumers.executor.admission import Admitted
 from consumers.executor.lease_monitor import LeaseMonitor
+from consumers.executor.query import Query
 from consumers.executor.reaper import Reaper
 from db.clock import elapsed
 from db.connection import DataPool
@@ -75,7 +75,7 @@ async def _reap(worker: Worker) -> int:
     return await Reaper(worker.pool, worker.clock, worker.transitions, 15.0).reap(is_over)
 
 
-async def _age(pool: DataPool, query: Admitted) -> None:
+async def _age(pool: DataPool, query: Query) -> None:
     """Let more time pass than the query may wait, or run."""
     async with pool.connection() as connection:
         await connection.execute(
@@ -85,7 +85,7 @@ async def _age(pool: DataPool, query: Admitted) -> None:
         )
 
 
-async def _code(worker: Worker, query: Admitted) -> str | None:
+async def _code(worker: Worker, query: Query) -> str | None:
     row = await read_row(worker.pool, query.facts.query_id)
     assert row is not None
     return row.error_code
@@ -116,7 +116,7 @@ async def test_what_was_written_by_a_wrong_clock_lives_on_when_that_is_put_right
     shift(jump)
     record = replace(make_record(make_request()), appended_by_broker=stamped)
     [waiting] = await worker.admit(record)
-    assert isinstance(waiting, Admitted)
+    assert isinstance(waiting, Query)
     running = await worker.admit_new()
     state = await worker.start(running.facts)
     shift(0.0)
@@ -163,7 +163,7 @@ async def test_a_records_age_is_the_brokers_whatever_clock_is_wrong_at_its_admis
     old = replace(make_record(make_request()), timestamp_ms=old_ms)
     [is_old] = await worker.admit(old)
     is_new = await worker.admit_new()
-    assert isinstance(is_old, Admitted)
+    assert isinstance(is_old, Query)
     # It waits for longer where the clock is behind.
     assert (is_old.state.overdue, is_new.state.overdue) == (jump > 0, False)
     shift(0.0)
@@ -176,7 +176,7 @@ async def test_a_broker_that_is_wrong_delays_no_end_for_ever(workers: tuple[Work
     worker, _ = workers
     stamp_ms = round((datetime.now(UTC).timestamp() + jump) * 1000)
     [query] = await worker.admit(replace(make_record(make_request()), timestamp_ms=stamp_ms))
-    assert isinstance(query, Admitted)
+    assert isinstance(query, Query)
     assert query.state.overdue == (jump < 0)
     await _age(worker.pool, query)
     assert await _reap(worker) == 1

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from consumers.executor.admission import Admitted, Done
+from consumers.executor.admission import Done
+from consumers.executor.query import Query
 from db.data.datasets import NewDataset, grant, upsert_dataset
 from db.data.replays import begin
 from db.data.retention import Scope
@@ -229,7 +230,7 @@ async def test_a_live_attempt_of_a_deleted_query_can_not_finish_and_what_it_stor
 ) -> None:
     record = make_record(make_request())
     [verdict] = await place.worker.admit(record)
-    assert isinstance(verdict, Admitted)
+    assert isinstance(verdict, Query)
     attempt = Attempt(verdict.facts, await place.worker.start(verdict.facts))
     deleted = await place.delete(Scope(attempt.facts.org_id))
     assert (deleted.queries, deleted.stopped) == (1, 1)

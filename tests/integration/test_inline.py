@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from confluent_kafka import Message
 
-from consumers.executor.attempt import AttemptRules, Attempts, ClaimedQuery
+from consumers.executor import query as queries
+from consumers.executor.attempt import AttemptRules, Attempts
 from consumers.executor.leases import Leases
 from db.connection import transaction
 from db.data.outbox import SHARDS, delete_published
@@ -311,7 +312,7 @@ async def _run(
     changes = {"output_format": OutputFormat.CSV} | changes
     admitted = await place.worker.admit_new(sql=sql, delivery=delivery, org_id=new_id(), **changes)
     [claimed] = await attempts.claim([admitted])
-    assert isinstance(claimed, ClaimedQuery)
+    assert isinstance(claimed, queries.Attempt)
     assert await attempts.run(claimed, lambda: None) is True
     event = (await read_events(place.pool, admitted.facts.query_id))[-1].event
     assert event.status == "Succeeded", event.error_message

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from access.limits import OrgLimits, change, list_own, read_own, reset
 from access.visibility import InvalidRegistration
-from consumers.executor.admission import Admitted, Done, Refused, Verdict
+from consumers.executor.admission import Done, Refused, Verdict
+from consumers.executor.query import Query
 from consumers.executor.reaper import Reaper
 from consumers.executor.transitions import Claimed, Refusal
 from db.connection import DatabaseUnavailable, DataPool, transaction
@@ -88,20 +89,20 @@ def worker(workers: list[Worker]) -> Worker:
 
 def _statuses(verdicts: list[Verdict]) -> list[str]:
     """Of each record of a batch: `Queued`, or `over` when it is done already."""
-    return ["Queued" if isinstance(verdict, Admitted) else "over" for verdict in verdicts]
+    return ["Queued" if isinstance(verdict, Query) else "over" for verdict in verdicts]
 
 
-def _admitted(verdicts: list[Verdict]) -> list[Admitted]:
-    assert all(isinstance(verdict, Admitted) for verdict in verdicts)
-    return [verdict for verdict in verdicts if isinstance(verdict, Admitted)]
+def _admitted(verdicts: list[Verdict]) -> list[Query]:
+    assert all(isinstance(verdict, Query) for verdict in verdicts)
+    return [verdict for verdict in verdicts if isinstance(verdict, Query)]
 
 
-async def _admit(worker: Worker, org: str, count: int) -> list[Admitted]:
+async def _admit(worker: Worker, org: str, count: int) -> list[Query]:
     return _admitted(await worker.admit(*(make_record(make_request(org_id=org)) for _ in range(count))))
 
 
 async def _claim(
-    worker: Worker, query: Admitted, state: RunState | None = None, stale_lease_version: int | None = None
+    worker: Worker, query: Query, state: RunState | None = None, stale_lease_version: int | None = None
 ) -> RunState | Refusal | None:
     limited = query.limits.running_queries is not None
     claim = make_claim(query.facts, state or query.state, new_id(), stale_lease_version, limited=limited)
@@ -111,7 +112,7 @@ async def _claim(
     return answer
 
 
-async def _claim_patiently(worker: Worker, query: Admitted) -> RunState | Refusal | None:
+async def _claim_patiently(worker: Worker, query: Query) -> RunState | Refusal | None:
     """A claim whose answer does not depend on who else is counting just then."""
     while True:
         answer = await _claim(worker, query)
@@ -244,7 +245,7 @@ async def test_of_a_batch_only_what_will_wait_takes_places(worker: Worker) -> No
     stolen = make_request(org_id=org, query_id=lost.query_id)
     batch = [cancelled, lost, stolen, twice, last, twice, make_request(org_id=org)]
     verdicts = await worker.admit(*(make_record(request) for request in batch))
-    assert [type(verdict) for verdict in verdicts] == [Admitted, Done, Refused, Admitted, Admitted, Done, Done]
+    assert [type(verdict) for verdict in verdicts] == [Query, Done, Refused, Query, Query, Done, Done]
     row = await read_row(worker.pool, batch[-1].query_id)
     assert row is not None
     assert row.error_code == "QUOTA_EXCEEDED"
@@ -268,7 +269,7 @@ async def test_workers_that_admit_at_the_same_time_never_exceed_the_limit(worker
         for number in range(5 * _WORKERS)
     ]
     answers = await asyncio.gather(*(workers[number % _WORKERS].admit(*batch) for number, batch in enumerate(batches)))
-    waiting = Counter(query.facts.org_id for verdicts in answers for query in verdicts if isinstance(query, Admitted))
+    waiting = Counter(query.facts.org_id for verdicts in answers for query in verdicts if isinstance(query, Query))
     assert waiting == limits
     for org, limit in limits.items():
         assert await _count(workers[0].pool, "query_results WHERE org_id = %s AND status = 'Queued'", org) == limit
@@ -373,7 +374,7 @@ async def test_whoever_claims_at_once_never_more_run_than_may(workers: list[Work
         while not done.is_set():
             most = max(most, await _count(workers[0].pool, "query_leases"))
 
-    async def run(worker: Worker, query: Admitted) -> None:
+    async def run(worker: Worker, query: Query) -> None:
         while True:
             answer = await _claim_patiently(worker, query)
             if isinstance(answer, RunState):

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from consumers.executor.admission import Done
-from consumers.executor.story import QueryFacts
+from consumers.executor.status_event import QueryFacts
 from db.connection import DataPool, statement
 from db.data.activity import RATE_SECONDS, Activity, read_activity
 from db.migrations.upgrade import upgrade_data

@@ -20,7 +20,8 @@ from confluent_kafka import KafkaError, KafkaException, Producer
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from access.limits import OrgLimits
-from consumers.executor.admission import Admitted, Verdict
+from consumers.executor.admission import Verdict
+from consumers.executor.query import Query
 from db.connection import DataPool
 from db.data.outbox import CHANNEL, shard_of
 from db.data.runs import RunState
@@ -110,7 +111,7 @@ async def _lose_admission(place: Place, worker: Worker, record: Record, trigger:
         return await worker.admit(record)
 
     [verdict] = await _losing_one(trigger, until_available(admit, "postgres data"))
-    assert isinstance(verdict, Admitted)
+    assert isinstance(verdict, Query)
     assert await read_story(place.direct, verdict.facts.query_id) == [(1, "Queued", 0)]
 
 

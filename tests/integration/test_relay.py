@@ -21,7 +21,7 @@ from confluent_kafka import Consumer, Message, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from psycopg import sql
 
-from consumers.executor.story import QueryFacts, tell
+from consumers.executor.status_event import QueryFacts, build_status_event
 from db.connection import DataPool
 from db.data.outbox import CHANNEL, NewEvent, Progress, read_progress, read_waiting, shard_of
 from db.data.retention import UNTELL
@@ -851,7 +851,9 @@ def _tell_stories(shard: int, queries: int) -> list[NewEvent]:
     steps = [(None, Status.QUEUED), (Status.QUEUED, Status.RUNNING), (Status.RUNNING, Status.SUCCEEDED)]
     now = datetime.now(UTC)
     return [
-        tell(fact, sequence=sequence, previous=previous, status=status, attempt=int(sequence > 1), now=now)
+        build_status_event(
+            fact, sequence=sequence, previous=previous, status=status, attempt=int(sequence > 1), now=now
+        )
         for sequence, (previous, status) in enumerate(steps, start=1)
         for fact in facts
     ]

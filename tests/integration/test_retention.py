@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from structlog.testing import CapturingLogger
 
-from consumers.executor.admission import Admitted, Done
+from consumers.executor.admission import Done
+from consumers.executor.query import Query
 from consumers.projector import Projector
 from db.connection import DatabaseUnavailable, StatePool, make_pool
 from db.data.retention import Find, judge, opened_sweep, read_sweep, try_lock
@@ -475,7 +476,7 @@ async def test_a_young_row_that_went_is_not_run_again_by_a_redelivery(place: Pla
     request = make_request()
     record = make_record(request)
     [verdict] = await place.worker.admit(record)
-    assert isinstance(verdict, Admitted)
+    assert isinstance(verdict, Query)
     attempt = Attempt(verdict.facts, await place.worker.start(verdict.facts))
     await place.succeed(attempt)
     assert (await place.sweep(row_seconds=0.0)).rows == 1

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from access.saved_queries import NoSuchSavedQuery, edit_saved, find_saved, remove_saved, save_query
 from access.visibility import InvalidRegistration
-from consumers.executor.admission import Admitted
+from consumers.executor.query import Query
 from db.connection import DataPool, statement
 from db.data.admission import SavedLookup, resolve_saved
 from db.data.retention import forget_notes, opened_sweep
@@ -153,8 +153,8 @@ async def test_an_attempt_that_finds_another_text_than_was_admitted_has_none(wor
     else:
         assert not await remove_saved(worker.pool, saved)
     [again] = await worker.admit(record)
-    assert isinstance(first, Admitted)
-    assert isinstance(again, Admitted)
+    assert isinstance(first, Query)
+    assert isinstance(again, Query)
     assert (first.sql, again.sql) == (_TEXT, None)
     # Its row says still what it said at its admission.
     row = await read_row(worker.pool, first.facts.query_id)

@@ -24,8 +24,9 @@ from psycopg import sql
 
 from access.datasets import add_dataset, grant, remove_dataset, revoke
 from access.grants import authorize
-from consumers.executor.attempt import AttemptRules, Attempts, ClaimedQuery, _to_relation
+from consumers.executor.attempt import AttemptRules, Attempts, _to_relation
 from consumers.executor.leases import Leases
+from consumers.executor.query import Attempt
 from db.connection import DataPool
 from db.data.datasets import NewDataset
 from db.datasets_server import READER, prepare_datasets_database
@@ -444,7 +445,7 @@ async def test_to_its_caller_a_hidden_dataset_ends_a_query_as_a_missing_one_does
             )
             with recorded_statements() as statements:
                 [claimed] = await attempts.claim([query])
-                assert isinstance(claimed, ClaimedQuery)
+                assert isinstance(claimed, Attempt)
                 assert await attempts.run(claimed, lambda: None)
             row = await read_row(pool, query.facts.query_id)
             events = [stored.event for stored in await read_events(pool, query.facts.query_id)]

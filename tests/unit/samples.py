@@ -9,8 +9,8 @@ from typing import Any
 from hypothesis import settings
 
 from access.limits import OrgLimits
-from consumers.executor.admission import Admitted
-from consumers.executor.story import QueryFacts
+from consumers.executor.query import Query
+from consumers.executor.status_event import QueryFacts
 from db.data.runs import RunState
 from queryd.codec import encode
 from queryd.events import Mode, OrgId, QueryId, QueryRequested, QueryStatusChanged, Status
@@ -92,11 +92,11 @@ def make_state(**changes: Any) -> RunState:
 
 def make_admitted(
     org: str = ORG_ID, *, limits: OrgLimits = _NO_LIMITS, stale_lease_version: int | None = None, **state: Any
-) -> Admitted:
+) -> Query:
     """An admitted query of an org, under an id of its own."""
     query_id = QueryId(str(uuid.uuid4()))
     request = make_request(query_id=query_id, org_id=OrgId(org))
-    return Admitted(
+    return Query(
         record=make_record(encode(request)),
         request=request,
         facts=make_facts(query_id=query_id, org_id=OrgId(org)),

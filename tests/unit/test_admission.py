@@ -14,7 +14,8 @@ import pytest
 
 from access.limits import OrgLimits
 from consumers.executor import admission
-from consumers.executor.admission import Admitted, Done, Legible, Refused, Rules, Verdict, admit, read_record
+from consumers.executor.admission import Done, Legible, Refused, Rules, Verdict, admit, read_record
+from consumers.executor.query import Query
 from db.clock import DatabaseClock
 from db.connection import DataPool
 from db.data.admission import NewQuery, SavedLookup
@@ -313,7 +314,7 @@ def _legible(offset: int = 41, **changes: Any) -> Legible:
 async def test_a_new_request_is_admitted_as_queued_with_its_first_event(database: Database) -> None:
     item = _legible()
     verdict = await _admit_one(database, item)
-    assert isinstance(verdict, Admitted)
+    assert isinstance(verdict, Query)
     assert (verdict.request, verdict.sql, verdict.record) == (item.request, "SELECT 7 AS seven", item.record)
     assert verdict.state.status == "Queued"
     (event,) = database.events
@@ -336,7 +337,7 @@ async def test_a_duplicate_at_other_coordinates_is_done_at_once(database: Databa
 
 async def test_of_two_records_in_one_batch_the_first_is_the_querys_own(database: Database) -> None:
     first, second = await _admit(database, _legible(offset=41), _legible(offset=42))
-    assert isinstance(first, Admitted)
+    assert isinstance(first, Query)
     assert second == Done()
     assert len(database.queries) == 1
     assert len(database.events) == 1
@@ -347,7 +348,7 @@ async def test_a_rows_own_record_redelivered_is_admitted_as_it_now_stands(databa
     running = replace(database.states[QUERY_ID], status="Running", sequence=2, attempt=1, lease_token="token")
     database.states[QUERY_ID] = running
     verdict = await _admit_one(database, _legible())
-    assert isinstance(verdict, Admitted)
+    assert isinstance(verdict, Query)
     assert verdict.state == running
     assert verdict.sql == "SELECT 7 AS seven"
 
@@ -414,7 +415,7 @@ def _saved(**changes: Any) -> Legible:
 async def test_a_visible_saved_query_runs_its_text(database: Database) -> None:
     database.saved[SAVED_ID] = "SELECT $a"
     verdict = await _admit_one(database, _saved(user_id=OTHER_ID, roles=("analyst",)))
-    assert isinstance(verdict, Admitted)
+    assert isinstance(verdict, Query)
     assert verdict.sql == "SELECT $a"
     assert verdict.state.sql_hash == hash_sql("SELECT $a", None)
     assert verdict.facts.saved_query_id == SAVED_ID
@@ -443,7 +444,7 @@ async def test_a_saved_query_edited_since_its_admission_is_not_run_as_another_te
     if now is not None:
         database.saved[SAVED_ID] = now
     verdict = await _admit_one(database, _saved())
-    assert isinstance(verdict, Admitted)
+    assert isinstance(verdict, Query)
     assert verdict.sql is None
     # Its story goes on under the hash that was admitted.
     assert verdict.facts.sql_hash == hash_sql("SELECT 1", None)
@@ -452,8 +453,8 @@ async def test_a_saved_query_edited_since_its_admission_is_not_run_as_another_te
 async def test_a_redelivered_query_keeps_the_trace_that_it_began(database: Database) -> None:
     first = await _admit_one(database, _legible())
     again = await _admit_one(database, _legible())
-    assert isinstance(first, Admitted)
-    assert isinstance(again, Admitted)
+    assert isinstance(first, Query)
+    assert isinstance(again, Query)
     assert again.facts.traceparent == first.facts.traceparent
 
 
@@ -480,4 +481,4 @@ async def test_a_batch_answers_each_record_in_its_place(database: Database) -> N
         _legible(offset=4),
         _legible(offset=5, sql="SELECT 8"),
     )
-    assert [type(verdict) for verdict in verdicts] == [Admitted, Done, Refused, Done, Refused]
+    assert [type(verdict) for verdict in verdicts] == [Query, Done, Refused, Done, Refused]

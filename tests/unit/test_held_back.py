@@ -5,6 +5,7 @@ import inspect
 import uuid
 from collections.abc import Callable, Sequence
 from itertools import chain, repeat
+from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock, Mock
 
@@ -12,10 +13,9 @@ import pytest
 
 from access.limits import OrgLimits
 from consumers.executor import executor as module
-from consumers.executor.admission import Admitted
-from consumers.executor.attempt import ClaimedQuery
 from consumers.executor.executor import Executor, ExecutorRules, Lane
 from consumers.executor.leases import Lease
+from consumers.executor.query import Attempt, Query
 from consumers.executor.transitions import Refusal
 from queryd.events import Mode
 from tests.unit.samples import make_admitted
@@ -25,9 +25,9 @@ _LONG_SECONDS = 600.0
 _NOBODY = {"bootstrap.servers": "127.0.0.1:1", "group.id": "group", "log_level": 0}
 
 
-def _claimed(query: Admitted) -> ClaimedQuery:
+def _claimed(query: Query) -> Attempt:
     lease = Lease(query.facts.query_id, str(uuid.uuid4()))
-    return ClaimedQuery(query, lease, attempt=1, sequence=2, run_seconds=60.0, queued_ms=0, datasets=())
+    return Attempt(query, lease, run_seconds=60.0, queued_ms=0, datasets=(), scratch=Path("scratch"))
 
 
 class Attempts:
@@ -35,19 +35,19 @@ class Attempts:
 
     def __init__(self, *refusals: Refusal) -> None:
         self._refusals = list(refusals)
-        self.asked: list[Admitted] = []
-        self.returned: list[ClaimedQuery] = []
+        self.asked: list[Query] = []
+        self.returned: list[Attempt] = []
         self.has_returned = asyncio.Event()
 
-    async def claim(self, queries: Sequence[Admitted]) -> list[ClaimedQuery | Refusal | None]:
+    async def claim(self, queries: Sequence[Query]) -> list[Attempt | Refusal | None]:
         self.asked += queries
         return [self._refusals.pop(0) if self._refusals else _claimed(query) for query in queries]
 
-    async def run(self, _claimed: ClaimedQuery, executed: Callable[[], None]) -> bool:
+    async def run(self, _claimed: Attempt, executed: Callable[[], None]) -> bool:
         executed()
         return True
 
-    async def return_unstarted(self, claimed: ClaimedQuery) -> None:
+    async def return_unstarted(self, claimed: Attempt) -> None:
         self.returned.append(claimed)
         self.has_returned.set()
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from access.limits import OrgLimits
-from consumers.executor.admission import Admitted
+from consumers.executor.query import Query
 from consumers.executor.schedule import FairQueue, Turn
 from tests.unit.samples import QUICK, make_admitted
 
@@ -21,11 +21,11 @@ _LONG_SECONDS = 600.0
 _SHORT_SECONDS = 0.01
 
 
-async def _take(queue: FairQueue, count: int) -> list[Admitted]:
+async def _take(queue: FairQueue, count: int) -> list[Query]:
     return [(await queue.take()).query for _ in range(count)]
 
 
-def _orgs(queries: list[Admitted]) -> list[str]:
+def _orgs(queries: list[Query]) -> list[str]:
     return [query.facts.org_id for query in queries]
 
 
@@ -124,7 +124,7 @@ def test_an_orgs_own_queries_keep_their_order_and_none_is_lost(orgs: list[str], 
     async def run() -> None:
         queue = FairQueue()
         put = [make_admitted(org) for org in orgs]
-        taken: list[Admitted] = []
+        taken: list[Query] = []
         for place, query in enumerate(put):
             queue.put(query)
             if place in pauses:
@@ -297,8 +297,8 @@ async def test_queries_of_a_held_org_are_dropped_like_others() -> None:
 def test_whatever_is_refused_and_released_all_run_in_their_orgs_order(steps: list[tuple[str, str]]) -> None:
     async def run() -> None:
         queue = FairQueue()
-        put: list[Admitted] = []
-        taken: list[Admitted] = []
+        put: list[Query] = []
+        taken: list[Query] = []
         held: set[str] = set()
         for what, org in steps:
             waiting = [query for query in put if query not in taken and query.facts.org_id not in held]

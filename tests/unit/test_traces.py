@@ -12,7 +12,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from consumers.executor.story import tell
+from consumers.executor.status_event import build_status_event
 from db.data.outbox import NewEvent
 from queryd.events import Status
 from telemetry import recording, traces
@@ -41,7 +41,9 @@ def recorded() -> Iterator[InMemorySpanExporter]:
 
 
 def _tell() -> NewEvent:
-    return tell(make_facts(), sequence=2, previous=Status.QUEUED, status=Status.RUNNING, attempt=1, now=NOW)
+    return build_status_event(
+        make_facts(), sequence=2, previous=Status.QUEUED, status=Status.RUNNING, attempt=1, now=NOW
+    )
 
 
 def _traceparent(event: NewEvent) -> str:
@@ -135,7 +137,7 @@ def test_what_is_admitted_together_keeps_its_own_traces(recorded: InMemorySpanEx
         for place, parent in enumerate(parents):
             with traces.within(started, place):
                 events.append(
-                    tell(
+                    build_status_event(
                         make_facts(traceparent=parent),
                         sequence=1,
                         previous=None,

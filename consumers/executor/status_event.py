@@ -1,4 +1,4 @@
-"""A query's story: each step as an event, ready for the outbox."""
+"""Status events: each step of a query as an event for the outbox."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,7 +16,7 @@ from telemetry.traces import find_current
 
 @dataclass(frozen=True, slots=True)
 class QueryFacts:
-    """What stays the same through a query's whole story."""
+    """What stays the same in all events of a query."""
 
     query_id: QueryId
     org_id: OrgId
@@ -44,7 +44,7 @@ class QueryFacts:
         )
 
 
-def tell(
+def build_status_event(
     facts: QueryFacts,
     *,
     sequence: int,
@@ -54,7 +54,7 @@ def tell(
     now: datetime,
     **details: Any,
 ) -> NewEvent:
-    """Event number `sequence`; `details` are further fields of `QueryStatusChanged`. Raises `EventTooLarge`."""
+    """Build event number `sequence`; `details` are further fields of `QueryStatusChanged`. Raises `EventTooLarge`."""
     event = QueryStatusChanged(
         query_id=facts.query_id,
         sequence=sequence,
