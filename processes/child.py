@@ -12,6 +12,7 @@ from typing import Self
 from processes import frames
 from processes.failpoints import FAILPOINTS_VARIABLE
 from processes.frames import Message
+from processes.serving import NOTICES_VARIABLE
 
 # What Python and TLS may need from outside to start at all; nothing else of our environment reaches a child.
 _PASSED_ON = ("LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR", FAILPOINTS_VARIABLE)
@@ -36,12 +37,14 @@ def minimal_environment(home: Path) -> dict[str, str]:
 
 
 class ChildProcess:
-    """One child. Requests may overlap; the child says in which order it answers them. Bound to its event loop."""
+    """One child, which answers one request after another. Bound to its event loop."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, notices: int) -> None:
+        """`notices` is the write end of the pipe for messages without answers."""
         if process.stdin is None or process.stdout is None:
             raise ValueError("a child needs both pipes")
         self._process = process
+        self._notices = notices
         self._stdin = process.stdin
         self._stdout = process.stdout
         self._ids = itertools.count(1)
@@ -57,15 +60,25 @@ class ChildProcess:
         What it prints goes nowhere while `quiet` (it may quote SQL), else to our stderr. Raises `OSError` if the
         command can't be started.
         """
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            env=dict(env),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL if quiet else None,
-            start_new_session=True,
-        )
-        return cls(process)
+        theirs, ours = os.pipe()
+        # A child that reads no notices must not hold up the event loop.
+        os.set_blocking(ours, False)
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                env={**env, NOTICES_VARIABLE: str(theirs)},
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.DEVNULL if quiet else None,
+                start_new_session=True,
+                pass_fds=(theirs,),
+            )
+        except BaseException:
+            os.close(ours)
+            raise
+        finally:
+            os.close(theirs)
+        return cls(process, ours)
 
     @property
     def pid(self) -> int:
@@ -100,11 +113,15 @@ class ChildProcess:
                 # Mark a failure as seen, for it may have come while the write was what failed.
                 answer.exception()
 
-    async def send(self, message: Message) -> None:
-        """Send a notice that has no answer. Raises `ChildDied`."""
+    def send_notice(self, message: Message) -> None:
+        """Send a short message that has no answer; it arrives while a request runs. Raises `ChildDied`."""
         if self._ended:
             raise ChildDied("the child has ended")
-        await self._write({"body": message})
+        try:
+            # Up to PIPE_BUF bytes are written at once or not at all.
+            os.write(self._notices, frames.encode(message))
+        except (BrokenPipeError, BlockingIOError):
+            raise ChildDied("the child does not read any more") from None
 
     def kill(self) -> None:
         """End the child at once with SIGKILL; a child that has ended already is left in peace.
@@ -119,10 +136,16 @@ class ChildProcess:
         """Wait until the child has ended and its pipes are closed; returns its exit code, minus the signal's number."""
         code = await self._process.wait()
         await self._reader
+        self._close_notices()
         self._stdin.close()
         with contextlib.suppress(ConnectionError):
             await self._stdin.wait_closed()
         return code
+
+    def _close_notices(self) -> None:
+        if self._notices >= 0:
+            os.close(self._notices)
+            self._notices = -1
 
     async def _write(self, message: Message) -> None:
         try:

@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import queue
 import signal
 import sys
 import threading
@@ -16,6 +15,9 @@ Tell = Callable[[Message], None]
 Handler = Callable[[Message, Tell], Message]
 Notice = Callable[[Message], None]
 
+# Names the file descriptor on which the parent sends notices.
+NOTICES_VARIABLE = "QUERYD_NOTICES"
+
 # From <linux/prctl.h>.
 _PR_SET_PDEATHSIG = 1
 
@@ -23,62 +25,83 @@ _PR_SET_PDEATHSIG = 1
 FAULTY_HANDLER = 70
 
 
-class _Pipe:
-    """The protocol's two file descriptors, out of the way of whatever the child prints or reads."""
-
-    def __init__(self) -> None:
-        self._incoming = os.dup(0)
-        self._outgoing = os.dup(1)
-        nowhere = os.open(os.devnull, os.O_RDONLY)
-        os.dup2(nowhere, 0)
-        os.close(nowhere)
-        os.dup2(2, 1)
-        self._writing = threading.Lock()
-
-    def receive(self) -> Message | None:
-        """The parent's next message, or None when the parent has gone."""
-        header = self._receive_exactly(frames.HEADER.size)
-        if header is None:
-            return None
-        body = self._receive_exactly(frames.body_length(header))
-        return None if body is None else frames.decode(body)
-
-    def send(self, message: Message) -> None:
-        """Write one whole frame; ends the process when the parent has gone."""
-        unsent = memoryview(frames.encode(message))
-        with self._writing:
-            while unsent:
-                try:
-                    unsent = unsent[os.write(self._outgoing, unsent) :]
-                except BrokenPipeError:
-                    os._exit(0)
-
-    def _receive_exactly(self, length: int) -> bytes | None:
-        received = bytearray()
-        while len(received) < length:
-            some = os.read(self._incoming, min(length - len(received), 1 << 20))
-            if not some:
-                return None
-            received += some
-        return bytes(received)
-
-
-def serve(handle: Handler, notice: Notice | None = None, *, workers: int = 1) -> None:
+def serve(handle: Handler, notice: Notice) -> None:
     """Answer requests until the parent goes; never returns.
 
-    `handle` runs one request at a time on the calling thread (a main thread has the large stack), or on that many
-    threads if `workers` is above one; what it tells reaches the parent before the answer. `notice` gets one-way
-    messages on the reading thread, while a request runs.
+    `handle` answers one request at a time on the calling thread: a main thread has the large stack. The same thread
+    reads the requests, since handing each over to another thread would cost 0.1 ms. `notice` gets one-way messages on a
+    thread of its own, while a request runs.
     A handler answers its own errors: one that raises ends the process, for nothing in it can be trusted any more.
     """
     _outlive_signals()
     _die_with_parent()
-    pipe = _Pipe()
-    requests: queue.SimpleQueue[Message] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(pipe, requests, notice), name="pipe", daemon=True).start()
-    for number in range(1, workers):
-        threading.Thread(target=_work, args=(pipe, requests, handle), name=f"worker-{number}", daemon=True).start()
-    _work(pipe, requests, handle)
+    incoming, outgoing = _take_standard_pipes()
+    notices = int(os.environ.pop(NOTICES_VARIABLE))
+    threading.Thread(target=_obey, args=(notices, notice), name="notices", daemon=True).start()
+
+    def send(message: Message) -> None:
+        _send(outgoing, message)
+
+    try:
+        while (message := _receive(incoming)) is not None:
+            number = message["id"]
+
+            def tell(told: Message, number: int = number) -> None:
+                send({"id": number, "told": told})
+
+            send({"id": number, "body": handle(message["body"], tell)})
+    except BaseException:  # noqa: BLE001 - whatever it is, the process must not go on
+        sys.excepthook(*sys.exc_info())
+        os._exit(FAULTY_HANDLER)
+    os._exit(0)
+
+
+def _take_standard_pipes() -> tuple[int, int]:
+    """Move the protocol's two file descriptors out of the way of whatever the child prints or reads."""
+    incoming, outgoing = os.dup(0), os.dup(1)
+    nowhere = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nowhere, 0)
+    os.close(nowhere)
+    os.dup2(2, 1)
+    return incoming, outgoing
+
+
+def _obey(notices: int, notice: Notice) -> None:
+    try:
+        while (message := _receive(notices)) is not None:
+            notice(message)
+    finally:
+        # The parent has gone, or sends nonsense: no query of it may go on.
+        os._exit(0)
+
+
+def _receive(pipe: int) -> Message | None:
+    """The parent's next message, or None when the parent has gone."""
+    header = _receive_exactly(pipe, frames.HEADER.size)
+    if header is None:
+        return None
+    body = _receive_exactly(pipe, frames.body_length(header))
+    return None if body is None else frames.decode(body)
+
+
+def _receive_exactly(pipe: int, length: int) -> bytes | None:
+    received = bytearray()
+    while len(received) < length:
+        some = os.read(pipe, min(length - len(received), 1 << 20))
+        if not some:
+            return None
+        received += some
+    return bytes(received)
+
+
+def _send(pipe: int, message: Message) -> None:
+    """Write one whole frame; end the process when the parent has gone."""
+    unsent = memoryview(frames.encode(message))
+    while unsent:
+        try:
+            unsent = unsent[os.write(pipe, unsent) :]
+        except BrokenPipeError:
+            os._exit(0)
 
 
 def _outlive_signals() -> None:
@@ -96,31 +119,3 @@ def _die_with_parent() -> None:
     if not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-
-
-def _read(pipe: _Pipe, requests: queue.SimpleQueue[Message], notice: Notice | None) -> None:
-    try:
-        while (message := pipe.receive()) is not None:
-            if "id" in message:
-                requests.put(message)
-            elif notice is not None:
-                notice(message["body"])
-    finally:
-        # The parent has gone, or speaks nonsense: no query of it may go on.
-        os._exit(0)
-
-
-def _work(pipe: _Pipe, requests: queue.SimpleQueue[Message], handle: Handler) -> None:
-    try:
-        while True:
-            message = requests.get()
-            number = message["id"]
-
-            def tell(told: Message, number: int = number) -> None:
-                pipe.send({"id": number, "told": told})
-
-            pipe.send({"id": number, "body": handle(message["body"], tell)})
-    finally:
-        # Only an exception leads here, on whichever thread.
-        sys.excepthook(*sys.exc_info())
-        os._exit(FAULTY_HANDLER)

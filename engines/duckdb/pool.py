@@ -251,7 +251,7 @@ class DuckDBEngine:
         end = clock() + _INTERRUPT_GRACE_SECONDS
         while not answering.done() and clock() < end:
             with contextlib.suppress(ChildDied):
-                await worker.process.send({"interrupt": run})
+                worker.process.send_notice({"interrupt": run})
             await asyncio.wait({answering}, timeout=_INTERRUPT_AGAIN_SECONDS)
         if not answering.done():
             worker.killed = True

@@ -46,17 +46,17 @@ def handle(message, tell):
         case "die":
             os._exit(3)
 
-serve(handle, lambda notice: interrupted.set(), workers={workers})
+serve(handle, lambda notice: interrupted.set())
 """
 
 
-def _command(workers: int = 1) -> list[str]:
+def _command() -> list[str]:
     root = str(Path(__file__).resolve().parents[2])
-    return [sys.executable, "-c", _SERVER.format(root=root, workers=workers)]
+    return [sys.executable, "-c", _SERVER.format(root=root)]
 
 
-async def _start(tmp_path: Path, workers: int = 1) -> ChildProcess:
-    return await ChildProcess.start(_command(workers), minimal_environment(tmp_path))
+async def _start(tmp_path: Path) -> ChildProcess:
+    return await ChildProcess.start(_command(), minimal_environment(tmp_path))
 
 
 async def _end(child: ChildProcess) -> int:
@@ -101,7 +101,7 @@ async def test_what_a_child_prints_does_not_disturb_the_protocol(tmp_path: Path)
 async def test_a_notice_arrives_while_a_request_runs(tmp_path: Path) -> None:
     child = await _start(tmp_path)
     waiting = asyncio.create_task(child.request({"do": "wait"}))
-    await child.send({"interrupt": 1})
+    child.send_notice({"interrupt": 1})
     assert await waiting == {"interrupted": True}
     await _end(child)
 
@@ -115,26 +115,16 @@ async def test_a_childs_message_arrives_even_if_it_dies_afterwards(tmp_path: Pat
     await child.wait()
 
 
-async def test_requests_overlap_when_the_child_has_several_workers(tmp_path: Path) -> None:
-    child = await _start(tmp_path, workers=2)
-    waiting = asyncio.create_task(child.request({"do": "wait"}))
-    assert await child.request({"do": "echo"}) == {"do": "echo"}
-    assert not waiting.done()
-    await child.send({"interrupt": 1})
-    await waiting
-    await _end(child)
-
-
-@pytest.mark.parametrize(("workers", "deed", "code"), [(1, "die", 3), (1, "fail", 70), (3, "fail", 70)])
-async def test_a_childs_death_ends_its_requests(tmp_path: Path, workers: int, deed: str, code: int) -> None:
-    child = await _start(tmp_path, workers)
+@pytest.mark.parametrize(("deed", "code"), [("die", 3), ("fail", 70)])
+async def test_a_childs_death_ends_its_requests(tmp_path: Path, deed: str, code: int) -> None:
+    child = await _start(tmp_path)
     with pytest.raises(ChildDied):
         await child.request({"do": deed})
     assert not child.alive
     with pytest.raises(ChildDied):
         await child.request({"do": "echo"})
     with pytest.raises(ChildDied):
-        await child.send({})
+        child.send_notice({})
     assert await child.wait() == code
 
 
@@ -145,7 +135,7 @@ async def test_a_cancelled_request_leaves_the_child_usable(tmp_path: Path) -> No
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    await child.send({"interrupt": 1})
+    child.send_notice({"interrupt": 1})
     assert await child.request({"do": "echo"}) == {"do": "echo"}
     await _end(child)
 
@@ -190,7 +180,7 @@ asyncio.run(main())
 
 def test_no_child_outlives_its_parent_killed_by_sigkill() -> None:
     root = str(Path(__file__).resolve().parents[2])
-    script = _PARENT.format(root=root, command=_command(workers=2))
+    script = _PARENT.format(root=root, command=_command())
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", script], stdout=pipe, stderr=pipe) as parent:
         assert parent.stdout is not None
