@@ -57,7 +57,7 @@ async def require_schema(url: str, schema: Schema) -> None:
     with unavailable_told_apart():
         problem = await find_problem(url, schema)
     if problem is not None:
-        raise SchemaMissing(problem)
+        raise SchemaMissing(f"postgres {schema.name}: {problem}")
 
 
 async def find_problem(url: str, schema: Schema) -> str | None:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 from confluent_kafka import KafkaException
@@ -23,8 +22,22 @@ _SECONDS = 2.0
 # However many ask, a server is asked once in this time.
 _FRESH_SECONDS = 1.0
 _FORBIDDEN = 403
-# S3 refuses a signature that is further off than this.
-_SKEW_SECONDS = 15 * 60
+_NOT_FOUND = 404
+# Nobody writes this key: the answer is that it does not exist.
+_PROBED_KEY = "results/.probe"
+# Answers after which no request of ours can succeed, source: S3's list of error codes.
+_REFUSALS = frozenset(
+    {
+        "NoSuchBucket",
+        "InvalidAccessKeyId",
+        "SignatureDoesNotMatch",
+        "RequestTimeTooSkewed",
+        "ExpiredToken",
+        "InvalidToken",
+        "AccountProblem",
+        "AllAccessDisabled",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,20 +130,16 @@ def _make_s3_client() -> Any:
 
 
 def _has_bucket(client: Any, bucket: str) -> bool:
+    """True if the store takes our signature and has the bucket, whatever it lets us see there."""
     from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415
 
     try:
-        client.head_bucket(Bucket=bucket)
+        # Not HEAD: its answer has no body, and so no reason of a refusal.
+        client.get_object(Bucket=bucket, Key=_PROBED_KEY)["Body"].close()
     except ClientError as error:
-        # Who may only write may not look at the bucket itself: the store is there and has answered. Unless it refuses
-        # all that is signed by our clock; an answer to HEAD has no body to say so.
-        answer = error.response["ResponseMetadata"]
-        return answer["HTTPStatusCode"] == _FORBIDDEN and _is_near(answer["HTTPHeaders"].get("date"))
+        code, status = error.response["Error"]["Code"], error.response["ResponseMetadata"]["HTTPStatusCode"]
+        # A client that may only write is forbidden to read.
+        return status in (_FORBIDDEN, _NOT_FOUND) and code not in _REFUSALS
     except BotoCoreError:
         return False
     return True
-
-
-def _is_near(date: str | None) -> bool:
-    """Whether an HTTP date is so near to this machine's clock that a signature by it is taken."""
-    return date is None or abs(time.time() - parsedate_to_datetime(date).timestamp()) < _SKEW_SECONDS

@@ -12,7 +12,9 @@ _FIELDS = ("topic", "partition", "offset", "partitions")
 def set_up_logs(level: str, service: str | None = None) -> None:
     """Route structlog and the standard library's loggers to stderr.
 
-    `level` is a standard level's name. Every line contains `service`, from every thread and library.
+    `level` is a standard level's name, for queryd's own loggers. Other libraries log warnings and errors only: below
+    that they quote what must not be logged, such as URLs with passwords. Every line contains `service`, from every
+    thread and library.
     """
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -45,7 +47,8 @@ def set_up_logs(level: str, service: str | None = None) -> None:
     )
     root = logging.getLogger()
     root.handlers = [handler]
-    root.setLevel(level)
+    logging.getLogger("queryd").setLevel(level)
+    root.setLevel(max(logging.WARNING, logging.getLevelNamesMapping()[level]))
     for chatty in ("botocore", "boto3", "urllib3", "alembic", "psycopg.pool", "stamina"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
 

@@ -1,6 +1,7 @@
-"""What counts as S3 being there: an answer, unless it refuses whatever our clock signs."""
+"""What counts as S3 being there: an answer, unless it refuses whatever we sign."""
 
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -8,6 +9,7 @@ from urllib.parse import urlsplit
 import boto3
 import botocore.auth
 import pytest
+from botocore.stub import Stubber
 
 from db.connection import DatabaseUnavailable, DataPool, make_pool, transaction
 from db.health import DATA, require_schema
@@ -26,10 +28,30 @@ def _client(store: ObjectStore, credentials: Credentials) -> Any:
     )
 
 
-def test_a_store_that_answers_is_there_whatever_it_lets_us_see(object_store: ObjectStore) -> None:
-    for credentials in (object_store.writer, Credentials("stranger", "stranger")):
+def test_a_store_that_takes_our_signature_is_there(object_store: ObjectStore) -> None:
+    for credentials in (object_store.writer, object_store.reader):
         assert _has_bucket(_client(object_store, credentials), object_store.bucket)
     assert not _has_bucket(_client(object_store, object_store.writer), "another")
+
+
+@pytest.mark.parametrize(
+    "credentials",
+    [lambda store: Credentials("stranger", "stranger"), lambda store: Credentials(store.writer.access_key, "wrong")],
+)
+def test_a_store_that_refuses_our_keys_is_missing(
+    object_store: ObjectStore, credentials: Callable[[ObjectStore], Credentials]
+) -> None:
+    assert not _has_bucket(_client(object_store, credentials(object_store)), object_store.bucket)
+
+
+def test_a_store_is_there_for_a_client_that_may_only_write(object_store: ObjectStore) -> None:
+    client = _client(object_store, object_store.writer)
+    with Stubber(client) as stubbed:
+        stubbed.add_client_error("get_object", "AccessDenied", http_status_code=403)
+        assert _has_bucket(client, object_store.bucket)
+        # Keys that are wrong for good are no question of rights.
+        stubbed.add_client_error("get_object", "ExpiredToken", http_status_code=400)
+        assert not _has_bucket(client, object_store.bucket)
 
 
 @pytest.mark.parametrize("hours", [-1, 1])

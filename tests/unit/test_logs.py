@@ -19,10 +19,12 @@ from telemetry.logs import set_up_logs
 
 @pytest.fixture(autouse=True)
 def _undone() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers, root.level
+    root, ours = logging.getLogger(), logging.getLogger("queryd")
+    handlers, level, our_level = root.handlers, root.level, ours.level
     yield
-    root.handlers, root.level = handlers, level
+    root.handlers = handlers
+    root.setLevel(level)
+    ours.setLevel(our_level)
     structlog.reset_defaults()
 
 
@@ -47,6 +49,16 @@ def test_every_line_names_its_service_whichever_library_and_thread_writes_it(
         ("of a thread", "relay"),
         ("service_restarted", "executor"),
     ]
+
+
+@pytest.mark.parametrize("level", ["DEBUG", "INFO"])
+def test_below_a_warning_other_libraries_write_nothing(level: str, capsys: pytest.CaptureFixture[str]) -> None:
+    # An HTTP client's line for each request contains the URL, and so its password.
+    set_up_logs(level, "executor")
+    logging.getLogger("httpx2").info("HTTP Request: POST http://user:password@registry/")
+    logging.getLogger("somebody.else").debug("password")
+    structlog.get_logger("queryd.executor").info("ours")
+    assert [line["event"] for line in _read(capsys)] == ["ours"]
 
 
 def test_partitions_are_a_field(capsys: pytest.CaptureFixture[str]) -> None:
