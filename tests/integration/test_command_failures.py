@@ -74,7 +74,7 @@ COMMANDS = (
         failed=(1, 2),
     ),
     Command(
-        f"datasets add l{{n}} --org {ORG} --kind parquet --location s3://{NO_BUCKET}/ --visibility org",
+        f"datasets add l{{n}} --org {ORG} --kind parquet --location s3://{NO_BUCKET}/d/ --visibility org",
         (_D, _S3),
         code=2,
         mends=_OWN_BUCKET,
