@@ -75,7 +75,7 @@ COMMANDS = (
     ),
     Command(
         f"datasets add l{{n}} --org {ORG} --kind parquet --location s3://{NO_BUCKET}/d/ --visibility org",
-        (_D, _S3),
+        (_S3,),
         code=2,
         mends=_OWN_BUCKET,
         failed=(1, 2),
