@@ -63,8 +63,8 @@ class _Measure:
     def _select(self, node: _Node, ctes: _Ctes) -> _Extent:
         source = self._source(node.get("from_table", {"type": "EMPTY"}), ctes)
         nested = sum(self.query(query, ctes).sources for query in _subqueries(node))
-        entries = node.get("select_list", ())
-        stars = sum(1 for entry in entries if _holds_star(entry))
+        entries = [(entry, _expressions_in(entry)) for entry in node.get("select_list", ())]
+        stars = sum(1 for _, inner in entries if any(each["class"] == "STAR" for each in inner))
         _check_names(entries)
         return _Extent(source.sources + nested, len(entries) - stars + stars * source.columns)
 
@@ -103,7 +103,12 @@ def _subqueries(select: _Node) -> Iterator[_Node]:
         elif isinstance(node, dict):
             if node.get("class") == "SUBQUERY":
                 yield node["subquery"]["node"]
-            ahead += (child for field, child in node.items() if field not in _NO_EXPRESSIONS)
+            ahead += _children(node)
+
+
+def _children(node: _Node) -> list[Any]:
+    """What may hold expressions of the same query."""
+    return [child for field, child in node.items() if isinstance(child, dict | list) and field not in _NO_EXPRESSIONS]
 
 
 def _expressions_of(source: _Node) -> Iterator[Any]:
@@ -122,12 +127,9 @@ def _expressions_of(source: _Node) -> Iterator[Any]:
             pass
 
 
-def _holds_star(entry: _Node) -> bool:
-    return any(node["class"] == "STAR" for node in _inner(entry))
-
-
-def _inner(expression: _Node) -> Iterator[_Node]:
+def _expressions_in(expression: _Node) -> list[_Node]:
     """The expression and those in it, subqueries left out."""
+    found: list[_Node] = []
     ahead: list[Any] = [expression]
     while ahead:
         node = ahead.pop()
@@ -135,18 +137,19 @@ def _inner(expression: _Node) -> Iterator[_Node]:
             ahead += node
         elif isinstance(node, dict):
             if "class" in node:
-                yield node
-            ahead += (child for field, child in node.items() if field not in _NO_EXPRESSIONS)
+                found.append(node)
+            ahead += _children(node)
+    return found
 
 
-def _check_names(entries: list[_Node]) -> None:
+def _check_names(entries: list[tuple[_Node, list[_Node]]]) -> None:
     """Columns of a SELECT may stand for those before them, by name: each is counted as large as what it stands for."""
     sizes: dict[str, int] = {}
-    for entry in entries:
+    for entry, inner in entries:
         alias = entry.get("alias")
         if not sizes and not alias:
             continue
-        refers = (node["column_names"] for node in _inner(entry) if node["class"] == "COLUMN_REF")
+        refers = (node["column_names"] for node in inner if node["class"] == "COLUMN_REF")
         size = 1 + sum(sizes.get(fold(names[0]), 0) for names in refers if len(names) == 1)
         if size > thresholds.MAX_EXPANDED_NAMES:
             raise rejected("its columns refer to one another too often")

@@ -14,12 +14,21 @@ _LEAVES: Mapping[Part, type[str] | type[int] | type[bool]] = {Part.TEXT: str, Pa
 
 def check_form(statement: object) -> None:
     """Raises `QueryFailed` with SQL_REJECTED for a kind, a field, a keyword or a leaf that is not known."""
-    ahead: list[tuple[Field, Any]] = [(Field(Part.STATEMENT), statement)]
+    ahead: list[tuple[Part, Any]] = [(Part.STATEMENT, statement)]
     while ahead:
-        field, value = ahead.pop()
-        if not isinstance(value, dict):
+        part, node = ahead.pop()
+        if not isinstance(node, dict):
             raise unknown("a tree")
-        ahead.extend(_enter(check_fields(field.part, value), value))
+        fields = check_fields(part, node).fields
+        # Generators instead of these loops would double the cost of the check.
+        for name, value in node.items():
+            field = fields[name]
+            if field.lists:
+                ahead += _enter_list(field, value)
+            elif field.is_leaf:
+                check_leaf(field, value)
+            else:
+                ahead.append((field.part, value))
 
 
 def check_fields(part: Part, node: _Node) -> grammar.Shape:
@@ -29,7 +38,8 @@ def check_fields(part: Part, node: _Node) -> grammar.Shape:
         kind = node.get("class") or node.get("type")
         construct = grammar.REFUSED_KINDS.get(kind) if isinstance(kind, str) else None
         raise uses(construct) if construct else unknown(f"{part}")
-    for name in node.keys() - shape.fields.keys():
+    if not node.keys() <= shape.fields.keys():
+        name = next(iter(node.keys() - shape.fields.keys()))
         construct = grammar.REFUSED_FIELDS.get(name)
         raise uses(construct) if construct else unknown(f"a part of {part}")
     if not shape.required <= node.keys():
@@ -49,16 +59,15 @@ def check_leaf(field: Field, value: Any) -> None:
         raise unknown("a tree")
 
 
-def _enter(shape: grammar.Shape, node: _Node) -> Iterator[tuple[Field, Any]]:
-    """The nodes below a node; its leaves are checked."""
-    for name, value in node.items():
-        field = shape.fields[name]
-        # A generator for each of the many single values would double the cost of this check.
-        for each in _each(value, field.lists) if field.lists else (value,):
-            if field.part in grammar.LEAVES:
-                check_leaf(field, each)
-            else:
-                yield field, each
+def _enter_list(field: Field, value: Any) -> list[tuple[Part, Any]]:
+    """Return the nodes in lists; leaves are checked."""
+    below: list[tuple[Part, Any]] = []
+    for each in _each(value, field.lists):
+        if field.is_leaf:
+            check_leaf(field, each)
+        else:
+            below.append((field.part, each))
+    return below
 
 
 def _each(value: Any, lists: int) -> Iterator[Any]:

@@ -6,6 +6,7 @@ here is refused: a new version's new field may hold a table, a function or an ex
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from enum import StrEnum
 
 from engines.duckdb.gate.names import words
@@ -57,6 +58,11 @@ class Field:
     part: Part
     lists: int = 0
     words: frozenset[str] = frozenset()
+    # Asked of every field of every node.
+    is_leaf: bool = dataclass_field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_leaf", self.part in LEAVES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -205,14 +205,15 @@ def _read_names(root: _Node) -> tuple[frozenset[str], bool]:
         elif isinstance(node, dict):
             if isinstance(alias := node.get("alias"), str):
                 names.add(alias)
-            for key in _LISTS_OF_NAMES & node.keys():
-                names.update(name for name in node[key] if isinstance(name, str))
+            if not _LISTS_OF_NAMES.isdisjoint(node):
+                for key in _LISTS_OF_NAMES & node.keys():
+                    names.update(name for name in node[key] if isinstance(name, str))
             if "rename_list" in node:
                 names.update(renamed["value"] for renamed in node["rename_list"])
             if node.get("type") == "PIVOT" and not node.get("unpivot_names"):
                 has_pivot = True
             # A pivot's entries are values, or aliases that replace them.
-            ahead += [value for key, value in node.items() if key != "entries" and isinstance(value, dict | list)]
+            ahead += [value for key, value in node.items() if isinstance(value, dict | list) and key != "entries"]
     return frozenset(names), has_pivot
 
 

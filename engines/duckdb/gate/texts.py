@@ -16,7 +16,10 @@ _DOT, _SEMICOLON, _SIGNS = ord("."), ord(";"), b"+-~!@"
 # What DuckDB's parser takes for spaces; its tokenizer takes those of Unicode for names.
 _SPACES = " \t\n\r\f\v\u00a0\u202f\u205f\u2060\u3000\ufeff" + "".join(map(chr, range(0x2000, 0x200C)))
 _WORD = re.compile(rb"[A-Za-z]{1,8}(?![\w$])")
-_WORDS = (duckdb.token_type.keyword, duckdb.token_type.identifier)
+_WORDS = frozenset({int(duckdb.token_type.keyword), int(duckdb.token_type.identifier)})
+_OPERATOR, _COMMENT = int(duckdb.token_type.operator), int(duckdb.token_type.comment)
+# Instead of a token's character where the token is no sign; no character of a sign.
+_NO_SIGN = 0
 
 _Token = tuple[int, duckdb.token_type]
 
@@ -73,35 +76,32 @@ def _check_tokens(encoded: bytes) -> None:
     tokens: list[_Token] = duckdb.tokenize(encoded.decode())
     if len(tokens) > thresholds.MAX_TOKENS:
         raise rejected(f"it has more than {thresholds.MAX_TOKENS} words and signs")
-    if _bracket_depth(encoded, tokens) > thresholds.MAX_BRACKET_DEPTH:
+    # A token's kind takes ten times as long to compare as a number, and each is asked for four times.
+    kinds = [int(kind) for _, kind in tokens]
+    signs = [
+        encoded[offset] if kind == _OPERATOR else _NO_SIGN for (offset, _), kind in zip(tokens, kinds, strict=True)
+    ]
+    if _bracket_depth(signs) > thresholds.MAX_BRACKET_DEPTH:
         raise rejected(f"brackets are nested deeper than {thresholds.MAX_BRACKET_DEPTH}")
-    if _longest_chain(encoded, tokens) >= thresholds.MAX_DOTTED_CHAIN:
+    not_comments = [sign for sign, kind in zip(signs, kinds, strict=True) if kind != _COMMENT]
+    if _longest_chain(not_comments) >= thresholds.MAX_DOTTED_CHAIN:
         raise rejected(f"a name has more than {thresholds.MAX_DOTTED_CHAIN} parts")
-    if _longest_run_of_signs(encoded, tokens) > thresholds.MAX_EXPRESSION_DEPTH:
+    if _longest_run_of_signs(signs) > thresholds.MAX_EXPRESSION_DEPTH:
         raise rejected(TOO_DEEP)
-    check_copies(_words(encoded, tokens))
+    check_copies(_words(encoded, [offset for offset, _ in tokens], kinds))
 
 
-def _bracket_depth(encoded: bytes, tokens: Sequence[_Token]) -> int:
+def _bracket_depth(signs: Sequence[int]) -> int:
     """How deep brackets stand within brackets, those in strings and comments apart."""
-    return max(itertools.accumulate(_steps(encoded, tokens)), default=0)
+    return max(itertools.accumulate((sign in _OPENING) - (sign in _CLOSING) for sign in signs), default=0)
 
 
-def _steps(encoded: bytes, tokens: Sequence[_Token]) -> Iterator[int]:
-    for offset, kind in tokens:
-        if kind == duckdb.token_type.operator:
-            character = encoded[offset]
-            yield (character in _OPENING) - (character in _CLOSING)
-
-
-def _longest_chain(encoded: bytes, tokens: Sequence[_Token]) -> int:
-    """How many dots hold one name together."""
+def _longest_chain(signs: Sequence[int]) -> int:
+    """How many dots hold one name together; `signs` are without comments."""
     longest = chain = 0
     after_dot = False
-    for offset, kind in tokens:
-        if kind == duckdb.token_type.comment:
-            continue
-        if kind == duckdb.token_type.operator and encoded[offset] == _DOT:
+    for sign in signs:
+        if sign == _DOT:
             chain, after_dot = chain + 1, True
         elif after_dot:
             after_dot = False
@@ -111,17 +111,17 @@ def _longest_chain(encoded: bytes, tokens: Sequence[_Token]) -> int:
     return longest
 
 
-def _longest_run_of_signs(encoded: bytes, tokens: Sequence[_Token]) -> int:
+def _longest_run_of_signs(signs: Sequence[int]) -> int:
     """How many signs stand before one value: the parser folds those before a number, whose depth no tree shows."""
     longest = run = 0
-    for offset, kind in tokens:
-        run = run + 1 if kind == duckdb.token_type.operator and encoded[offset] in _SIGNS else 0
+    for sign in signs:
+        run = run + 1 if sign in _SIGNS else 0
         longest = max(longest, run)
     return longest
 
 
-def _words(encoded: bytes, tokens: Sequence[_Token]) -> Iterator[str]:
+def _words(encoded: bytes, offsets: Sequence[int], kinds: Sequence[int]) -> Iterator[str]:
     """The words of the text in upper case, and a sign for anything else; comments and constants are signs too."""
-    for offset, kind in tokens:
+    for offset, kind in zip(offsets, kinds, strict=True):
         found = _WORD.match(encoded, offset) if kind in _WORDS else None
         yield found[0].decode().upper() if found else "?"

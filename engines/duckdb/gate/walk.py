@@ -5,8 +5,7 @@ their own body only on the recursive side of WITH RECURSIVE. A qualified name ne
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from engines.duckdb.gate import functions, grammar, thresholds
 from engines.duckdb.gate.amounts import Amounts
@@ -52,8 +51,7 @@ class Anything(Granted):
         return f"{schema}.{name}" if schema else name
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
+class _Place(NamedTuple):
     """Where a node stands: the CTEs in force there, those that recur there, how deep it is nested, if in UNPIVOT."""
 
     ctes: frozenset[str] = frozenset()
@@ -91,7 +89,7 @@ class Walk:
                     self._judge_query(node)
                     place = self._enter_ctes(node, place)
                 case Part.PIVOT_ENTRY:
-                    place = replace(place, unpivoted=True)
+                    place = place._replace(unpivoted=True)
                 case Part.TYPE_INFO:
                     judge_type(node)
                 case _:
@@ -104,21 +102,18 @@ class Walk:
         assert shape is not None
         for name, value in node.items():
             field = shape.fields[name]
-            if field.part in grammar.LEAVES or field.part is Part.CTES:
+            if field.is_leaf or field.part is Part.CTES:
                 continue
             if part is Part.SOURCE and name == "function":
                 self._go_on(Part.EXPRESSION, value, place)
-            else:
+            elif field.lists:
                 self._queue(field, value, place)
+            else:
+                self._ahead.append((field.part, value, place))
 
     def _queue(self, field: Field, value: Any, place: _Place) -> None:
-        match field.lists:
-            case 0:
-                self._ahead.append((field.part, value, place))
-            case 1:
-                self._ahead.extend((field.part, child, place) for child in value)
-            case _:
-                self._ahead.extend((field.part, child, place) for row in value for child in row)
+        rows = [value] if field.lists == 1 else value
+        self._ahead += [(field.part, child, place) for row in rows for child in row]
 
     def _judge_query(self, node: _Node) -> None:
         # Of a recursive CTE's two sides only the body of a CTE knows which sees the name.
@@ -140,7 +135,7 @@ class Walk:
                 self._visit_recursive(body, name, place)
             else:
                 self._ahead.append((Part.QUERY, body, place))
-            place = replace(place, ctes=see_cte(place.ctes, name))
+            place = place._replace(ctes=see_cte(place.ctes, name))
         return place
 
     def _visit_recursive(self, body: _Node, name: str, place: _Place) -> None:
@@ -150,7 +145,7 @@ class Walk:
         inner = self._enter_ctes(body, place)
         recurring = inner.recurring | {name} if "key_targets" in body else inner.recurring
         self._ahead.append((Part.QUERY, body["left"], inner))
-        self._ahead.append((Part.QUERY, body["right"], replace(inner, ctes=inner.ctes | {name}, recurring=recurring)))
+        self._ahead.append((Part.QUERY, body["right"], inner._replace(ctes=inner.ctes | {name}, recurring=recurring)))
         self._queue(Field(Part.EXPRESSION, 1), body.get("key_targets", ()), inner)
         self._queue(Field(Part.MODIFIER, 1), body.get("modifiers", ()), inner)
 
