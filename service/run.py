@@ -1,7 +1,6 @@
 """One service as a process: logs, signals, the lifeline, and what its end says."""
 
 import asyncio
-import gc
 import os
 import signal
 import socket
@@ -17,6 +16,7 @@ import structlog
 from consumers.executor.executor import Executor
 from db.health import DATA, STATE, require_schema
 from db.retrying import until_available
+from processes.garbage import collect_garbage_less_often
 from processes.lifeline import hold_lifeline
 from producers.relay.depth import measure_for_ever
 from queryd.registry import announce_schemas
@@ -53,12 +53,6 @@ def http_variables(service: Service, port: int) -> dict[str, str]:
     return {"QUERYD_HTTP_PORT": str(port + list(Service).index(service))} if port else {}
 
 
-def _collect_garbage_less_often() -> None:
-    """Collect for 5% less CPU: thousands of queries in memory are no garbage, and Python would look at all again."""
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
-
-
 def run_service(service: Service, settings: Settings) -> int:
     """Run one service until SIGTERM or SIGINT; returns the exit code: 0 after a clean drain, 1 after a failure.
 
@@ -68,7 +62,7 @@ def run_service(service: Service, settings: Settings) -> int:
     set_up_logs(settings.log_level, service.value)
     set_up_traces(service.value)
     hold_lifeline()
-    _collect_garbage_less_often()
+    collect_garbage_less_often()
     _log.info(LogEvent.SERVICE_STARTED)
     try:
         asyncio.run(_run(service, settings, listener))

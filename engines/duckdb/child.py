@@ -29,6 +29,7 @@ from engines.duckdb.watch import Limits, Watch
 from engines.protocol import EngineUnavailable, Looked, QueryFailed, Read, Relation, RelationKind
 from processes.failpoints import Failpoint, failpoint
 from processes.frames import Message
+from processes.garbage import collect_garbage_less_often
 from processes.serving import Tell, serve
 from queryd.events import ErrorCode, OutputFormat, Parameter
 
@@ -399,5 +400,6 @@ if __name__ == "__main__":
     local_sockets = LOCAL_SOCKETS in arguments
     ports = tuple(int(argument) for argument in arguments if argument.isdecimal())
     files = tuple(Path(argument) for argument in arguments if argument.startswith("/"))
+    collect_garbage_less_often()
     child = _Child(confine(Path(os.environ["HOME"]), ports, files, local_sockets=local_sockets))
     serve(child.handle, child.notice)
