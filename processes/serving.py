@@ -16,7 +16,7 @@ Handler = Callable[[Message, Tell], Message]
 Notice = Callable[[Message], None]
 
 # Names the file descriptor on which the parent sends notices.
-NOTICES_VARIABLE = "QUERYD_NOTICES"
+NOTICES_VARIABLE = "QUERYD_NOTICES_FD"
 
 # From <linux/prctl.h>.
 _PR_SET_PDEATHSIG = 1

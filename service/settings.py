@@ -26,6 +26,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 from access.limits import OrgLimits
 from processes.failpoints import FAILPOINTS_VARIABLE
 from processes.lifeline import LIFELINE_VARIABLE
+from processes.serving import NOTICES_VARIABLE
 from queryd.events import Mode
 from queryd.kafka.outages import QUIET
 from queryd.registry import OPTIONS_VARIABLE, use
@@ -214,7 +215,9 @@ class Settings(BaseSettings):
 
 
 # Variables of ours that are no settings: how processes find each other, what the command line and tests take.
-_OTHER_VARIABLES = frozenset({READY_VARIABLE, LIFELINE_VARIABLE, FAILPOINTS_VARIABLE, "QUERYD_ORG", "QUERYD_USER"})
+_OTHER_VARIABLES = frozenset(
+    {READY_VARIABLE, LIFELINE_VARIABLE, FAILPOINTS_VARIABLE, NOTICES_VARIABLE, "QUERYD_ORG", "QUERYD_USER"}
+)
 _OTHER_PREFIXES = ("QUERYD_TEST_",)
 _PREFIX = "QUERYD_"
 # Two letters wrong in ten are a slip, more are another word.
