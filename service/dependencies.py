@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 from confluent_kafka import KafkaException
@@ -22,13 +23,13 @@ _SECONDS = 2.0
 # However many ask, a server is asked once in this time.
 _FRESH_SECONDS = 1.0
 _FORBIDDEN = 403
-_NOT_FOUND = 404
+# S3 refuses a signature that is further off than this.
+_SKEW_SECONDS = 15 * 60
 # Nobody writes this key: the answer is that it does not exist.
 _PROBED_KEY = "results/.probe"
-# Answers after which no request of ours can succeed, source: S3's list of error codes.
+# Reasons of a 403 after which no request of ours can succeed, source: S3's list of error codes.
 _REFUSALS = frozenset(
     {
-        "NoSuchBucket",
         "InvalidAccessKeyId",
         "SignatureDoesNotMatch",
         "RequestTimeTooSkewed",
@@ -137,9 +138,15 @@ def _has_bucket(client: Any, bucket: str) -> bool:
         # Not HEAD: its answer has no body, and so no reason of a refusal.
         client.get_object(Bucket=bucket, Key=_PROBED_KEY)["Body"].close()
     except ClientError as error:
-        code, status = error.response["Error"]["Code"], error.response["ResponseMetadata"]["HTTPStatusCode"]
-        # A client that may only write is forbidden to read.
-        return status in (_FORBIDDEN, _NOT_FOUND) and code not in _REFUSALS
+        code, answer = error.response["Error"].get("Code"), error.response["ResponseMetadata"]
+        # A client that may only write is forbidden to read. Another server's 404 has another code.
+        is_forbidden = answer["HTTPStatusCode"] == _FORBIDDEN and code not in _REFUSALS
+        return code == "NoSuchKey" or (is_forbidden and _is_near(answer.get("HTTPHeaders", {}).get("date")))
     except BotoCoreError:
         return False
     return True
+
+
+def _is_near(date: str | None) -> bool:
+    """Whether an HTTP date is so near to this machine's clock that a signature by it is taken."""
+    return date is None or abs(time.time() - parsedate_to_datetime(date).timestamp()) < _SKEW_SECONDS

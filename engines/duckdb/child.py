@@ -276,18 +276,22 @@ class _Runner:
                 plans=instance.plans,
             )
         except (duckdb.Error, MemoryError, UnicodeError, StatementFailed) as error:
-            meaning = self._explain(error, instance, judged, message, relations)
-            verdict = self._leave()
-            if isinstance(meaning.ours, EngineUnavailable) or not meaning.known:
-                self._instances.drop(instance)
-            raise (
-                verdict if verdict and isinstance(meaning.ours, errors.Interrupted) else _to_exception(meaning)
-            ) from None
+            raise self._fail(error, instance, judged, message, relations) from None
         except QueryFailed:
             self._leave()
             raise
         self._leave()
         return exported
+
+    def _fail(
+        self, error: Exception, instance: Instance, judged: Judged, message: Message, relations: Collection[Relation]
+    ) -> Exception:
+        """What to raise for DuckDB's error. A frame that raises it must not hold it: it would stay in a cycle."""
+        meaning = self._explain(error, instance, judged, message, relations)
+        verdict = self._leave()
+        if isinstance(meaning.ours, EngineUnavailable) or not meaning.known:
+            self._instances.drop(instance)
+        return verdict if verdict and isinstance(meaning.ours, errors.Interrupted) else _to_exception(meaning)
 
     def _leave(self) -> QueryFailed | None:
         """Nothing of DuckDB's runs any more: why the watch has interrupted it, if it has."""

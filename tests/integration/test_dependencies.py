@@ -1,8 +1,10 @@
 """What counts as S3 being there: an answer, unless it refuses whatever we sign."""
 
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -42,6 +44,31 @@ def test_a_store_that_refuses_our_keys_is_missing(
     object_store: ObjectStore, credentials: Callable[[ObjectStore], Credentials]
 ) -> None:
     assert not _has_bucket(_client(object_store, credentials(object_store)), object_store.bucket)
+
+
+@pytest.mark.parametrize("body", [b"<html>default backend - 404", b"<found>nothing</found>", b""])
+def test_another_server_s_404_is_no_store(body: bytes) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(404)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = boto3.client(
+            "s3",
+            endpoint_url=f"http://127.0.0.1:{server.server_port}",
+            region_name="us-east-1",
+            aws_access_key_id="key",
+            aws_secret_access_key="secret",
+        )
+        assert not _has_bucket(client, "bucket")
+        server.shutdown()
 
 
 def test_a_store_is_there_for_a_client_that_may_only_write(object_store: ObjectStore) -> None:
