@@ -27,6 +27,8 @@ _MINUTES = 30 * 60
 _LARGE = frozenset(
     {"query_results", "query_runs", "query_cancellations", "deleted_ids", "pii_access_log", "query_status"}
 )
+# Contains only cancelled queries that have not ended.
+_SMALL_INDEX = "idx_query_runs_cancelled"
 _DATA = {
     "insert queries": admission.INSERT_QUERIES,
     "resolve saved queries": admission.RESOLVE_SAVED,
@@ -69,11 +71,12 @@ SELECT md5(i::text)::uuid, md5((i %% 1000)::text)::uuid, md5((i %% 5000)::text):
 FROM generate_series(1, %(rows)s) AS t(i);
 
 INSERT INTO query_runs (query_id, org_id, fingerprint, topic, partition, record_offset, traceparent, sequence,
-                        queued_at, deadline, ended_at, expires_at, last_event)
+                        queued_at, deadline, ended_at, expires_at, files, last_event)
 SELECT id, org_id, '', 'query.requests.interactive', 0, 0, '', 1, created_at,
        CASE WHEN status = 'Queued' THEN now() + interval '1 hour' END,
        CASE WHEN status <> 'Queued' THEN created_at END,
-       CASE WHEN status <> 'Queued' THEN created_at + interval '7 days' END, ''
+       CASE WHEN status <> 'Queued' THEN created_at + interval '7 days' END,
+       CASE WHEN status = 'Queued' THEN '[]' ELSE '[{"key": "result.parquet"}]' END::jsonb, ''
 FROM query_results;
 
 INSERT INTO query_cancellations (query_id, org_id) SELECT id, org_id FROM query_results LIMIT %(rows)s / 10;
@@ -147,7 +150,7 @@ def _find_whole_reads(plan: dict[str, Any]) -> Iterator[str]:
     """The nodes that read all rows of a large table."""
     kind, relation = plan["Node Type"], plan.get("Relation Name")
     is_scan = kind in ("Seq Scan", "Index Scan", "Index Only Scan", "Bitmap Heap Scan") and relation in _LARGE
-    if is_scan and not (plan.keys() & {"Index Cond", "Recheck Cond"}):
+    if is_scan and not (plan.keys() & {"Index Cond", "Recheck Cond"}) and plan.get("Index Name") != _SMALL_INDEX:
         yield f"{kind} on {relation}"
     for child in plan.get("Plans", ()):
         yield from _find_whole_reads(child)
