@@ -22,7 +22,7 @@ class Sizes:
     """How much is run. The defaults are those of the table; `--small` only shows that every row runs."""
 
     runs: int = 3
-    # In a run: long enough that its beginning and its end are less than a twentieth of it.
+    # In a run. With fewer, its beginning and its end would take more than 5% of it.
     queries: int = 3000
     # Enough to start every child, to fill the pools, and to import what is imported late.
     warm_up: int = 200

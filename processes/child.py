@@ -60,25 +60,25 @@ class ChildProcess:
         What it prints goes nowhere while `quiet` (it may quote SQL), else to our stderr. Raises `OSError` if the
         command can't be started.
         """
-        theirs, ours = os.pipe()
+        read_end, write_end = os.pipe()
         # A child that reads no notices must not hold up the event loop.
-        os.set_blocking(ours, False)
+        os.set_blocking(write_end, False)
         try:
             process = await asyncio.create_subprocess_exec(
                 *command,
-                env={**env, NOTICES_VARIABLE: str(theirs)},
+                env={**env, NOTICES_VARIABLE: str(read_end)},
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.DEVNULL if quiet else None,
                 start_new_session=True,
-                pass_fds=(theirs,),
+                pass_fds=(read_end,),
             )
         except BaseException:
-            os.close(ours)
+            os.close(write_end)
             raise
         finally:
-            os.close(theirs)
-        return cls(process, ours)
+            os.close(read_end)
+        return cls(process, write_end)
 
     @property
     def pid(self) -> int:
@@ -114,11 +114,11 @@ class ChildProcess:
                 answer.exception()
 
     def send_notice(self, message: Message) -> None:
-        """Send a short message that has no answer; it arrives while a request runs. Raises `ChildDied`."""
+        """Send a short one-way message. The child handles it even while a request runs. Raises `ChildDied`."""
         if self._ended:
             raise ChildDied("the child has ended")
         try:
-            # Up to PIPE_BUF bytes are written at once or not at all.
+            # The kernel writes up to PIPE_BUF bytes at once, so a notice is never cut.
             os.write(self._notices, frames.encode(message))
         except (BrokenPipeError, BlockingIOError):
             raise ChildDied("the child does not read any more") from None

@@ -4,7 +4,10 @@ import gc
 
 
 def collect_garbage_less_often() -> None:
-    """Collect for 3 to 5% less CPU: what a process has in memory is hardly ever garbage in a cycle, and Python would
-    look at all of it again and again. Call it once everything is imported."""
+    """Run the garbage collector less often, which saves 3 to 5% of the CPU, because few objects here form cycles.
+
+    Call it after the imports: `gc.freeze` excludes the objects that exist then.
+    """
+    # Tens of queries instead of one between two collections, and a megabyte or two of garbage.
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)

@@ -28,16 +28,16 @@ FAULTY_HANDLER = 70
 def serve(handle: Handler, notice: Notice) -> None:
     """Answer requests until the parent goes; never returns.
 
-    `handle` answers one request at a time on the calling thread: a main thread has the large stack. The same thread
-    reads the requests, since handing each over to another thread would cost 0.1 ms. `notice` gets one-way messages on a
-    thread of its own, while a request runs.
+    `handle` runs on the calling thread, which should be the main thread, because only that one has the large stack.
+    This thread also reads the requests: handing each over to another thread would cost 0.1 ms. A second thread calls
+    `notice` for one-way messages, even while a request runs.
     A handler answers its own errors: one that raises ends the process, for nothing in it can be trusted any more.
     """
     _outlive_signals()
     _die_with_parent()
     incoming, outgoing = _take_standard_pipes()
     notices = int(os.environ.pop(NOTICES_VARIABLE))
-    threading.Thread(target=_obey, args=(notices, notice), name="notices", daemon=True).start()
+    threading.Thread(target=_receive_notices, args=(notices, notice), name="notices", daemon=True).start()
 
     def send(message: Message) -> None:
         _send(outgoing, message)
@@ -50,14 +50,14 @@ def serve(handle: Handler, notice: Notice) -> None:
                 send({"id": number, "told": told})
 
             send({"id": number, "body": handle(message["body"], tell)})
-    except BaseException:  # noqa: BLE001 - whatever it is, the process must not go on
+    except BaseException:  # noqa: BLE001 - after any error the process can't be trusted
         sys.excepthook(*sys.exc_info())
         os._exit(FAULTY_HANDLER)
     os._exit(0)
 
 
 def _take_standard_pipes() -> tuple[int, int]:
-    """Move the protocol's two file descriptors out of the way of whatever the child prints or reads."""
+    """Move the protocol to other file descriptors, so that the child's own prints and reads can't disturb it."""
     incoming, outgoing = os.dup(0), os.dup(1)
     nowhere = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nowhere, 0)
@@ -66,12 +66,12 @@ def _take_standard_pipes() -> tuple[int, int]:
     return incoming, outgoing
 
 
-def _obey(notices: int, notice: Notice) -> None:
+def _receive_notices(notices: int, notice: Notice) -> None:
     try:
         while (message := _receive(notices)) is not None:
             notice(message)
     finally:
-        # The parent has gone, or sends nonsense: no query of it may go on.
+        # The parent is gone or sent an invalid frame: its query must not continue.
         os._exit(0)
 
 

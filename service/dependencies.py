@@ -25,10 +25,10 @@ _FRESH_SECONDS = 1.0
 _FORBIDDEN = 403
 # S3 refuses a signature that is further off than this.
 _SKEW_SECONDS = 15 * 60
-# Nobody writes this key: the answer is that it does not exist.
+# queryd writes no object with this key, so a healthy store answers NoSuchKey.
 _PROBED_KEY = "results/.probe"
-# Reasons of a 403 after which no request of ours can succeed, source: S3's list of error codes.
-_REFUSALS = frozenset(
+# Codes that mean that S3 rejects our credentials or clock, so that every request fails (S3's list of error codes).
+_REJECTIONS = frozenset(
     {
         "InvalidAccessKeyId",
         "SignatureDoesNotMatch",
@@ -131,16 +131,16 @@ def _make_s3_client() -> Any:
 
 
 def _has_bucket(client: Any, bucket: str) -> bool:
-    """True if the store takes our signature and has the bucket, whatever it lets us see there."""
+    """True if the store accepts our credentials and has the bucket, even if they don't allow reading."""
     from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415
 
     try:
-        # Not HEAD: its answer has no body, and so no reason of a refusal.
+        # GET, because the answer to a HEAD has no body and so no error code.
         client.get_object(Bucket=bucket, Key=_PROBED_KEY)["Body"].close()
     except ClientError as error:
         code, answer = error.response["Error"].get("Code"), error.response["ResponseMetadata"]
-        # A client that may only write is forbidden to read. Another server's 404 has another code.
-        is_forbidden = answer["HTTPStatusCode"] == _FORBIDDEN and code not in _REFUSALS
+        # Credentials that only allow writing get a 403. A 404 of a server that is not S3 has another code.
+        is_forbidden = answer["HTTPStatusCode"] == _FORBIDDEN and code not in _REJECTIONS
         return code == "NoSuchKey" or (is_forbidden and _is_near(answer.get("HTTPHeaders", {}).get("date")))
     except BotoCoreError:
         return False

@@ -12,9 +12,9 @@ _FIELDS = ("topic", "partition", "offset", "partitions")
 def set_up_logs(level: str, service: str | None = None) -> None:
     """Route structlog and the standard library's loggers to stderr.
 
-    `level` is a standard level's name, for queryd's own loggers. Other libraries log warnings and errors only: below
-    that they quote what must not be logged, such as URLs with passwords. Every line contains `service`, from every
-    thread and library.
+    `level` is a standard level's name and applies to queryd's own loggers. Other libraries log only warnings and
+    errors, because their other lines contain secrets, such as URLs with passwords. Every line contains `service`, from
+    every thread and library.
     """
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,

@@ -122,7 +122,7 @@ async def admit(
     batch: Sequence[Legible],
     traced: Sequence[RunningSpan] = (),
 ) -> list[Verdict]:
-    """Admit a batch in one transaction; raises `DatabaseUnavailable`, and psycopg's errors of data for one bad row.
+    """Admit a batch; raises `DatabaseUnavailable`, and psycopg's errors of data for one bad row.
 
     Safe to repeat: a known id changes nothing, and the verdict is read from what then stands. `traced` has a span for
     each of the batch, or none.
@@ -131,24 +131,24 @@ async def admit(
     lookups = [lookup for place, item in enumerate(batch) if (lookup := _look_up(place, item)) is not None]
     async with statement(pool) as connection:
         limits = await read_limits(connection, {item.org_id for item in batch}, rules.limits)
-        async with _hold_locks(connection, lookups, limits):
+        async with _open_transaction_for_locks(connection, lookups, limits):
             texts = await resolve_saved(connection, lookups)
             failures = await _find_failures(connection, batch, texts, limits)
             candidates = []
             for place, item in enumerate(batch):
                 with within(traced, place):
                     candidates.append(_make_candidate(item, texts.get(place), failures[place], clock.now(), rules))
-            # Of two records with one id in one batch the first is the query's own.
+            # If two records in a batch have the same id, the first one creates the query.
             first = {candidate.query.query_id: candidate for candidate in reversed(candidates)}
             states = await insert_queries(
                 connection,
                 [candidate.query for candidate in first.values()],
                 [event for candidate in first.values() for event in candidate.events],
             )
-        known = first.keys() - states.keys()
-        if known:
-            states |= await read_states(connection, known)
-        missing = known - states.keys()
+        not_inserted = first.keys() - states.keys()
+        if not_inserted:
+            states |= await read_states(connection, not_inserted)
+        missing = not_inserted - states.keys()
         deleted = await read_deleted(connection, missing) if missing else set()
     failpoint(Failpoint.ADMIT_AFTER)
     if states:
@@ -170,10 +170,10 @@ async def admit(
 
 
 @asynccontextmanager
-async def _hold_locks(
+async def _open_transaction_for_locks(
     connection: Connection, lookups: Sequence[SavedLookup], limits: Mapping[str, OrgLimits]
 ) -> AsyncIterator[None]:
-    """A transaction if admission locks saved queries or an org's queue until its rows are committed."""
+    """Open a transaction if admission takes locks that must last until its rows are committed."""
     if not lookups and all(each.queued_queries is None for each in limits.values()):
         yield
         return
@@ -323,7 +323,7 @@ def _decide(candidate: _Candidate, state: RunState | None, deleted: bool, limits
         return Done()
     # What runs must be what was admitted: a saved query edited since then is another text.
     sql = candidate.sql if candidate.facts.sql_hash == state.sql_hash else None
-    # So must what its events say, whatever a saved query that is looked up again looks like now.
+    # Its events must also describe the admitted query, even if the saved query has changed since.
     facts = replace(
         candidate.facts, sql_hash=state.sql_hash, saved_query_id=state.saved_query_id, traceparent=state.traceparent
     )

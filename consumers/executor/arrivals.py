@@ -28,16 +28,16 @@ class Arrivals:
         self._of_org[org].append(item)
         self._arrived.set()
 
-    async def wait(self) -> None:
-        """Return once there are requests."""
+    async def wait_for_requests(self) -> None:
+        """Wait until at least one request is there."""
         while not self._turns:
             self._arrived.clear()
             await self._arrived.wait()
 
-    def take(self, most: int) -> list[Legible]:
-        """Remove and return the next requests, one of each org in turn."""
+    def take(self, limit: int) -> list[Legible]:
+        """Remove and return up to `limit` requests. Orgs take turns, one request each."""
         taken: list[Legible] = []
-        while self._turns and len(taken) < most:
+        while self._turns and len(taken) < limit:
             org = self._turns.popleft()
             requests = self._of_org[org]
             item = requests.popleft()

@@ -114,7 +114,7 @@ class Attempts:
         self._rules = rules
 
     async def run(self, attempt: Attempt, executed: Callable[[], None]) -> bool:
-        """Run an attempt; True if its query is terminal then, else somebody must watch it.
+        """Run an attempt. Returns True if the query is terminal afterwards; otherwise the caller must watch it.
 
         `executed` is called when the engine is free again and the result is still to be stored.
         """
@@ -191,12 +191,12 @@ class Attempts:
             self._leases.add(lease)
             METRICS.start_attempt(query.facts.mode.value, None if query.state.attempt else queued_ms / 1000)
             _log.debug(LogEvent.QUERY_STARTED, **_name(query.facts, answer.attempt))
-            claimed.append(self._begin(query, lease, queued_ms, answer))
+            claimed.append(self._build_attempt(query, lease, queued_ms, answer))
         # After the log, by which the fault suite counts the attempts that died.
         failpoint(Failpoint.CLAIM_AFTER)
         return claimed
 
-    def _begin(self, query: Query, lease: Lease, queued_ms: int, claimed: Claimed) -> Attempt:
+    def _build_attempt(self, query: Query, lease: Lease, queued_ms: int, claimed: Claimed) -> Attempt:
         state = replace(query.state, status=Status.RUNNING.value, sequence=claimed.sequence, attempt=claimed.attempt)
         return Attempt(
             query=replace(query, state=state),

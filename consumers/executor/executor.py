@@ -46,9 +46,10 @@ _log = structlog.get_logger("queryd.executor")
 
 # Requests read in one turn of the event loop, which takes some 2 ms: what runs needs the loop as well.
 _PORTION = 50
-# Requests in one admission transaction, which then takes some 50 ms.
+# Requests in one admission batch, which then takes some 50 ms.
 _ADMISSION = 500
-# Under load a batch starts this long after the last: it costs two statements, and claiming its queries another two.
+# Under load, admission batches start this far apart. Each costs two statements, and claiming its queries two more:
+# 25 batches a second are at most 100 statements a second.
 _ADMISSIONS_APART_SECONDS = 0.04
 # A handed-back query's next attempt starts within 2 s, so the watch looks twice a second; one statement for all.
 _WATCH_SECONDS = 0.5
@@ -283,7 +284,7 @@ class Executor:
 
     async def _admit_for_ever(self) -> None:
         while True:
-            await self._arrivals.wait()
+            await self._arrivals.wait_for_requests()
             await self._admission_spacing.wait()
             batch = self._arrivals.take(_ADMISSION)
             await self._admit_batch([item for item in batch if self.intake.owns(item.record)])

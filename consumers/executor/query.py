@@ -18,9 +18,9 @@ from queryd.kafka.record import Record
 class Query:
     """A query that this executor runs, or watches while another worker runs it.
 
-    `state` is the query's row as this worker last saw it. `limits` are the org's, as of the admission. `sql` is None
-    when the saved query no longer has the text that was admitted. `stale_lease_version` is the number of renewals of a
-    dead lease, which the query's next claim takes over.
+    `state` is the query's row as this worker last saw it. `limits` are the org's limits at admission. `sql` is None if
+    the saved query no longer has the text that was admitted. If `stale_lease_version` is set, the next claim takes over
+    a dead lease that was renewed this many times.
     """
 
     record: Record
@@ -32,10 +32,12 @@ class Query:
     stale_lease_version: int | None = None
 
 
-# By identity, for no attempt is like another.
+# Compared by identity: two attempts are never equal.
 @dataclass(slots=True, eq=False)
 class Attempt:
-    """A claimed query; its state is that of the claim. `started`, on the monotonic clock, is reset when it starts.
+    """One attempt of a claimed query. `query.state` is the row after the claim.
+
+    `started` is a monotonic time in seconds: that of the claim, then that of the start.
 
     `datasets` is everything that the caller may read. `scratch` exists only while it contains a result that is too
     large for the engine's pipe. `reads` are the reads of personal data that the engine has reported so far.

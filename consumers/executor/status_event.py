@@ -1,4 +1,4 @@
-"""Status events: each step of a query as an event for the outbox."""
+"""Build the event that each status transition of a query writes to the outbox."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,7 +16,7 @@ from telemetry.traces import find_current
 
 @dataclass(frozen=True, slots=True)
 class QueryFacts:
-    """What stays the same in all events of a query."""
+    """Fields that are the same in every event of a query."""
 
     query_id: QueryId
     org_id: OrgId

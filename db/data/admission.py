@@ -1,4 +1,4 @@
-"""Admission: a batch of requests becomes rows, in one transaction."""
+"""Admission: one statement stores a batch of requests."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -276,17 +276,21 @@ class _Runner:
                 plans=instance.plans,
             )
         except (duckdb.Error, MemoryError, UnicodeError, StatementFailed) as error:
-            raise self._fail(error, instance, judged, message, relations) from None
+            raise self._clean_up_after(error, instance, judged, message, relations) from None
         except QueryFailed:
             self._leave()
             raise
         self._leave()
         return exported
 
-    def _fail(
+    def _clean_up_after(
         self, error: Exception, instance: Instance, judged: Judged, message: Message, relations: Collection[Relation]
     ) -> Exception:
-        """What to raise for DuckDB's error. A frame that raises it must not hold it: it would stay in a cycle."""
+        """Clean up after DuckDB's error and return the exception to raise.
+
+        The caller must not store it in a variable: its traceback refers to the caller's frame, so both would stay in
+        memory as a cycle.
+        """
         meaning = self._explain(error, instance, judged, message, relations)
         verdict = self._leave()
         if isinstance(meaning.ours, EngineUnavailable) or not meaning.known:

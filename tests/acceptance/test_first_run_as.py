@@ -60,13 +60,13 @@ def _assert_nothing_is_left(folder: Path) -> None:
     assert not running_in(folder)
     note = folder / ".queryd" / "demo" / "s3" / "ports"
     sockets = [path for port in note.read_text().split() for path in Path("/tmp").glob(f"seaweedfs-*-grpc-{port}.sock")]
-    # A server that is killed together with its warden leaves one, and the port is given out again: what is older than
-    # the clone is not ours, and what answers belongs to a server that runs.
-    made = folder.parent.stat().st_mtime
-    ours = [path for path in sockets if path.stat().st_mtime >= made and not _answers(path)]
+    # A server that is killed with its supervisor leaves its socket, and another server may get the port. So sockets
+    # that are older than the clone do not count, nor do those on which a server listens.
+    cloned_at = folder.parent.stat().st_mtime
+    ours = [path for path in sockets if path.stat().st_mtime >= cloned_at and not _is_listening(path)]
     assert not ours
 
 
-def _answers(path: Path) -> bool:
+def _is_listening(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX) as client:
         return client.connect_ex(str(path)) == 0

@@ -44,8 +44,8 @@ _BEYOND_SESSION = (12.0, 15.0)
 # What was broken works for at least half as long as it did not, within these limits, before it is broken again:
 # otherwise a slow machine never gets any work done, and there is nothing to break.
 _REST, _LONGEST_REST = 2.0, 30.0
-# What a request contains whose answer is lost after the change was made. The executor changes queries by one statement,
-# and each contains the headers of its events; the projector commits several.
+# Bytes of the request whose answer the proxy drops after the change. The executor changes a query by one statement,
+# which contains its events' headers. The projector sends several statements and a COMMIT.
 _CHANGES = {"data": b"traceparent", "state": b"COMMIT"}
 # The table's "20 s".
 _LONG_SECONDS = 20.0

@@ -86,8 +86,8 @@ def _publish_after_commit() -> None:
             failpoint(Failpoint.FINISH_AFTER)
         _publish(rows)
 
-    # Inside a transaction's context nothing can be committed.
-    patch.object(admission, "_hold_locks", lambda *_: nullcontext()).start()
+    # psycopg refuses `commit()` inside a transaction block.
+    patch.object(admission, "_open_transaction_for_locks", lambda *_: nullcontext()).start()
     _bypass_outbox(change)
 
 

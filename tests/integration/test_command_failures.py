@@ -34,7 +34,9 @@ _MINUTES = 15 * 60
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One command line, what it asks, and its exit codes where all is well. `mends` are states that are right for it.
+    """One command line, the dependencies that it uses, and its exit codes when all of them work.
+
+    `mends` are wrong states in which the command must succeed.
 
     Of commands of one `turn` only one runs at a time. `failed` is the exit code where a dependency is wrong: the engine
     that looks at a dataset can't always tell a wrong server from a wrong location.
@@ -50,7 +52,7 @@ class Command:
 
 _D, _S, _K, _S3, _R, _P = Need.DATA, Need.STATE, Need.KAFKA, Need.S3, Need.REGISTRY, Need.DATASETS
 _MADE = ("empty", "old")
-# These commands name the bucket themselves, and not by QUERYD_RESULTS_URL.
+# These commands take the bucket from a row or an argument, not from QUERYD_RESULTS_URL.
 _OWN_BUCKET = ("no bucket",)
 # Other tests may have written to the topics: then there is something to replay.
 _DONE_OR_EMPTY = (0, 1)

@@ -1,4 +1,4 @@
-"""What counts as S3 being there: an answer, unless it refuses whatever we sign."""
+"""The readiness check counts S3 as present if it answers and accepts our credentials."""
 
 import threading
 import time
@@ -30,7 +30,7 @@ def _client(store: ObjectStore, credentials: Credentials) -> Any:
     )
 
 
-def test_a_store_that_takes_our_signature_is_there(object_store: ObjectStore) -> None:
+def test_a_store_that_accepts_our_credentials_is_present(object_store: ObjectStore) -> None:
     for credentials in (object_store.writer, object_store.reader):
         assert _has_bucket(_client(object_store, credentials), object_store.bucket)
     assert not _has_bucket(_client(object_store, object_store.writer), "another")
@@ -47,7 +47,7 @@ def test_a_store_that_refuses_our_keys_is_missing(
 
 
 @pytest.mark.parametrize("body", [b"<html>default backend - 404", b"<found>nothing</found>", b""])
-def test_another_server_s_404_is_no_store(body: bytes) -> None:
+def test_a_404_of_another_server_is_not_a_store(body: bytes) -> None:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(404)
@@ -76,7 +76,7 @@ def test_a_store_is_there_for_a_client_that_may_only_write(object_store: ObjectS
     with Stubber(client) as stubbed:
         stubbed.add_client_error("get_object", "AccessDenied", http_status_code=403)
         assert _has_bucket(client, object_store.bucket)
-        # Keys that are wrong for good are no question of rights.
+        # An expired token is a rejected credential, not a missing permission.
         stubbed.add_client_error("get_object", "ExpiredToken", http_status_code=400)
         assert not _has_bucket(client, object_store.bucket)
 

@@ -94,7 +94,7 @@ async def _losing_one(trigger: Trigger, work: Awaitable[Any]) -> Any:
 
 
 @_BOTH_FATES
-async def test_an_admission_that_is_not_answered_admits_once(place: Place, lose: _Losing) -> None:
+async def test_an_admission_whose_answer_is_lost_admits_once(place: Place, lose: _Losing) -> None:
     record = make_record(make_request())
     await _lose_admission(place, place.worker, record, lose(place.proxy, record.key or b""))
 

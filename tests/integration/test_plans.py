@@ -1,7 +1,7 @@
 """The plans of the statements that services repeat: no plan reads a large table from its beginning to its end.
 
-`QUERYD_TEST_ROWS` sets how many queries are stored; `make bench` measures with ten million. Plans are generic, as in
-services: made once, for arrays of any length.
+`QUERYD_TEST_ROWS` sets how many queries are stored; `make bench` measures with ten million. The plans are
+generic, as in services: Postgres makes a plan once and uses it for arrays of any length.
 """
 
 import json
@@ -22,7 +22,8 @@ from service.embedded.postgres import Postgres
 from service.embedded.servers import Lifeline
 
 _ROWS = int(os.environ.get("QUERYD_TEST_ROWS", "200000"))
-_MINUTES = 30 * 60
+# Filling ten million rows takes most of it.
+_TIMEOUT_SECONDS = 30 * 60
 
 _LARGE = frozenset(
     {"query_results", "query_runs", "query_cancellations", "deleted_ids", "pii_access_log", "query_status"}
@@ -62,7 +63,7 @@ _STATE = {
     "move tasks": query_status.MOVE_TASKS,
 }
 
-# Of a hundred queries one waits or runs, which is a backlog of thousands on a large installation.
+# 1% of the queries are Queued, which is a backlog of thousands on a large installation.
 _FILL_DATA = """
 INSERT INTO query_results (id, org_id, user_id, mode, status, sql_hash, output_format, created_at)
 SELECT md5(i::text)::uuid, md5((i %% 1000)::text)::uuid, md5((i %% 5000)::text)::uuid, 'interactive',
@@ -112,21 +113,21 @@ def filled(lifeline: Lifeline, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(_MINUTES)
+@pytest.mark.timeout(_TIMEOUT_SECONDS)
 @pytest.mark.parametrize("name", _DATA)
 def test_no_statement_of_the_services_reads_a_whole_table(filled: Postgres, name: str) -> None:
     assert not list(_find_whole_reads(_explain(filled.url("data"), _DATA[name])))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(_MINUTES)
+@pytest.mark.timeout(_TIMEOUT_SECONDS)
 @pytest.mark.parametrize("name", _STATE)
 def test_no_statement_of_the_projector_reads_a_whole_table(filled: Postgres, name: str) -> None:
     assert not list(_find_whole_reads(_explain(filled.url("state"), _STATE[name])))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(_MINUTES)
+@pytest.mark.timeout(_TIMEOUT_SECONDS)
 def test_a_plan_that_reads_a_whole_table_is_found(filled: Postgres) -> None:
     for statement in ("SELECT count(*) FROM query_runs", "SELECT 1 FROM query_results q JOIN query_runs r ON true"):
         assert list(_find_whole_reads(_explain(filled.url("data"), statement)))

@@ -33,14 +33,14 @@ _NEEDS = {
 }
 # `run all` starts the same services: one wrong state of each dependency shows that it says the same.
 _ALL = (Need.KAFKA, Need.DATA, Need.STATE, Need.S3)
-# Two cores import and start so many in some seconds.
+# Two cores start three services within a few seconds.
 _AT_ONCE = 3
-# A Postgres that does not answer is given up after 10 s, an S3 server after 2.
+# A service stops waiting for Postgres after 10 s and for S3 after 2 s; the rest is for a busy machine.
 _PATIENCE_SECONDS = 40.0
 # `queryd up` ends 15 s after SIGTERM; a busy machine takes longer.
 _END_SECONDS = 30.0
 _LOOK_SECONDS = 0.2
-_MINUTES = 10 * 60
+_TIMEOUT_SECONDS = 10 * 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +73,10 @@ def there(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(_MINUTES)
-def test_a_service_says_what_is_wrong_and_ends_when_asked(there: Dependencies, tmp_path: Path) -> None:
+@pytest.mark.timeout(_TIMEOUT_SECONDS)
+def test_a_service_names_the_wrong_dependency_and_stops_on_sigterm(there: Dependencies, tmp_path: Path) -> None:
     cells = list(_cells(there))
-    # A relay beside another waits for it, and asks for nothing else.
+    # Relays run one at a time: a second relay waits for the first one's lock and checks nothing else.
     with ThreadPoolExecutor(_AT_ONCE) as threads, ThreadPoolExecutor(1) as one_thread:
         found = [
             (one_thread if cell.service in ("relay", "all") else threads).submit(_run, cell, tmp_path) for cell in cells
@@ -90,15 +90,15 @@ def test_a_service_says_what_is_wrong_and_ends_when_asked(there: Dependencies, t
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(_MINUTES)
-def test_up_with_a_wrong_kafka_is_one_sentence(there: Dependencies, tmp_path: Path) -> None:
+@pytest.mark.timeout(_TIMEOUT_SECONDS)
+def test_up_reports_a_wrong_kafka_in_one_line(there: Dependencies, tmp_path: Path) -> None:
     # It starts everything else itself, and makes the topics.
     states = {state: variables for state, variables in there.wrong[Need.KAFKA].items() if state != "empty"}
 
     def run(state: str) -> "subprocess.CompletedProcess[str]":
         place = tmp_path / state.replace(" ", "-")
         place.mkdir()
-        return _queryd("up", place, _outside(there) | states[state])
+        return _queryd("up", place, _bare_environment(there) | states[state])
 
     with ThreadPoolExecutor(2) as threads:
         for state, done in zip(states, threads.map(run, states), strict=True):
@@ -110,16 +110,16 @@ def test_up_with_a_wrong_kafka_is_one_sentence(there: Dependencies, tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(_MINUTES)
-def test_the_demo_asks_nothing_of_what_is_wrong_outside(there: Dependencies, tmp_path: Path) -> None:
+@pytest.mark.timeout(_TIMEOUT_SECONDS)
+def test_the_demo_ignores_dependencies_in_the_environment(there: Dependencies, tmp_path: Path) -> None:
     wrong: dict[str, str] = {}
     for need in Need:
         wrong |= there.wrong[need]["refused"]
-    done = _queryd("demo", tmp_path, _outside(there) | wrong)
+    done = _queryd("demo", tmp_path, _bare_environment(there) | wrong)
     assert done.returncode == 0, done.stderr
 
 
-def _outside(there: Dependencies) -> dict[str, str]:
+def _bare_environment(there: Dependencies) -> dict[str, str]:
     """What a shell has that knows of no stack."""
     return {name: there.right[name] for name in ("PATH", "HOME")}
 
@@ -131,7 +131,7 @@ def _queryd(command: str, place: Path, environment: dict[str, str]) -> "subproce
         env=environment,
         capture_output=True,
         text=True,
-        timeout=_MINUTES / 2,
+        timeout=_TIMEOUT_SECONDS / 2,
         check=False,
     )
 
@@ -193,7 +193,7 @@ def _wait_until_named(cell: Cell, process: "subprocess.Popen[bytes]", log: Path,
     while time.monotonic() < deadline:
         has_ended = process.poll() is not None
         # `all` has a port for each service.
-        unready = [] if has_ended else [_ask_unready(each) for each in range(port, port + len(Service))]
+        unready = [] if has_ended else [_read_unready_body(each) for each in range(port, port + len(Service))]
         told = f"{log.read_text()} {unready}".lower()
         if any(word.lower() in told for word in WORDS[cell.need]) and (has_ended or any(unready)):
             return True
@@ -203,7 +203,7 @@ def _wait_until_named(cell: Cell, process: "subprocess.Popen[bytes]", log: Path,
     return False
 
 
-def _ask_unready(port: int) -> str:
+def _read_unready_body(port: int) -> str:
     """What a service that is not ready says of it; empty if it is ready, or does not listen yet."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5):

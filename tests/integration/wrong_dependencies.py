@@ -1,4 +1,4 @@
-"""Each dependency, wrong in each way: what a command or a service is told instead of what is right."""
+"""Environment variables that point each dependency at a broken server, one set for each way to be broken."""
 
 import json
 import os
@@ -30,7 +30,7 @@ NO_BUCKET = "queryd-no-such-bucket"
 
 
 class Need(StrEnum):
-    """A dependency, and a word by which a person finds it in the one line."""
+    """A dependency of a command or a service."""
 
     KAFKA = "kafka"
     DATA = "data"
@@ -40,6 +40,7 @@ class Need(StrEnum):
     DATASETS = "datasets"
 
 
+# A message must contain one of these, so that a person can tell which dependency failed.
 WORDS = {
     Need.KAFKA: ("kafka", "QUERYD_KAFKA"),
     Need.DATA: ("postgres data", "QUERYD_DATA_URL"),

@@ -64,13 +64,13 @@ def test_of_one_id_the_first_comes_first_whoever_else_claims_it() -> None:
 
 async def test_the_wait_for_requests_ends_with_the_first() -> None:
     arrivals = Arrivals()
-    waiting = asyncio.create_task(arrivals.wait())
+    waiting = asyncio.create_task(arrivals.wait_for_requests())
     await asyncio.sleep(0)
     assert not waiting.done()
     items = _arrive(arrivals, ONE, 3)
     await waiting
     assert arrivals.take(10) == items
-    again = asyncio.create_task(arrivals.wait())
+    again = asyncio.create_task(arrivals.wait_for_requests())
     await asyncio.sleep(0)
     assert not again.done()
     _arrive(arrivals, ONE)

@@ -107,7 +107,7 @@ def _subqueries(select: _Node) -> Iterator[_Node]:
 
 
 def _children(node: _Node) -> list[Any]:
-    """What may hold expressions of the same query."""
+    """The child nodes that can contain expressions of the same query."""
     return [child for field, child in node.items() if isinstance(child, dict | list) and field not in _NO_EXPRESSIONS]
 
 

@@ -24,7 +24,7 @@ def check_form(statement: object) -> None:
         for name, value in node.items():
             field = fields[name]
             if field.lists:
-                ahead += _enter_list(field, value)
+                ahead += _check_list(field, value)
             elif field.is_leaf:
                 check_leaf(field, value)
             else:
@@ -59,8 +59,8 @@ def check_leaf(field: Field, value: Any) -> None:
         raise unknown("a tree")
 
 
-def _enter_list(field: Field, value: Any) -> list[tuple[Part, Any]]:
-    """Return the nodes in lists; leaves are checked."""
+def _check_list(field: Field, value: Any) -> list[tuple[Part, Any]]:
+    """Check the leaves in a nested list and return its other nodes."""
     below: list[tuple[Part, Any]] = []
     for each in _each(value, field.lists):
         if field.is_leaf:

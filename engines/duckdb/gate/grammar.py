@@ -58,7 +58,7 @@ class Field:
     part: Part
     lists: int = 0
     words: frozenset[str] = frozenset()
-    # Asked of every field of every node.
+    # Computed once, because the gate reads it for every field of every node.
     is_leaf: bool = dataclass_field(init=False)
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ _SPACES = " \t\n\r\f\v\u00a0\u202f\u205f\u2060\u3000\ufeff" + "".join(map(chr, r
 _WORD = re.compile(rb"[A-Za-z]{1,8}(?![\w$])")
 _WORDS = frozenset({int(duckdb.token_type.keyword), int(duckdb.token_type.identifier)})
 _OPERATOR, _COMMENT = int(duckdb.token_type.operator), int(duckdb.token_type.comment)
-# Instead of a token's character where the token is no sign; no character of a sign.
+# Stands for a token that is no operator. No operator contains this byte.
 _NO_SIGN = 0
 
 _Token = tuple[int, duckdb.token_type]
@@ -76,15 +76,15 @@ def _check_tokens(encoded: bytes) -> None:
     tokens: list[_Token] = duckdb.tokenize(encoded.decode())
     if len(tokens) > thresholds.MAX_TOKENS:
         raise rejected(f"it has more than {thresholds.MAX_TOKENS} words and signs")
-    # A token's kind takes ten times as long to compare as a number, and each is asked for four times.
+    # Converted once: each kind is compared four times, and a kind takes ten times as long to compare as a number.
     kinds = [int(kind) for _, kind in tokens]
     signs = [
         encoded[offset] if kind == _OPERATOR else _NO_SIGN for (offset, _), kind in zip(tokens, kinds, strict=True)
     ]
     if _bracket_depth(signs) > thresholds.MAX_BRACKET_DEPTH:
         raise rejected(f"brackets are nested deeper than {thresholds.MAX_BRACKET_DEPTH}")
-    not_comments = [sign for sign, kind in zip(signs, kinds, strict=True) if kind != _COMMENT]
-    if _longest_chain(not_comments) >= thresholds.MAX_DOTTED_CHAIN:
+    signs_without_comments = [sign for sign, kind in zip(signs, kinds, strict=True) if kind != _COMMENT]
+    if _longest_chain(signs_without_comments) >= thresholds.MAX_DOTTED_CHAIN:
         raise rejected(f"a name has more than {thresholds.MAX_DOTTED_CHAIN} parts")
     if _longest_run_of_signs(signs) > thresholds.MAX_EXPRESSION_DEPTH:
         raise rejected(TOO_DEEP)
@@ -97,7 +97,7 @@ def _bracket_depth(signs: Sequence[int]) -> int:
 
 
 def _longest_chain(signs: Sequence[int]) -> int:
-    """How many dots hold one name together; `signs` are without comments."""
+    """Count the dots of the longest dotted name. `signs` must not contain comments."""
     longest = chain = 0
     after_dot = False
     for sign in signs:
