@@ -57,6 +57,7 @@ _Mark = str | tuple[int, int]
 class _Key:
     org_id: str
     relations: frozenset[Relation]
+    kinds: frozenset[RelationKind]
 
 
 class Instance:
@@ -299,7 +300,7 @@ class Instance:
 
 
 class WarmInstances:
-    """The instances of one child, by org and exact set of relations; the least recently used go first."""
+    """The instances of one child, by org, exact set of relations and storages; the least recently used go first."""
 
     def __init__(self, settings: DuckDBSettings, home: Path) -> None:
         self._settings = settings
@@ -310,22 +311,17 @@ class WarmInstances:
     def take(
         self, org_id: str, relations: frozenset[Relation], kinds: frozenset[RelationKind]
     ) -> tuple[Instance, bool]:
-        """An instance connected to at least the storages `kinds`, and whether it was warm already.
+        """Return an instance connected to exactly the storages `kinds`, and whether it was warm already.
 
-        A storage is connected only when a statement reads from it, so that one that is down harms no other.
+        A statement uses no connection to a storage that it does not read: such a storage may be down.
         """
-        key = _Key(org_id, relations)
+        key = _Key(org_id, relations, kinds)
         instance = self._warm.get(key)
-        if instance is not None and kinds <= instance.kinds:
+        if instance is not None:
             self._warm.move_to_end(key)
             return instance, True
-        if instance is not None:
-            kinds |= instance.kinds
         fresh = Instance(self._settings, self._home, relations, kinds, self._lister)
-        if instance is not None:
-            instance.close()
         self._warm[key] = fresh
-        self._warm.move_to_end(key)
         if len(self._warm) > _MAX_WARM:
             _, oldest = self._warm.popitem(last=False)
             oldest.close()

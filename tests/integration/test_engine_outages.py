@@ -414,6 +414,21 @@ async def test_a_postgres_that_never_answers_or_cuts_is_an_outage(
         assert (await _execute(engine, tmp_path, "SELECT id FROM shops", _SHOPS)).rows == 10
 
 
+async def test_a_postgres_that_is_away_harms_no_statement_that_reads_only_files(
+    database: _Database, store: _Store, opened: Run, tmp_path: Path
+) -> None:
+    with TcpProxy("127.0.0.1", int(str(conninfo_to_dict(database.url)["port"]))) as proxy:
+        engine = await opened(store.url, make_conninfo(database.url, port=proxy.port))
+        assert (await _execute(engine, tmp_path, "SELECT id FROM shops", _SHOPS, _SALES)).rows == 10
+        proxy.cut()
+        proxy.refuse()
+        # The first makes an instance for files, the second uses it.
+        for _ in range(2):
+            assert (await _execute(engine, tmp_path, "SELECT count(*) FROM sales", _SHOPS, _SALES)).rows == 1
+        assert await _outage(engine, tmp_path, "SELECT id FROM shops", _SHOPS, _SALES) is Outage.POSTGRES
+        assert (await _execute(engine, tmp_path, "SELECT 1 AS a", _SHOPS, _SALES)).rows == 1
+
+
 async def test_a_postgres_without_free_connections_is_an_outage(
     database: _Database, opened: Run, tmp_path: Path
 ) -> None:
