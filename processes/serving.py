@@ -29,8 +29,7 @@ def serve(handle: Handler, notice: Notice) -> None:
     """Answer requests until the parent goes; never returns.
 
     `handle` runs on the calling thread, which should be the main thread, because only that one has the large stack.
-    This thread also reads the requests: handing each over to another thread would cost 0.1 ms. A second thread calls
-    `notice` for one-way messages, even while a request runs.
+    This thread also reads the requests. A second thread calls `notice` for one-way messages, even while a request runs.
     A handler answers its own errors: one that raises ends the process, for nothing in it can be trusted any more.
     """
     _outlive_signals()

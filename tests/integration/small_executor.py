@@ -5,8 +5,8 @@ Nothing is computed and nothing stored: what is seen is which query begins when,
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -23,8 +23,12 @@ from db.clock import DatabaseClock
 from db.connection import DataPool
 from engines.protocol import Execution, Inspected, Output
 from queryd.events import Mode
+from queryd.kafka.outages import QUIET
 from results.retention.sweep import Retention
 from results.store import ResultStore, StoredObject
+from service.embedded.broker import Broker
+from service.embedded.servers import Lifeline
+from service.topics import apply_topics
 from tests.integration.queries import opened_pool
 
 # Longer than any test: leases and limits end when a test says so.
@@ -146,6 +150,19 @@ def _make_executor(
         admission_rules=Rules(seconds, frozenset({"stage"}), None, limits),
         rules=ExecutorRules(dict.fromkeys(Mode, slots), _LONG_SECONDS, drain_seconds=0.0),
     )
+
+
+@contextmanager
+def own_broker(folder: Path, lifeline: Lifeline, partitions: int) -> Iterator[dict[str, Any]]:
+    """Run a broker of one test alone, since the request topics have fixed names; yields librdkafka's configuration."""
+    broker = Broker(folder / "kafka", folder / "kafka.log", lifeline)
+    broker.start()
+    try:
+        config: dict[str, Any] = QUIET | {"bootstrap.servers": broker.bootstrap}
+        apply_topics(config, partitions, replication=1)
+        yield config
+    finally:
+        broker.stop()
 
 
 @asynccontextmanager

@@ -13,14 +13,11 @@ from confluent_kafka.serialization import MessageField, SerializationContext
 from db.migrations.upgrade import upgrade_data
 from queryd.codec import decode_status, encode
 from queryd.events import Mode, Topic
-from queryd.kafka.outages import QUIET
 from queryd.registry import announce_schemas, registry_in_use, use
-from service.embedded.broker import Broker
 from service.embedded.servers import Lifeline
-from service.topics import apply_topics
 from tests.integration.queries import make_request
 from tests.integration.records import until
-from tests.integration.small_executor import Stage, running_executor
+from tests.integration.small_executor import Stage, own_broker, running_executor
 
 # Guards against hanging only.
 _PATIENCE_SECONDS = 60.0
@@ -29,14 +26,8 @@ _PATIENCE_SECONDS = 60.0
 @pytest.fixture
 def kafka(lifeline: Lifeline, tmp_path: Path) -> Iterator[dict[str, Any]]:
     """A broker of the test's own, for the lanes have fixed names; librdkafka's configuration."""
-    broker = Broker(tmp_path / "kafka", tmp_path / "kafka.log", lifeline)
-    broker.start()
-    try:
-        config: dict[str, Any] = QUIET | {"bootstrap.servers": broker.bootstrap}
-        apply_topics(config, partitions=1, replication=1)
+    with own_broker(tmp_path, lifeline, partitions=1) as config:
         yield config
-    finally:
-        broker.stop()
 
 
 @pytest.fixture

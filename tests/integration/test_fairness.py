@@ -16,13 +16,10 @@ from consumers.executor.transitions import Refusal
 from db.migrations.upgrade import upgrade_data
 from queryd.codec import encode
 from queryd.events import Mode, OrgId, QueryRequested
-from queryd.kafka.outages import QUIET
-from service.embedded.broker import Broker
 from service.embedded.servers import Lifeline
-from service.topics import apply_topics
 from tests.integration.queries import make_request, new_id, opened_pool
 from tests.integration.records import until
-from tests.integration.small_executor import Stage, running_executor
+from tests.integration.small_executor import Stage, own_broker, running_executor
 
 _PARTITIONS = 3
 # As librdkafka says it.
@@ -37,14 +34,8 @@ _PATIENCE_SECONDS = 120.0
 @pytest.fixture
 def kafka(lifeline: Lifeline, tmp_path: Path) -> Iterator[dict[str, Any]]:
     """A broker of the test's own, for the lanes have fixed names; librdkafka's configuration."""
-    broker = Broker(tmp_path / "kafka", tmp_path / "kafka.log", lifeline)
-    broker.start()
-    try:
-        config: dict[str, Any] = QUIET | {"bootstrap.servers": broker.bootstrap}
-        apply_topics(config, _PARTITIONS, replication=1)
+    with own_broker(tmp_path, lifeline, _PARTITIONS) as config:
         yield config
-    finally:
-        broker.stop()
 
 
 def _publish(kafka: dict[str, Any], requests: list[QueryRequested], partition: int = _BY_KEY) -> None:

@@ -12,14 +12,11 @@ from confluent_kafka import Producer
 
 from db.migrations.upgrade import upgrade_data
 from queryd.codec import encode
-from queryd.kafka.outages import QUIET
-from service.embedded.broker import Broker
 from service.embedded.postgres import Postgres
 from service.embedded.servers import Lifeline
-from service.topics import apply_topics
 from tests.integration.queries import make_request
 from tests.integration.records import until
-from tests.integration.small_executor import Stage, running_executor
+from tests.integration.small_executor import Stage, own_broker, running_executor
 
 _RATE = 200
 # Some 100 admission batches.
@@ -49,14 +46,8 @@ def counting_server(lifeline: Lifeline, tmp_path: Path) -> Iterator[Postgres]:
 @pytest.fixture
 def kafka(lifeline: Lifeline, tmp_path: Path) -> Iterator[dict[str, Any]]:
     """librdkafka's configuration for a broker of the test's own, for the request topics have fixed names."""
-    broker = Broker(tmp_path / "kafka", tmp_path / "kafka.log", lifeline)
-    broker.start()
-    try:
-        config: dict[str, Any] = QUIET | {"bootstrap.servers": broker.bootstrap}
-        apply_topics(config, _PARTITIONS, replication=1)
+    with own_broker(tmp_path, lifeline, _PARTITIONS) as config:
         yield config
-    finally:
-        broker.stop()
 
 
 @pytest.mark.slow
