@@ -50,12 +50,13 @@ _CONNINFO: dict[str, Any] = {
     "keepalives_count": 3,
     "options": (
         "-c statement_timeout=20s -c idle_in_transaction_session_timeout=30s -c timezone=UTC"
-        # Our statements take arrays of at most some hundred keys, and find every row by its key. Planning them anew for
-        # each length costs more than running them, and a plan made while a table was small must not go on scanning it.
+        # Our statements take arrays of at most some hundred keys: planning them anew for each length costs more than
+        # running them.
         " -c plan_cache_mode=force_generic_plan"
-        " -c enable_seqscan=off -c enable_hashjoin=off -c enable_mergejoin=off"
     ),
 }
+# A connection keeps the plans that it made. While an installation is new, Postgres makes them for empty tables.
+_LIFETIME_SECONDS = 60.0
 # How long to wait for a free connection before the database counts as unavailable.
 _POOL_SECONDS = 10.0
 
@@ -88,6 +89,7 @@ def make_pool(url: str, application: str, size: int) -> Pool:
         kwargs={"prepare_threshold": 0},
         open=False,
         timeout=_POOL_SECONDS,
+        max_lifetime=_LIFETIME_SECONDS,
         # How long the pool itself tries before it reports; the next request for a connection starts it again.
         reconnect_timeout=_POOL_SECONDS,
         name=application,

@@ -25,7 +25,6 @@ _log = structlog.get_logger("queryd.reaper")
 # How often each executor looks: a query past its deadline is ended within this time. One indexed read. It must be
 # shorter than the lease monitor's longest gap.
 _SECONDS = 3.0
-_BATCH = 1_000
 _TAKE_OVER_SECONDS = 5.0
 # A query whose record's partition nobody has had for this long, because its topic was deleted, say, ends all the same.
 _FORSAKEN_SECONDS = 3600.0
@@ -66,7 +65,7 @@ class Reaper:
         """
         asked_at = elapsed()
         async with statement(self._pool) as connection:
-            found = await read_overdue(connection, _BATCH, grace=self._grace, forsaken=_FORSAKEN_SECONDS)
+            found = await read_overdue(connection, grace=self._grace, forsaken=_FORSAKEN_SECONDS)
             states, rows = await _read(
                 connection,
                 [

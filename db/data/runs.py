@@ -63,23 +63,28 @@ WHERE r.query_id = ANY(%(query_ids)s::uuid[])
 
 READ_DELETED = "SELECT query_id::text FROM deleted_ids WHERE query_id = ANY(%(query_ids)s::uuid[])"
 
-# Queries past their deadline, or cancelled: those without a lease first, and the oldest first, so that a backlog is
-# worked off in order. One that was left behind by its worker is the next attempt's, unless its message is gone:
-# `left_behind` says that this must be found out, and is false again of what has been left for `forsaken` seconds.
-READ_OVERDUE = """
-WITH due AS (
-    SELECT query_id FROM query_runs
-    WHERE deadline <= least(now(), %(worker_now)s)
-      AND (attempt = 0 OR deadline <= least(now(), %(worker_now)s) - make_interval(secs => %(grace)s))
-    UNION
-    SELECT query_id FROM query_runs WHERE cancelled AND deadline IS NOT NULL
-)
+# Queries past their deadline, or cancelled, the oldest first, so that a backlog is worked off in order. Those with a
+# lease are as many as run, and are read in addition. One that was left behind by its worker is the next attempt's,
+# unless its message is gone: `left_behind` says that this must be found out, and is false again of what has been left
+# for `forsaken` seconds.
+_OVERDUE = """
 SELECT r.query_id::text AS query_id, r.topic, r.partition, r.record_offset,
        r.attempt > 0 AND NOT r.cancelled
        AND r.deadline > least(now(), %(worker_now)s) - make_interval(secs => %(forsaken)s) AS left_behind
-FROM due JOIN query_runs r ON r.query_id = due.query_id LEFT JOIN query_leases l ON l.query_id = due.query_id
-ORDER BY l.query_id IS NOT NULL, r.deadline
-LIMIT %(limit)s
+"""
+_IS_LATE = """
+    r.deadline <= least(now(), %(worker_now)s)
+    AND (r.attempt = 0 OR r.deadline <= least(now(), %(worker_now)s) - make_interval(secs => %(grace)s))
+"""
+_HAS_NO_LEASE = "NOT EXISTS (SELECT FROM query_leases l WHERE l.query_id = r.query_id)"
+READ_OVERDUE = f"""
+({_OVERDUE} FROM query_runs r WHERE {_IS_LATE} AND {_HAS_NO_LEASE} ORDER BY r.deadline LIMIT 1000)
+UNION
+({_OVERDUE} FROM query_runs r
+ WHERE r.cancelled AND r.deadline IS NOT NULL AND {_HAS_NO_LEASE} ORDER BY r.query_id LIMIT 1000)
+UNION
+{_OVERDUE} FROM query_leases l JOIN query_runs r ON r.query_id = l.query_id
+WHERE {_IS_LATE} OR (r.cancelled AND r.deadline IS NOT NULL)
 """
 
 
@@ -164,13 +169,13 @@ async def read_deleted(connection: Connection, query_ids: Iterable[str]) -> set[
     return {row[0] for row in await cursor.fetchall()}
 
 
-async def read_overdue(connection: Connection, limit: int, *, grace: float, forsaken: float) -> list[Overdue]:
-    """Queries past their deadline, or cancelled; a lease may hold them.
+async def read_overdue(connection: Connection, *, grace: float, forsaken: float) -> list[Overdue]:
+    """Queries past their deadline, or cancelled: at most 1,000 of each without a lease, and all with one.
 
     `grace` and `forsaken` in seconds are for those that were started once and not cancelled.
     """
     async with connection.cursor(row_factory=class_row(Overdue)) as cursor:
-        limits = {"limit": limit, "worker_now": datetime.now(UTC), "grace": grace, "forsaken": forsaken}
+        limits = {"worker_now": datetime.now(UTC), "grace": grace, "forsaken": forsaken}
         await cursor.execute(READ_OVERDUE, limits)
         return await cursor.fetchall()
 

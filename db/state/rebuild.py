@@ -29,9 +29,6 @@ PREPARE_SESSION = """
 SET lock_timeout = 0;
 SET statement_timeout = 0;
 SET plan_cache_mode = auto;
-SET enable_seqscan = on;
-SET enable_hashjoin = on;
-SET enable_mergejoin = on;
 -- A copy of some 200,000 queries in memory; what is above it goes to files.
 SET temp_buffers = '64MB';
 SET work_mem = '64MB';
