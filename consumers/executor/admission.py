@@ -15,7 +15,7 @@ from db.connection import Connection, DataPool, statement
 from db.data.admission import NewQuery, SavedLookup, insert_queries, resolve_saved
 from db.data.limits import find_surplus
 from db.data.outbox import NewEvent
-from db.data.runs import RunState, read_deleted, read_states
+from db.data.runs import RunState, read_states
 from processes.failpoints import Failpoint, failpoint
 from queryd.codec import InvalidEvent, Undecodable, decode_fields, to_request
 from queryd.dead_letters import DeadCode
@@ -140,29 +140,25 @@ async def admit(
                     candidates.append(_make_candidate(item, texts.get(place), failures[place], clock.now(), rules))
             # If two records in a batch have the same id, the first one creates the query.
             first = {candidate.query.query_id: candidate for candidate in reversed(candidates)}
-            states = await insert_queries(
+            inserted = await insert_queries(
                 connection,
                 [candidate.query for candidate in first.values()],
                 [event for candidate in first.values() for event in candidate.events],
             )
-        not_inserted = first.keys() - states.keys()
-        if not_inserted:
-            states |= await read_states(connection, not_inserted)
-        missing = not_inserted - states.keys()
-        deleted = await read_deleted(connection, missing) if missing else set()
+        known = first.keys() - inserted.keys()
+        states = inserted | (await read_states(connection, known) if known else {})
     failpoint(Failpoint.ADMIT_AFTER)
     if states:
         clock.update(max(state.read_at for state in states.values()))
-    for query in (candidate.query for candidate in first.values()):
-        state = states.get(query.query_id)
-        if query.error_code is not None and state is not None and _is_own(query, state):
+    for query_id, state in inserted.items():
+        query = first[query_id].query
+        if query.error_code is not None:
             waited = (state.read_at - state.queued_at).total_seconds()
             METRICS.end_query(query.mode, query.error_code, total_seconds=max(0.0, waited))
     return [
         _decide(
             candidate,
             states.get(candidate.query.query_id),
-            candidate.query.query_id in deleted,
             limits[candidate.item.org_id],
         )
         for candidate in candidates
@@ -310,12 +306,13 @@ def _is_own(query: NewQuery, state: RunState) -> bool:
     return coordinates == (state.topic, state.partition, state.record_offset)
 
 
-def _decide(candidate: _Candidate, state: RunState | None, deleted: bool, limits: OrgLimits) -> Verdict:
+def _decide(candidate: _Candidate, state: RunState | None, limits: OrgLimits) -> Verdict:
     item, record = candidate.item, candidate.item.record
     if item.request is None:
         # Every malformed record is a dead letter of its own, whatever stands under its id.
         return Refused(DeadCode.INVALID_REQUEST, item.reason or "")
-    if state is None or deleted:
+    if state is None:
+        # Deleted for good: its id is not inserted again.
         return Done()
     if state.fingerprint != item.fingerprint:
         return Refused(DeadCode.CONFLICT, "another request with this query_id was accepted before")

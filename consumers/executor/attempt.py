@@ -17,12 +17,12 @@ import structlog
 
 from access.audit import PersonalRead, record_reads
 from access.limits import least
-from consumers.executor.endings import CANCELLED, ErrorFile, Failure, Result, Success, fail, succeed
+from consumers.executor.endings import CANCELLED, ErrorFile, Failure, Result, Success, fail, overdue_failure, succeed
 from consumers.executor.leases import Lease, Leases, Stop
 from consumers.executor.query import Attempt, Query
 from consumers.executor.spacing import Spacing
 from consumers.executor.status_event import QueryFacts, build_status_event
-from consumers.executor.transitions import Claimed, EndResult, Refusal, Transitions
+from consumers.executor.transitions import EndResult, Refusal, Transitions
 from db.clock import DatabaseClock
 from db.connection import DatabaseUnavailable, DataPool
 from db.data.attempts import Claim, Ending, HandBack
@@ -185,26 +185,28 @@ class Attempts:
             answers = await self._transitions.claim(wanted)
         claimed: list[Attempt | Refusal | None] = []
         for query, lease, queued_ms, answer in zip(queries, leases, queued, answers, strict=True):
-            if not isinstance(answer, Claimed):
+            if answer is None or isinstance(answer, Refusal):
                 claimed.append(answer)
                 continue
             self._leases.add(lease)
             METRICS.start_attempt(query.facts.mode.value, None if query.state.attempt else queued_ms / 1000)
-            _log.debug(LogEvent.QUERY_STARTED, **_name(query.facts, answer.attempt))
-            claimed.append(self._build_attempt(query, lease, queued_ms, answer))
+            attempt = self._build_attempt(query, lease, queued_ms, answer)
+            _log.debug(LogEvent.QUERY_STARTED, **_names(attempt))
+            claimed.append(attempt)
         # After the log, by which the fault suite counts the attempts that died.
         failpoint(Failpoint.CLAIM_AFTER)
         return claimed
 
-    def _build_attempt(self, query: Query, lease: Lease, queued_ms: int, claimed: Claimed) -> Attempt:
-        state = replace(query.state, status=Status.RUNNING.value, sequence=claimed.sequence, attempt=claimed.attempt)
+    def _build_attempt(self, query: Query, lease: Lease, queued_ms: int, datasets: tuple[Dataset, ...]) -> Attempt:
+        before = query.state
+        state = replace(before, status=Status.RUNNING.value, sequence=before.sequence + 1, attempt=before.attempt + 1)
         return Attempt(
             query=replace(query, state=state),
             lease=lease,
             run_seconds=self._find_seconds(query),
             queued_ms=queued_ms,
-            datasets=claimed.datasets,
-            scratch=self._rules.scratch / f"{query.facts.query_id}-{claimed.attempt}",
+            datasets=datasets,
+            scratch=self._rules.scratch / f"{query.facts.query_id}-{state.attempt}",
         )
 
     def _to_claim(self, query: Query, token: str, now: datetime, queued_ms: int) -> tuple[Claim, Caller]:
@@ -248,8 +250,8 @@ class Attempts:
 
     async def _execute(self, attempt: Attempt) -> Output | Failure:
         query = attempt.query
-        if query.sql is None:
-            return Failure(ErrorCode.SAVED_QUERY_NOT_FOUND, "the saved query has changed since it was admitted")
+        # A query without its text is ended, not claimed, see `find_failure`.
+        assert query.sql is not None
         request, granted = query.request, attempt.datasets
         most_rows = least(request.max_rows, query.limits.result_rows)
         execution = Execution(
@@ -464,6 +466,8 @@ def find_failure(query: Query) -> Failure | None:
     left_behind = query.stale_lease_version is not None
     if state.cancelled:
         return CANCELLED
+    if state.overdue:
+        return overdue_failure(Status(state.status))
     if query.sql is None:
         return Failure(ErrorCode.SAVED_QUERY_NOT_FOUND, "the saved query has changed since it was admitted")
     if state.crashes + left_behind >= MAX_CRASHES:

@@ -16,24 +16,13 @@ from db.data.cancellations import hear_cancelled
 _AGAIN_SECONDS = 1.0
 
 
-class CancelNews:
-    """Listens in every executor."""
-
-    def __init__(self, pool: DataPool, leases: Leases, reaper: Reaper) -> None:
-        self._pool = pool
-        self._leases = leases
-        self._reaper = reaper
-
-    async def listen_for_ever(self) -> None:
-        """Act on each cancellation as soon as it is committed."""
-        while True:
-            try:
-                await self._listen()
-            except DatabaseUnavailable:
-                await asyncio.sleep(_AGAIN_SECONDS)
-
-    async def _listen(self) -> None:
-        async with statement(self._pool) as connection, aclosing(hear_cancelled(connection)) as news:
-            async for query_id in news:
-                if not self._leases.stop(query_id, Stop.CANCELLED):
-                    await self._reaper.end([query_id])
+async def follow_cancellations(pool: DataPool, leases: Leases, reaper: Reaper) -> None:
+    """Act on each cancellation as soon as it is committed, for ever. Runs in every executor."""
+    while True:
+        try:
+            async with statement(pool) as connection, aclosing(hear_cancelled(connection)) as news:
+                async for query_id in news:
+                    if not leases.stop(query_id, Stop.CANCELLED):
+                        await reaper.end([query_id])
+        except DatabaseUnavailable:
+            await asyncio.sleep(_AGAIN_SECONDS)

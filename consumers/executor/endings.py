@@ -3,13 +3,12 @@
 import builtins
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
-from typing import Any, Self
+from typing import Self
 
 from psycopg.types.json import Jsonb
 
 from consumers.executor.status_event import QueryFacts, build_status_event
 from db.data.attempts import Ending
-from db.data.outbox import NewEvent
 from db.data.runs import INLINE_FILE, RunState
 from queryd.events import Column, ErrorCode, OutputFormat, ResultFile, Status
 
@@ -112,14 +111,23 @@ def fail(
         duration_ms=duration_ms,
         engine=engine,
     )
-    return _ending(
-        event,
-        state,
-        Status.FAILED,
+    stored = failure.error_file
+    return Ending(
+        query_id=state.query_id,
+        sequence=state.sequence,
         token=token,
         stale_lease_version=stale_lease_version,
+        status=Status.FAILED.value,
         duration_ms=duration_ms,
-        failure=failure,
+        error_code=failure.code.value,
+        error_message=failure.message,
+        # A failed query has no location in its row by which retention would find the file.
+        files=Jsonb([] if stored is None else [asdict(stored.file) | {"location": stored.location}]),
+        retention_seconds=None if stored is None else stored.retention.total_seconds(),
+        shard=event.shard,
+        event_id=event.event_id,
+        payload=event.payload,
+        headers=event.headers,
     )
 
 
@@ -145,65 +153,23 @@ def succeed(facts: QueryFacts, state: RunState, success: Success, *, now: dateti
         engine=success.engine,
         expires_at=now + success.retention,
     )
-    return _ending(
-        event,
-        state,
-        Status.SUCCEEDED,
-        token=token,
-        stale_lease_version=None,
-        duration_ms=success.duration_ms,
-        success=success,
-    )
-
-
-def _ending(
-    event: NewEvent,
-    state: RunState,
-    status: Status,
-    *,
-    token: str | None,
-    stale_lease_version: int | None,
-    duration_ms: int | None,
-    failure: Failure | None = None,
-    success: Success | None = None,
-) -> Ending:
-    result = None if success is None else success.result
     return Ending(
         query_id=state.query_id,
         sequence=state.sequence,
         token=token,
-        stale_lease_version=stale_lease_version,
-        status=status.value,
-        output_location=None if result is None else result.location,
-        row_count=None if result is None else result.rows,
-        result_bytes=None if result is None else result.bytes,
-        duration_ms=duration_ms,
-        error_code=None if failure is None else failure.code.value,
-        error_message=None if failure is None else failure.message,
-        files=Jsonb(_list_files(failure, success)),
-        retention_seconds=_retention_seconds(failure, success),
+        stale_lease_version=None,
+        status=Status.SUCCEEDED.value,
+        output_location=result.location,
+        row_count=result.rows,
+        result_bytes=result.bytes,
+        duration_ms=success.duration_ms,
+        files=Jsonb([asdict(file) for file in result.files] if result.inline is None else [INLINE_FILE]),
+        retention_seconds=success.retention.total_seconds(),
         shard=event.shard,
         event_id=event.event_id,
         payload=event.payload,
         headers=event.headers,
     )
-
-
-def _list_files(failure: Failure | None, success: Success | None) -> list[dict[str, Any]]:
-    """What the row remembers of objects, or of the bytes in its event, to let them go in time. A failed query has no
-    location to find them by."""
-    if success is not None and success.result.inline is not None:
-        return [INLINE_FILE]
-    if success is not None:
-        return [asdict(file) for file in success.result.files]
-    if failure is not None and failure.error_file is not None:
-        return [asdict(failure.error_file.file) | {"location": failure.error_file.location}]
-    return []
-
-
-def _retention_seconds(failure: Failure | None, success: Success | None) -> float | None:
-    stored = success if success is not None else failure.error_file if failure is not None else None
-    return None if stored is None else stored.retention.total_seconds()
 
 
 def _fit_columns(columns: tuple[Column, ...], output_format: OutputFormat | None) -> tuple[Column, ...]:

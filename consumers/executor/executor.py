@@ -20,7 +20,7 @@ from consumers.dead_letters import DeadLetter, DeadLetters
 from consumers.executor.admission import Done, Legible, Refused, Rules, Verdict, admit, read_record
 from consumers.executor.arrivals import Arrivals
 from consumers.executor.attempt import Attempts, find_failure
-from consumers.executor.cancel_news import CancelNews
+from consumers.executor.cancel_news import follow_cancellations
 from consumers.executor.cancelling import end_tasks
 from consumers.executor.endings import Failure
 from consumers.executor.intake import Intake
@@ -29,7 +29,7 @@ from consumers.executor.query import Attempt, Query
 from consumers.executor.reaper import Reaper
 from consumers.executor.schedule import FairQueue, Turn
 from consumers.executor.spacing import Spacing
-from consumers.executor.transitions import Batcher, Refusal, RowRefused, Transitions
+from consumers.executor.transitions import Refusal, RowRefused, Transitions, run_batch
 from consumers.executor.watch import Watch
 from db.clock import DatabaseClock, elapsed
 from db.connection import DatabaseUnavailable, DataPool
@@ -199,12 +199,10 @@ class Executor:
         self._leases = leases
         self._reaper = reaper
         self._retention = retention
-        self._cancel_news = CancelNews(pool, leases, reaper)
         self._admission_rules = admission_rules
         self._rules = rules
         self._lanes = {mode: Lane(mode, rules.slots[mode]) for mode in Mode}
         self._lane_of_topic = {mode.topic.value: self._lanes[mode] for mode in Mode}
-        self._admissions: Batcher[Legible, Verdict] = Batcher(self._admit)
         self._unread: deque[Record] = deque()
         self._has_arrived = asyncio.Event()
         self._arrivals = Arrivals()
@@ -230,7 +228,7 @@ class Executor:
             asyncio.create_task(self._watch_for_ever(), name="watch"),
             asyncio.create_task(self._reaper.reap_for_ever(self.intake.is_over), name="reaper"),
             asyncio.create_task(self._retention.sweep_for_ever(), name="retention"),
-            asyncio.create_task(self._cancel_news.listen_for_ever(), name="cancel news"),
+            asyncio.create_task(follow_cancellations(self._pool, self._leases, self._reaper), name="cancel news"),
             *(
                 asyncio.create_task(self._claim_for_ever(lane), name=f"claims {lane.mode.value}")
                 for lane in self._lanes.values()
@@ -293,7 +291,7 @@ class Executor:
         if not batch:
             return
         refused: list[tuple[Record, Refused]] = []
-        verdicts = await self._admissions.run_all(batch)
+        verdicts = await run_batch(self._admit, batch)
         for item, verdict in zip(batch, verdicts, strict=True):
             self._follow(item.record, verdict, refused)
         await self._bury(refused)
@@ -310,8 +308,8 @@ class Executor:
                 refused.append((record, _UNSTORABLE))
             case Done():
                 self.intake.finish(record)
-            # Whether a lease is dead is the watch's to say, and what has waited for too long is the reaper's to end.
-            case Query() if verdict.state.lease_token is not None or verdict.state.overdue:
+            # Whether a lease is dead is the watch's to say.
+            case Query() if verdict.state.lease_token is not None:
                 self._park(verdict)
             case Query():
                 self._schedule(verdict)

@@ -66,11 +66,6 @@ class Leases:
             lease.stop(why)
         return bool(mine)
 
-    @property
-    def held(self) -> int:
-        """How many attempts are under way."""
-        return len(self._held)
-
     async def renew_for_ever(self) -> None:
         """Renew every few seconds. While the database is away nothing can be decided: a lease that ran out meanwhile
         is found lost at the next renewal, and every write is fenced anyway."""

@@ -9,7 +9,7 @@ import heapq
 from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from operator import attrgetter
 
@@ -20,25 +20,17 @@ _REMEMBERED = 1_000
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
-    """A query and the place in which it has come."""
+class Turn:
+    """A query and the place in which it has come.
+
+    Once it is its turn, `charged` is what its org has paid for it, and `releases` how many of its org's queries had
+    ended by then.
+    """
 
     number: int
     query: Query
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """A query whose turn it is. `charged` is what its org has paid for it, and `releases` what it had been released."""
-
-    waiting: Waiting
-    charged: float
-    releases: int
-
-    @property
-    def query(self) -> Query:
-        """What is to be run."""
-        return self.waiting.query
+    charged: float = 0.0
+    releases: int = 0
 
 
 class FairQueue:
@@ -48,7 +40,7 @@ class FairQueue:
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[str, deque[Waiting]] = {}
+        self._waiting: dict[str, deque[Turn]] = {}
         self._numbers = count()
         # Orgs that are due, by start tag; the count keeps ties in order, and tells an entry that is no longer true.
         self._due: list[tuple[float, int, str]] = []
@@ -69,9 +61,9 @@ class FairQueue:
         org = query.facts.org_id
         queries = self._waiting.setdefault(org, deque())
         if query.state.attempt:
-            queries.appendleft(Waiting(-next(self._numbers), query))
+            queries.appendleft(Turn(-next(self._numbers), query))
         else:
-            queries.append(Waiting(next(self._numbers), query))
+            queries.append(Turn(next(self._numbers), query))
         self._schedule(org)
 
     async def take(self) -> Turn:
@@ -84,16 +76,16 @@ class FairQueue:
     def _begin_turn(self, start: float, org: str) -> Turn:
         self._virtual_time = start
         queries = self._waiting[org]
-        waiting = queries.popleft()
+        turn = queries.popleft()
         # What the newest query knows of the org's weight: a change holds from here on.
-        charged = 1.0 / (queries[-1] if queries else waiting).query.limits.weight
+        charged = 1.0 / (queries[-1] if queries else turn).query.limits.weight
         self._finish[org] = self._virtual_time + charged
         if queries:
             self._schedule(org)
         else:
             del self._waiting[org]
             self._forget_idle()
-        return Turn(waiting, charged, self._releases.get(org, 0))
+        return replace(turn, charged=charged, releases=self._releases.get(org, 0))
 
     def take_now(self, most: int) -> list[Turn]:
         """Return the next queries whose turn it is, at most so many, without waiting.
@@ -120,7 +112,7 @@ class FairQueue:
         """
         org = turn.query.facts.org_id
         queries = self._waiting.setdefault(org, deque())
-        insort(queries, turn.waiting, key=attrgetter("number"))
+        insort(queries, turn, key=attrgetter("number"))
         if org in self._finish:
             self._finish[org] -= turn.charged
         # Where its next query is due already, that was reckoned with a turn that it did not have.
@@ -143,18 +135,15 @@ class FairQueue:
             self._hold(org, rest_seconds)
         self._schedule(org)
 
-    def drop(self, unwanted: Callable[[Query], bool]) -> list[Query]:
-        """Remove and return the waiting queries that are unwanted."""
-        dropped = [each.query for queries in self._waiting.values() for each in queries if unwanted(each.query)]
-        if dropped:
-            for org, queries in list(self._waiting.items()):
-                kept = deque(each for each in queries if not unwanted(each.query))
-                if kept:
-                    self._waiting[org] = kept
-                else:
-                    del self._waiting[org]
-                    self._entries.pop(org, None)
-        return dropped
+    def drop(self, unwanted: Callable[[Query], bool]) -> None:
+        """Remove the waiting queries that are unwanted."""
+        for org, queries in list(self._waiting.items()):
+            kept = deque(each for each in queries if not unwanted(each.query))
+            if kept:
+                self._waiting[org] = kept
+            else:
+                del self._waiting[org]
+                self._entries.pop(org, None)
 
     def _schedule(self, org: str) -> None:
         """See to it that an org with waiting queries is due, unless it is held."""

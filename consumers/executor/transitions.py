@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequ
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import partial
 from typing import Generic, TypeVar
 
 import psycopg
@@ -43,6 +44,29 @@ class RowRefused(Exception):
     """The database refused this one row for what is in it; repeating it would not help."""
 
 
+async def run_batch(
+    run: Callable[[Sequence[_Item]], Awaitable[Sequence[_Answer]]], items: Sequence[_Item]
+) -> list[_Answer | RowRefused]:
+    """The answers of `run`, in the items' order.
+
+    While the database is away `run` is repeated for ever; an error of data splits the batch until the one row that
+    caused it stands alone, and has `RowRefused` as its answer.
+    """
+    try:
+        return list(await until_available(partial(run, items), "postgres data"))
+    except (psycopg.DataError, psycopg.IntegrityError) as error:
+        if len(items) == 1:
+            _log.error(
+                LogEvent.ROW_REFUSED,
+                query_id=getattr(items[0][0] if isinstance(items[0], tuple) else items[0], "query_id", None),
+                error=type(error).__name__,
+                sqlstate=error.sqlstate,
+            )
+            return [RowRefused(type(error).__name__)]
+    half = len(items) // 2
+    return [*await run_batch(run, items[:half]), *await run_batch(run, items[half:])]
+
+
 @dataclass(slots=True)
 class _Waiting(Generic[_Item, _Answer]):
     item: _Item
@@ -52,8 +76,7 @@ class _Waiting(Generic[_Item, _Answer]):
 class Batcher(Generic[_Item, _Answer]):
     """Collects items while a batch is under way and sends them together next. Idle, an item goes at once.
 
-    `run` answers a batch in its order. While the database is away it is repeated for ever; an error of data splits the
-    batch until the one row that caused it stands alone and gets `RowRefused`.
+    `run` answers a batch in its order, see `run_batch`.
     """
 
     def __init__(
@@ -73,10 +96,6 @@ class Batcher(Generic[_Item, _Answer]):
             self._runner = asyncio.create_task(self._work_off())
         return await answer
 
-    async def run_all(self, items: Sequence[_Item]) -> list[_Answer | RowRefused]:
-        """Answers of a batch that is whole already, such as one poll's records."""
-        return await self._send(items)
-
     async def _work_off(self) -> None:
         # The loop turns once, so that everything due in this very turn comes along.
         await asyncio.sleep(0)
@@ -85,7 +104,7 @@ class Batcher(Generic[_Item, _Answer]):
                 await self._spacing.wait()
             batch, self._waiting = self._waiting[:_BATCH], self._waiting[_BATCH:]
             try:
-                answers = await self._send([waiting.item for waiting in batch])
+                answers = await run_batch(self._run, [waiting.item for waiting in batch])
             except Exception as error:  # noqa: BLE001 — handed on to each waiter, whose own it is
                 for waiting in batch:
                     if not waiting.answer.done():
@@ -99,24 +118,6 @@ class Batcher(Generic[_Item, _Answer]):
                 else:
                     waiting.answer.set_result(answer)
 
-    async def _send(self, items: Sequence[_Item]) -> list[_Answer | RowRefused]:
-        async def run() -> Sequence[_Answer]:
-            return await self._run(items)
-
-        try:
-            return list(await until_available(run, "postgres data"))
-        except (psycopg.DataError, psycopg.IntegrityError) as error:
-            if len(items) == 1:
-                _log.error(
-                    LogEvent.ROW_REFUSED,
-                    query_id=getattr(items[0][0] if isinstance(items[0], tuple) else items[0], "query_id", None),
-                    error=type(error).__name__,
-                    sqlstate=error.sqlstate,
-                )
-                return [RowRefused(type(error).__name__)]
-        half = len(items) // 2
-        return [*await self._send(items[:half]), *await self._send(items[half:])]
-
 
 class Refusal(Enum):
     """Why a query that nobody holds was not claimed, and waits."""
@@ -125,15 +126,6 @@ class Refusal(Enum):
     LIMIT = auto()
     # Another worker counts that org's queries just now.
     BUSY = auto()
-
-
-@dataclass(frozen=True, slots=True)
-class Claimed:
-    """A query that is ours now: its attempt's number, its event's sequence, and what its caller may read."""
-
-    attempt: int
-    sequence: int
-    datasets: tuple[Dataset, ...]
 
 
 class EndResult(Enum):
@@ -160,28 +152,23 @@ class Transitions:
         self._pool = pool
         self._clock = clock
         self._running_queries = running_queries
-        self._claims = Batcher(self._claim)
         self._endings = Batcher(self._end, Spacing(_ENDINGS_APART_SECONDS))
         self._hand_backs = Batcher(self._hand_back)
 
-    async def claim(self, wanted: Sequence[tuple[Claim, Caller]]) -> list[Claimed | Refusal | None]:
-        """Claim queries, each for an attempt on behalf of its caller; None for one that could not be claimed."""
-        # Both lanes' claims go into one statement.
-        answers = await asyncio.gather(*map(self._claim_one, wanted))
-        return list(answers)
+    async def claim(self, wanted: Sequence[tuple[Claim, Caller]]) -> list[tuple[Dataset, ...] | Refusal | None]:
+        """Claim queries, each for an attempt on behalf of its caller.
 
-    async def _claim_one(self, wanted: tuple[Claim, Caller]) -> Claimed | Refusal | None:
-        try:
-            return await self._claims.submit(wanted)
-        except RowRefused:
-            return None
+        The answers: what the caller may read, if the query is claimed, or why it waits; None if it can't be claimed.
+        """
+        answers = await run_batch(self._claim, wanted)
+        return [None if isinstance(answer, RowRefused) else answer for answer in answers]
 
     async def end(self, ending: Ending) -> EndResult:
         """Bring a query to its terminal status."""
         try:
             return await self._endings.submit(ending)
         except RowRefused:
-            # Repeating won't help: the deadline will end the query.
+            # Repeating won't help: the query is taken over as crashed, until it has been so often enough.
             return EndResult.NOT_OURS
 
     async def hand_back(self, given: HandBack) -> None:
@@ -193,7 +180,7 @@ class Transitions:
         async with statement(self._pool) as connection:
             return await self._read(connection, query_ids)
 
-    async def _claim(self, wanted: Sequence[tuple[Claim, Caller]]) -> list[Claimed | Refusal | None]:
+    async def _claim(self, wanted: Sequence[tuple[Claim, Caller]]) -> list[tuple[Dataset, ...] | Refusal | None]:
         claims = [item for item, _ in wanted]
         async with statement(self._pool) as connection:
             limited = {item.org_id for item in claims if item.limited}
@@ -201,7 +188,7 @@ class Transitions:
             unknown = [item.query_id for item in claims if item.token not in claimed and item.query_id not in refused]
             states = await self._read(connection, unknown)
             claimed |= {
-                item.token: (state.attempt, state.sequence)
+                item.token
                 for item in claims
                 # A claim that is repeated because the answer of the first was lost.
                 if (state := states.get(item.query_id)) is not None
@@ -210,17 +197,14 @@ class Transitions:
             }
             callers = [caller for item, caller in wanted if item.token in claimed]
             granted = await read_granted(connection, callers) if callers else {}
-        return [
-            Claimed(*claimed[item.token], granted[caller]) if item.token in claimed else refused.get(item.query_id)
-            for item, caller in wanted
-        ]
+        return [granted[caller] if item.token in claimed else refused.get(item.query_id) for item, caller in wanted]
 
     async def _claim_within_limits(
         self, connection: Connection, claims: Sequence[Claim], limited: set[str]
-    ) -> tuple[dict[str, tuple[int, int]], dict[str, Refusal]]:
+    ) -> tuple[set[str], dict[str, Refusal]]:
         """Claim, with the limited orgs locked so that they can be counted.
 
-        Returns what is claimed, by token, and what is refused and why, by query id.
+        Returns the tokens of what is claimed, and what is refused and why, by query id.
         """
         async with _lock_running(connection, limited) as locked:
             answer = await claim(

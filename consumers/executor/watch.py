@@ -50,8 +50,7 @@ class Watch:
                 continue
             if state is None or Status(state.status).terminal:
                 finished.append(query)
-            # The reaper ends what has waited for too long.
-            elif not state.overdue and (state.lease_token is None or query_id in dead):
+            elif state.lease_token is None or query_id in dead:
                 takeable.append(replace(query, state=state, stale_lease_version=state.lease_renewal))
             else:
                 continue

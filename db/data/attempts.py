@@ -98,7 +98,7 @@ WITH input AS (
         deadline = greatest(now(), %(worker_now)s) + make_interval(secs => i.run_seconds), last_event = i.payload
     FROM input i JOIN judged USING (query_id)
     WHERE r.query_id = i.query_id AND judged.granted
-    RETURNING r.query_id, r.token, r.attempt, r.sequence
+    RETURNING r.query_id, r.token
 ), results AS (
     UPDATE query_results q SET status = 'Running', updated_at = now() FROM moved WHERE q.id = moved.query_id
 ), leased AS (
@@ -113,13 +113,13 @@ WITH input AS (
     FROM input i JOIN moved USING (query_id)
     ORDER BY i.query_id
 )
-SELECT query_id::text, org_id::text, NULL, NULL::int, NULL::int FROM judged WHERE NOT granted
+SELECT query_id::text, org_id::text, NULL FROM judged WHERE NOT granted
 UNION ALL
-SELECT query_id::text, NULL, token::text, attempt, sequence FROM moved
+SELECT query_id::text, NULL, token::text FROM moved
 """
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ending:
     """Bring a query to its terminal status.
 
@@ -132,14 +132,14 @@ class Ending:
     token: str | None
     stale_lease_version: int | None
     status: str
-    output_location: str | None
-    row_count: int | None
-    result_bytes: int | None
-    duration_ms: int | None
-    error_code: str | None
-    error_message: str | None
+    output_location: str | None = None
+    row_count: int | None = None
+    result_bytes: int | None = None
+    duration_ms: int | None = None
+    error_code: str | None = None
+    error_message: str | None = None
     files: Jsonb
-    retention_seconds: float | None
+    retention_seconds: float | None = None
     shard: int
     event_id: str
     payload: bytes
@@ -269,12 +269,12 @@ DELETE FROM query_leases l USING given WHERE l.query_id = given.query_id
 class ClaimAnswer:
     """The result of a batch of claims.
 
-    `claimed` has each new attempt's number and its event's sequence, by its token. `refused` has the org of each query,
-    by its id, that could be claimed but for its org's limit, or because the org has a limit and was not locked. A query
-    in neither was not claimable; read its state.
+    `claimed` has the tokens of the new attempts. `refused` has the org of each query, by its id, that could be claimed
+    but for its org's limit, or because the org has a limit and was not locked. A query in neither was not claimable;
+    read its state.
     """
 
-    claimed: dict[str, tuple[int, int]]
+    claimed: set[str]
     refused: dict[str, str]
 
 
@@ -294,8 +294,8 @@ async def claim(
     arrays |= {"running_queries": running_queries, "locked_org_ids": list(locked_org_ids)}
     rows = await (await connection.execute(CLAIM, arrays)).fetchall()
     return ClaimAnswer(
-        {token: (attempt, sequence) for _, _, token, attempt, sequence in rows if token is not None},
-        {query_id: org_id for query_id, org_id, token, *_ in rows if token is None},
+        {token for _, _, token in rows if token is not None},
+        {query_id: org_id for query_id, org_id, token in rows if token is None},
     )
 
 

@@ -61,8 +61,6 @@ LEFT JOIN query_leases l ON l.query_id = r.query_id
 WHERE r.query_id = ANY(%(query_ids)s::uuid[])
 """
 
-READ_DELETED = "SELECT query_id::text FROM deleted_ids WHERE query_id = ANY(%(query_ids)s::uuid[])"
-
 # Queries past their deadline, or cancelled, the oldest first, so that a backlog is worked off in order. Those with a
 # lease are as many as run, and are read in addition. One that was left behind by its worker is the next attempt's,
 # unless its message is gone: `left_behind` says that this must be found out, and is false again of what has been left
@@ -161,12 +159,6 @@ async def read_states(connection: Connection, query_ids: Iterable[str]) -> dict[
     async with connection.cursor(row_factory=class_row(RunState)) as cursor:
         await cursor.execute(READ_STATES, {"query_ids": list(query_ids), "worker_now": datetime.now(UTC)})
         return {state.query_id: state for state in await cursor.fetchall()}
-
-
-async def read_deleted(connection: Connection, query_ids: Iterable[str]) -> set[str]:
-    """Which of the ids belong to rows that were deleted for good."""
-    cursor = await connection.execute(READ_DELETED, {"query_ids": list(query_ids)})
-    return {row[0] for row in await cursor.fetchall()}
 
 
 async def read_overdue(connection: Connection, *, grace: float, forsaken: float) -> list[Overdue]:

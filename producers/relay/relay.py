@@ -6,6 +6,7 @@ Kafka its transactional id fences it.
 """
 
 import asyncio
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import psycopg
-import stamina
 import structlog
 
 from db.connection import Connection, DatabaseUnavailable, conninfo, unavailable_told_apart
@@ -50,6 +50,9 @@ _LOOK_SECONDS = 1.0
 # Idle, an event goes at once; a full batch has nothing to wait for.
 _APART_SECONDS = 0.02
 _KEEP_SECONDS = 24 * 3600.0
+# Between two sessions while Postgres or Kafka is away, doubled each time.
+_FIRST_PAUSE_SECONDS = 0.2
+_LONGEST_PAUSE_SECONDS = 3.0
 # How often a standby asks for the lock.
 _STANDBY_SECONDS = 1.0
 
@@ -98,6 +101,9 @@ class Relay:
         self._rules = rules
         self._ready = ready
         self._stopping = asyncio.Event()
+        # What is away, and how long to wait before the next session.
+        self._unavailable: set[str] = set()
+        self._pause_seconds = _FIRST_PAUSE_SECONDS
 
     def stop(self) -> None:
         """Ask `run` to return after the batch under way."""
@@ -105,29 +111,23 @@ class Relay:
 
     async def run(self) -> None:
         """Publish until `stop`. Whatever goes away is waited for; raises `OutboxMismatch` and `LedgerUnreadable`."""
-        told = False
-        async for attempt in stamina.retry_context(
-            on=(DatabaseUnavailable, ChannelBroken, TopicUnknown),
-            attempts=None,
-            timeout=None,
-            wait_initial=0.2,
-            wait_max=3.0,
-            wait_jitter=0.5,
-        ):
-            with attempt:
-                if self._stopping.is_set():
-                    return
-                try:
-                    await self._run_session()
-                except (DatabaseUnavailable, ChannelBroken, TopicUnknown) as error:
-                    if not told:
-                        _log.warning(
-                            LogEvent.DEPENDENCY_UNAVAILABLE,
-                            dependency="postgres data" if isinstance(error, DatabaseUnavailable) else "kafka",
-                            reason=str(error),
-                        )
-                        told = True
-                    raise
+        while not self._stopping.is_set():
+            try:
+                await self._run_session()
+            except (DatabaseUnavailable, ChannelBroken, TopicUnknown) as error:
+                dependency = "postgres data" if isinstance(error, DatabaseUnavailable) else "kafka"
+                if dependency not in self._unavailable:
+                    _log.warning(LogEvent.DEPENDENCY_UNAVAILABLE, dependency=dependency, reason=str(error))
+                    self._unavailable.add(dependency)
+                # Jitter, so that a relay and its standby don't go on asking together.
+                await self._stops_within(self._pause_seconds * random.uniform(0.75, 1.25))  # noqa: S311
+                self._pause_seconds = min(2 * self._pause_seconds, _LONGEST_PAUSE_SECONDS)
+
+    def _note_available(self) -> None:
+        for dependency in sorted(self._unavailable):
+            _log.info(LogEvent.DEPENDENCY_AVAILABLE, dependency=dependency)
+        self._unavailable.clear()
+        self._pause_seconds = _FIRST_PAUSE_SECONDS
 
     async def _run_session(self) -> None:
         with unavailable_told_apart():
@@ -181,6 +181,7 @@ class Relay:
                     failpoint(Failpoint.RELAY_COMMITTED)
                     await delete_published(connection, self._rules.name, batches, ledger.positions)
                     failpoint(Failpoint.RELAY_DELETED)
+                self._note_available()
                 if not more_waits:
                     await self._wait_for_news(connection)
         finally:

@@ -3,7 +3,7 @@
 import itertools
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -130,13 +130,20 @@ class Worker:
 
     async def claim_or_refuse(self, claim: Claim) -> RunState | Refusal | None:
         """Claim a query; returns its state afterwards, which agrees with the answer, or why it was refused."""
-        [answer] = await self.transitions.claim([(claim, Caller(claim.org_id, None, ()))])
-        if isinstance(answer, Refusal):
-            return answer
-        state = (await self.transitions.read([claim.query_id])).get(claim.query_id)
-        if answer is not None and state is not None and state.token == claim.token:
-            assert (state.attempt, state.sequence) == (answer.attempt, answer.sequence)
-        return state
+        [answer] = await self.claim_all([claim])
+        return answer
+
+    async def claim_all(self, claims: Sequence[Claim]) -> list[RunState | Refusal | None]:
+        """Claim queries in one batch; as `claim_or_refuse` for each."""
+        answers = await self.transitions.claim([(claim, Caller(claim.org_id, None, ())) for claim in claims])
+        states = await self.transitions.read([claim.query_id for claim in claims])
+        result: list[RunState | Refusal | None] = []
+        for claim, answer in zip(claims, answers, strict=True):
+            state = states.get(claim.query_id)
+            if answer is not None and state is not None and state.token == claim.token:
+                assert state.sequence == claim.sequence + 1
+            result.append(answer if isinstance(answer, Refusal) else state)
+        return result
 
     async def end(self, ending: Ending) -> RunState | None:
         """End a query; returns its state afterwards, which agrees with the answer."""

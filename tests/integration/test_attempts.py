@@ -12,11 +12,14 @@ import psycopg
 import pytest
 
 from consumers.executor.admission import Done, Refused, Verdict, admit
+from consumers.executor.attempt import find_failure
 from consumers.executor.endings import fail, overdue_failure
 from consumers.executor.query import Query
 from consumers.executor.reaper import Reaper
 from consumers.executor.status_event import QueryFacts
-from consumers.executor.transitions import Batcher, EndResult, RowRefused
+from consumers.executor.transitions import EndResult, RowRefused, run_batch
+from consumers.executor.watch import Watch
+from db.clock import elapsed
 from db.connection import DataPool
 from db.data.attempts import Renewal, claim, renew
 from db.data.datasets import Caller
@@ -25,7 +28,7 @@ from db.data.runs import RunState
 from db.data.saved_queries import insert_saved
 from db.migrations.upgrade import upgrade_data
 from queryd.dead_letters import DeadCode
-from queryd.events import Mode, QueryRequested, Status, event_id
+from queryd.events import ErrorCode, Mode, QueryRequested, Status, event_id
 from service.embedded.postgres import Postgres
 from tests.integration.queries import (
     RULES,
@@ -757,7 +760,7 @@ async def test_one_bad_record_does_not_fail_its_batch(worker: Worker) -> None:
     async def run(batch: Any) -> list[Verdict]:
         return await admit(worker.pool, worker.clock, RULES, batch)
 
-    verdicts = await Batcher(run).run_all(items)
+    verdicts = await run_batch(run, items)
     assert [type(verdict) for verdict in verdicts] == [Query, Query, RowRefused, Query, Query]
     assert await _count(worker.pool, "query_results") == 4
 
@@ -777,6 +780,25 @@ async def test_waiting_counts_from_the_brokers_append_and_never_from_the_future(
     for verdict in verdicts:
         assert isinstance(verdict, Query)
         assert verdict.state.queued_at <= verdict.state.read_at
+
+
+async def test_a_query_that_has_waited_for_too_long_is_ended_by_the_executor_that_has_its_record(
+    worker: Worker,
+) -> None:
+    record = make_record(make_request())
+    assert record.timestamp_ms is not None
+    [query] = await worker.admit(replace(record, timestamp_ms=record.timestamp_ms - 3_600_000))
+    assert isinstance(query, Query)
+    watch, query_id = Watch(lease_seconds=600.0), query.facts.query_id
+    watch.park(query)
+    states = await worker.transitions.read([query_id])
+    finished, takeable = watch.observe([query_id], states, elapsed())
+    assert finished == []
+    for each in (query, *takeable):
+        failure = find_failure(each)
+        assert failure is not None
+        assert failure.code is ErrorCode.QUEUE_TIMEOUT
+    assert [each.facts.query_id for each in takeable] == [query_id]
 
 
 # Saved queries.
@@ -967,8 +989,8 @@ async def test_a_slot_and_the_reaper_end_one_overdue_query_once(worker: Worker) 
 async def test_of_two_claims_of_one_query_in_one_batch_one_is_granted(worker: Worker) -> None:
     query = await worker.admit_new()
     tokens = [new_id(), new_id()]
-    answers = await asyncio.gather(*(worker.claim(query.facts, query.state, token) for token in tokens))
-    assert len({answer.token for answer in answers if answer is not None} & set(tokens)) == 1
+    answers = await worker.claim_all([make_claim(query.facts, query.state, token) for token in tokens])
+    assert len({answer.token for answer in answers if isinstance(answer, RunState)} & set(tokens)) == 1
     assert len(await read_story(worker.pool, query.facts.query_id)) == 2
 
 

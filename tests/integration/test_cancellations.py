@@ -12,7 +12,7 @@ import pytest
 
 from consumers.cancellations import Cancellations
 from consumers.dead_letters import DeadLetters
-from consumers.executor.cancel_news import CancelNews
+from consumers.executor.cancel_news import follow_cancellations
 from consumers.executor.leases import Lease, Leases, Stop
 from consumers.executor.query import Query
 from consumers.executor.reaper import Reaper
@@ -239,8 +239,7 @@ async def _wait_for_lock(url: str, waiting: int = 1) -> None:
 
 @asynccontextmanager
 async def _listening(worker: Worker, leases: Leases) -> AsyncIterator[None]:
-    news = CancelNews(worker.pool, leases, _reaper(worker))
-    task = asyncio.create_task(news.listen_for_ever())
+    task = asyncio.create_task(follow_cancellations(worker.pool, leases, _reaper(worker)))
 
     async def listens() -> bool:
         async with statement(worker.pool) as connection:

@@ -9,6 +9,7 @@ import pytest
 
 from db.connection import DataPool
 from db.data.outbox import measure_waiting
+from db.data.saved_queries import insert_saved
 from db.migrations.upgrade import upgrade_data
 from queryd.events import Mode
 from service.embedded.postgres import Postgres
@@ -85,6 +86,23 @@ async def test_a_query_that_can_never_run_is_counted_as_it_is_admitted(pool: Dat
     # The same request comes twice: the second is not the query's own record.
     await worker.admit(make_record(request), make_record(request))
     await worker.admit(make_record(request))
+    assert _count(lane="interactive", outcome="SAVED_QUERY_NOT_FOUND") == before + 1
+
+
+async def test_a_query_is_not_counted_again_when_its_own_record_is_redelivered(pool: DataPool) -> None:
+    worker = Worker(pool)
+    before = _count(lane="interactive", outcome="SAVED_QUERY_NOT_FOUND")
+    failed = make_record(make_request(saved_query_id=new_id()))
+    async with pool.connection() as connection:
+        saved = await insert_saved(
+            connection, org_id=new_id(), user_id=new_id(), name="a", query="SELECT 1", visibility="org"
+        )
+    waits = make_record(make_request(org_id=saved.org_id, saved_query_id=saved.id))
+    await worker.admit(failed, waits)
+    assert _count(lane="interactive", outcome="SAVED_QUERY_NOT_FOUND") == before + 1
+    async with pool.connection() as connection:
+        await connection.execute("UPDATE saved_queries SET query = ''")
+    await worker.admit(failed, waits)
     assert _count(lane="interactive", outcome="SAVED_QUERY_NOT_FOUND") == before + 1
 
 

@@ -19,7 +19,7 @@ from access.visibility import InvalidRegistration
 from consumers.executor.admission import Done, Refused, Verdict
 from consumers.executor.query import Query
 from consumers.executor.reaper import Reaper
-from consumers.executor.transitions import Claimed, Refusal
+from consumers.executor.transitions import Refusal
 from db.connection import DatabaseUnavailable, DataPool, transaction
 from db.data import limits as statements
 from db.data.attempts import HandBack
@@ -104,12 +104,28 @@ async def _admit(worker: Worker, org: str, count: int) -> list[Query]:
 async def _claim(
     worker: Worker, query: Query, state: RunState | None = None, stale_lease_version: int | None = None
 ) -> RunState | Refusal | None:
-    limited = query.limits.running_queries is not None
-    claim = make_claim(query.facts, state or query.state, new_id(), stale_lease_version, limited=limited)
-    answer = await worker.claim_or_refuse(claim)
-    if isinstance(answer, RunState) and answer.token != claim.token:
-        return None
+    [answer] = await _claim_all(worker, [query], state, stale_lease_version)
     return answer
+
+
+async def _claim_all(
+    worker: Worker, queries: Sequence[Query], state: RunState | None = None, stale_lease_version: int | None = None
+) -> list[RunState | Refusal | None]:
+    """Claim queries in one batch."""
+    claims = [
+        make_claim(
+            query.facts,
+            state or query.state,
+            new_id(),
+            stale_lease_version,
+            limited=query.limits.running_queries is not None,
+        )
+        for query in queries
+    ]
+    return [
+        None if isinstance(answer, RunState) and answer.token != claim.token else answer
+        for claim, answer in zip(claims, await worker.claim_all(claims), strict=True)
+    ]
 
 
 async def _claim_patiently(worker: Worker, query: Query) -> RunState | Refusal | None:
@@ -310,7 +326,7 @@ async def test_no_more_run_than_may_and_a_finished_one_makes_room(worker: Worker
     await change(worker.pool, org, {"running_queries": 2})
     queries = await _admit(worker, org, 4)
     # One batch, in its order.
-    answers = await asyncio.gather(*(_claim(worker, query) for query in queries))
+    answers = await _claim_all(worker, queries)
     assert [isinstance(answer, RunState) for answer in answers] == [True, True, False, False]
     assert answers[2:] == [Refusal.LIMIT] * 2
     # A refused claim changes nothing.
@@ -329,7 +345,7 @@ async def test_an_orgs_limit_holds_back_nobody_else(worker: Worker) -> None:
     await change(worker.pool, org, {"running_queries": 1})
     mine, others = await _admit(worker, org, 3), await _admit(worker, new_id(), 3)
     mixed = [query for pair in zip(mine, others, strict=True) for query in pair]
-    answers = await asyncio.gather(*(_claim(worker, query) for query in mixed))
+    answers = await _claim_all(worker, mixed)
     assert [answer is Refusal.LIMIT for answer in answers] == [False, False, True, False, True, False]
 
 
@@ -341,7 +357,7 @@ async def test_a_limit_holds_over_both_lanes(worker: Worker) -> None:
             *(make_record(make_request(org_id=org, mode=mode)) for mode in (Mode.BATCH, Mode.INTERACTIVE))
         )
     )
-    answers = await asyncio.gather(*(_claim(worker, query) for query in queries))
+    answers = await _claim_all(worker, queries)
     assert len(_taken(answers)) == 1
 
 
@@ -434,7 +450,7 @@ async def test_who_counts_keeps_others_from_counting_and_not_from_working(worker
     [other] = await _admit(workers[0], new_id(), 1)
     async with transaction(workers[0].pool) as connection:
         assert await try_lock_running(connection, {org}) == {org}
-        answers = await asyncio.gather(_claim(workers[1], query), _claim(workers[1], other))
+        answers = await _claim_all(workers[1], [query, other])
         assert answers[0] is Refusal.BUSY
         assert isinstance(answers[1], RunState)
     assert isinstance(await _claim(workers[1], query), RunState)
@@ -459,7 +475,7 @@ async def test_a_default_limit_holds_and_an_orgs_own_is_higher(pool: DataPool) -
     await change(pool, special, {"running_queries": 2})
     for org, limit in ((usual, 1), (special, 2)):
         queries = await _admit(worker, org, 3)
-        answers = await asyncio.gather(*(_claim(worker, query) for query in queries))
+        answers = await _claim_all(worker, queries)
         assert len(_taken(answers)) == limit
 
 
@@ -477,7 +493,7 @@ async def test_claims_of_orgs_without_a_limit_cost_one_statement(
     monkeypatch.setattr(psycopg.AsyncConnection, "execute", note)
     claim = make_claim(query.facts, query.state, new_id())
     [claimed] = await worker.transitions.claim([(claim, Caller(claim.org_id, None, ()))])
-    assert isinstance(claimed, Claimed)
+    assert claimed == ()
     # The other reads what the caller may read, by a cursor of its own.
     assert len(executed) == 1
     executed.clear()

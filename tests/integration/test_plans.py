@@ -41,7 +41,6 @@ _DATA = {
     "renew": attempts.RENEW,
     "hand back": attempts.HAND_BACK,
     "read states": runs.READ_STATES,
-    "read deleted": runs.READ_DELETED,
     "read overdue": runs.READ_OVERDUE,
     "read canonical rows": runs.READ_CANONICAL,
     "list an org's queries": runs.LIST_CANONICAL,

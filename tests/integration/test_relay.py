@@ -8,7 +8,7 @@ import sys
 import threading
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -17,6 +17,7 @@ from typing import Any
 
 import psycopg
 import pytest
+import structlog
 from confluent_kafka import Consumer, Message, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from psycopg import sql
@@ -546,6 +547,26 @@ async def test_a_relay_that_was_stopped_and_wakes_up_late_publishes_nothing(
         finally:
             wake.set()
     await _assert_published_once(place, events)
+
+
+@pytest.mark.slow
+async def test_each_outage_of_postgres_is_logged_once_with_its_end(place: Place) -> None:
+    with structlog.testing.capture_logs() as logs:
+        async with _running(place.rules(transactions=False), place.pool) as relay:
+            await _wait(relay.ready)
+            for outage in (1, 2):
+                await _end_lock_holder(place.pool, place.shard)
+                await _insert(place, _tell_stories(place.shard, queries=1))
+                await _until_empty(place.pool, relay)
+
+                async def is_logged(times: int = outage) -> bool:
+                    return _outages(logs) == ["dependency_unavailable", "dependency_available"] * times
+
+                await until(is_logged, relay.task)
+
+
+def _outages(logs: Sequence[MutableMapping[str, Any]]) -> list[str]:
+    return [line["event"] for line in logs if line.get("dependency") == "postgres data"]
 
 
 # A request to end a transaction (EndTxn) that is delayed, or whose answer is lost. librdkafka speaks the first version

@@ -270,9 +270,6 @@ class Database:
     async def read_states(self, _connection: object, query_ids: Iterable[str]) -> dict[str, RunState]:
         return {query_id: self.states[query_id] for query_id in query_ids if query_id in self.states}
 
-    async def read_deleted(self, _connection: object, query_ids: Iterable[str]) -> set[str]:
-        return self.deleted & set(query_ids)
-
 
 # What a query's row and run have of its admission.
 _KEPT = (
@@ -293,7 +290,7 @@ _KEPT = (
 @pytest.fixture
 def database(monkeypatch: pytest.MonkeyPatch) -> Database:
     made = Database()
-    for name in ("statement", "resolve_saved", "read_limits", "insert_queries", "read_states", "read_deleted"):
+    for name in ("statement", "resolve_saved", "read_limits", "insert_queries", "read_states"):
         monkeypatch.setattr(admission, name, getattr(made, name))
     return made
 

@@ -145,8 +145,7 @@ async def test_dropped_queries_are_returned_and_never_taken() -> None:
     for query in itertools.chain(unwanted, kept):
         queue.put(query)
     names = {query.facts.query_id for query in unwanted}
-    dropped = queue.drop(lambda query: query.facts.query_id in names)
-    assert sorted(query.facts.query_id for query in dropped) == sorted(names)
+    queue.drop(lambda query: query.facts.query_id in names)
     assert len(queue) == len(kept)
     assert {query.facts.query_id for query in await _take(queue, 6)} == {query.facts.query_id for query in kept}
     assert len(queue) == 0
@@ -155,7 +154,7 @@ async def test_dropped_queries_are_returned_and_never_taken() -> None:
 async def test_a_queue_that_was_dropped_empty_waits_and_works_on() -> None:
     queue = FairQueue()
     queue.put(make_admitted(ONE))
-    assert len(queue.drop(lambda _query: True)) == 1
+    queue.drop(lambda _query: True)
     taker = asyncio.create_task(queue.take())
     await asyncio.sleep(0)
     assert not taker.done()
@@ -277,7 +276,8 @@ async def test_queries_of_a_held_org_are_dropped_like_others() -> None:
     for _ in range(2):
         queue.put(make_admitted(CROWD))
     queue.put_back(await queue.take(), _SHORT_SECONDS)
-    assert len(queue.drop(lambda _query: True)) == 2
+    queue.drop(lambda _query: True)
+    assert len(queue) == 0
     slot = asyncio.create_task(queue.take())
     # Once it is let go there is nothing to run.
     await asyncio.sleep(2 * _SHORT_SECONDS)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consumers.executor.spacing import Spacing
-from consumers.executor.transitions import Batcher, RowRefused
+from consumers.executor.transitions import Batcher, RowRefused, run_batch
 from db.connection import DatabaseUnavailable
 from telemetry.events import LogEvent
 from tests.unit.samples import QUICK
@@ -109,7 +109,7 @@ async def test_one_bad_row_never_fails_its_batch(error: type[Exception]) -> None
 @given(count=st.integers(1, 40), bad=st.frozensets(st.integers(0, 39)))
 def test_bisecting_finds_exactly_the_bad_rows(count: int, bad: frozenset[int]) -> None:
     async def run() -> None:
-        answers = await Batcher(Database(bad=bad).run).run_all(range(count))
+        answers = await run_batch(Database(bad=bad).run, range(count))
         assert [isinstance(answer, RowRefused) for answer in answers] == [item in bad for item in range(count)]
         assert [answer for answer in answers if not isinstance(answer, RowRefused)] == [
             item * 2 for item in range(count) if item not in bad
