@@ -183,7 +183,6 @@ class _Candidate:
 
     item: Legible
     query: NewQuery
-    facts: QueryFacts
     events: list[NewEvent]
     sql: str | None = field(repr=False)
 
@@ -253,7 +252,7 @@ def _make_candidate(
         queue_seconds=rules.queue_seconds[item.mode],
         last_event=events[-1].payload,
     )
-    return _Candidate(item, query, facts, events, sql)
+    return _Candidate(item, query, events, sql)
 
 
 def _choose_sql(item: Legible, saved_text: str | None) -> str | None:
@@ -319,9 +318,7 @@ def _decide(candidate: _Candidate, state: RunState | None, limits: OrgLimits) ->
     if not _is_own(candidate.query, state) or Status(state.status).terminal:
         return Done()
     # What runs must be what was admitted: a saved query edited since then is another text.
-    sql = candidate.sql if candidate.facts.sql_hash == state.sql_hash else None
+    sql = candidate.sql if candidate.query.sql_hash == state.sql_hash else None
     # Its events must also describe the admitted query, even if the saved query has changed since.
-    facts = replace(
-        candidate.facts, sql_hash=state.sql_hash, saved_query_id=state.saved_query_id, traceparent=state.traceparent
-    )
+    facts = QueryFacts.from_state(state)
     return Query(record=record, request=item.request, facts=facts, state=state, limits=limits, sql=sql)

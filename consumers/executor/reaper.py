@@ -3,7 +3,7 @@ gone."""
 
 import asyncio
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 
 import structlog
@@ -13,8 +13,8 @@ from consumers.executor.lease_monitor import LeaseMonitor
 from consumers.executor.status_event import QueryFacts
 from consumers.executor.transitions import EndResult, Transitions
 from db.clock import DatabaseClock, elapsed
-from db.connection import Connection, DatabaseUnavailable, DataPool, statement
-from db.data.runs import CanonicalRow, RunState, read_canonical, read_overdue, read_states
+from db.connection import DatabaseUnavailable, DataPool, statement
+from db.data.runs import RunState, read_overdue, read_states
 from db.retrying import until_available
 from queryd.events import Status
 from telemetry.events import LogEvent
@@ -66,7 +66,7 @@ class Reaper:
         asked_at = elapsed()
         async with statement(self._pool) as connection:
             found = await read_overdue(connection, grace=self._grace, forsaken=_FORSAKEN_SECONDS)
-            states, rows = await _read(
+            states = await read_states(
                 connection,
                 [
                     each.query_id
@@ -74,32 +74,28 @@ class Reaper:
                     if not each.left_behind or is_over(each.topic, each.partition, each.record_offset)
                 ],
             )
-        return await self._end_all(states, rows, self._leases.observe(states.values(), asked_at))
+        return await self._end_all(states.values(), self._leases.observe(states.values(), asked_at))
 
     async def end(self, query_ids: Sequence[str]) -> None:
         """End those of the queries that have no lease; they are overdue or cancelled. Raises `DatabaseUnavailable`."""
         async with statement(self._pool) as connection:
-            states, rows = await _read(connection, query_ids)
-        await self._end_all(states, rows, dead_leases=())
+            states = await read_states(connection, query_ids)
+        await self._end_all(states.values(), dead_leases=())
 
-    async def _end_all(
-        self, states: Mapping[str, RunState], rows: Mapping[str, CanonicalRow], dead_leases: Collection[str]
-    ) -> int:
+    async def _end_all(self, states: Iterable[RunState], dead_leases: Collection[str]) -> int:
         free = [
             state
-            for query_id, state in states.items()
-            if query_id in rows
-            and not Status(state.status).terminal
-            and (state.lease_token is None or query_id in dead_leases)
+            for state in states
+            if not Status(state.status).terminal
+            and (state.lease_token is None or state.query_id in dead_leases)
             # Another worker may have started it again since it was found.
             and (state.cancelled or state.late)
         ]
-        await asyncio.gather(
-            *(self._end(QueryFacts.from_row(rows[state.query_id], state.traceparent), state) for state in free)
-        )
+        await asyncio.gather(*map(self._end, free))
         return len(free)
 
-    async def _end(self, facts: QueryFacts, state: RunState) -> None:
+    async def _end(self, state: RunState) -> None:
+        facts = QueryFacts.from_state(state)
         failure = CANCELLED if state.cancelled else overdue_failure(Status(state.status))
         with span(
             SpanName.REAP, facts.traceparent, query_id=facts.query_id, org_id=facts.org_id, attempt=state.attempt
@@ -116,11 +112,3 @@ class Reaper:
                 attempt=state.attempt,
                 error_code=failure.code.value,
             )
-
-
-async def _read(
-    connection: Connection, query_ids: Sequence[str]
-) -> tuple[Mapping[str, RunState], Mapping[str, CanonicalRow]]:
-    if not query_ids:
-        return {}, {}
-    return await read_states(connection, query_ids), await read_canonical(connection, query_ids)

@@ -7,7 +7,7 @@ from typing import Any, Self
 from psycopg.types.json import Jsonb
 
 from db.data.outbox import NewEvent
-from db.data.runs import CanonicalRow
+from db.data.runs import RunState
 from queryd.codec import encode
 from queryd.events import Mode, OrgId, OutputFormat, QueryId, QueryStatusChanged, Status
 from queryd.headers import build_status_headers, continue_trace
@@ -29,18 +29,18 @@ class QueryFacts:
     output_format: OutputFormat | None = None
 
     @classmethod
-    def from_row(cls, row: CanonicalRow, traceparent: str) -> Self:
-        """The facts of a query whose request is not at hand."""
+    def from_state(cls, state: RunState) -> Self:
+        """The facts of a query as it was admitted."""
         return cls(
-            query_id=QueryId(row.query_id),
-            org_id=OrgId(row.org_id),
-            mode=Mode(row.mode),
-            sql_hash=row.sql_hash,
-            traceparent=traceparent,
-            user_id=row.user_id,
-            task_id=row.task_id,
-            saved_query_id=row.saved_query_id,
-            output_format=None if row.output_format is None else OutputFormat(row.output_format),
+            query_id=QueryId(state.query_id),
+            org_id=OrgId(state.org_id),
+            mode=Mode(state.mode),
+            sql_hash=state.sql_hash,
+            traceparent=state.traceparent,
+            user_id=state.user_id,
+            task_id=state.task_id,
+            saved_query_id=state.saved_query_id,
+            output_format=None if state.output_format is None else OutputFormat(state.output_format),
         )
 
 

@@ -20,9 +20,13 @@ class RunState:
 
     query_id: str
     org_id: str
+    user_id: str | None
+    mode: str
     status: str
     sql_hash: str
     saved_query_id: str | None
+    task_id: str | None
+    output_format: str | None
     fingerprint: bytes
     topic: str
     partition: int
@@ -47,8 +51,9 @@ class RunState:
 
 
 READ_STATES = """
-SELECT q.id::text AS query_id, q.org_id::text AS org_id, q.status, q.sql_hash,
-       q.saved_query_id::text AS saved_query_id, r.fingerprint, r.topic, r.partition, r.record_offset, r.traceparent,
+SELECT q.id::text AS query_id, q.org_id::text AS org_id, q.user_id::text AS user_id, q.mode, q.status, q.sql_hash,
+       q.saved_query_id::text AS saved_query_id, q.task_id::text AS task_id, q.output_format,
+       r.fingerprint, r.topic, r.partition, r.record_offset, r.traceparent,
        r.sequence, r.attempt, r.crashes, r.token::text AS token, r.queued_at, r.started_at,
        coalesce(r.deadline <= least(now(), %(worker_now)s), false) AS late,
        r.cancelled OR EXISTS (SELECT FROM query_cancellations c

@@ -895,7 +895,7 @@ async def _assert_invalid(worker: Worker, request: QueryRequested, verdict: Verd
     assert await read_story(worker.pool, request.query_id) == [_QUEUED, (2, "Failed", 0)]
     # Nobody can claim it, and it is never overdue.
     state = await worker.read(request.query_id)
-    facts = QueryFacts.from_row(row, state.traceparent)
+    facts = QueryFacts.from_state(state)
     refused = await worker.claim(facts, state, new_id())
     assert refused is not None
     assert (refused.status, refused.token, refused.overdue) == ("Failed", None, False)

@@ -67,9 +67,13 @@ def make_state(**changes: Any) -> RunState:
     state = RunState(
         query_id=QUERY_ID,
         org_id=ORG_ID,
+        user_id=None,
+        mode=Mode.INTERACTIVE.value,
         status="Queued",
         sql_hash="ab" * 32,
         saved_query_id=None,
+        task_id=None,
+        output_format=None,
         fingerprint=b"\1" * 32,
         topic=Mode.INTERACTIVE.topic.value,
         partition=3,

@@ -275,9 +275,13 @@ class Database:
 _KEPT = (
     "query_id",
     "org_id",
+    "user_id",
+    "mode",
     "status",
     "sql_hash",
     "saved_query_id",
+    "task_id",
+    "output_format",
     "fingerprint",
     "topic",
     "partition",
