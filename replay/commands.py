@@ -5,7 +5,7 @@ import signal
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, assert_never
 
@@ -39,7 +39,7 @@ _NO_REPLAY = str(uuid.UUID(int=0))
 
 @dataclass(frozen=True, slots=True)
 class Servers:
-    """What a replay works with. `hash_key` is that of the requests' fingerprints."""
+    """What a replay works with. `hash_key` is that of the requests' fingerprints; it replaces a given spec's."""
 
     data_url: str = field(repr=False)
     kafka: dict[str, Any] = field(repr=False)
@@ -58,12 +58,14 @@ class Pace:
 
 async def plan_replay(servers: Servers, spec: ReplaySpec, on_progress: OnProgress) -> Plan:
     """The plan, and nothing else. Raises as `make_plan`."""
+    spec = replace(spec, hash_key=servers.hash_key)
     async with opened_journal(servers.data_url) as journal:
         return await make_plan(journal.connection, servers.kafka, spec, _make_judge(spec, _NO_REPLAY), on_progress)
 
 
 async def list_letters(servers: Servers, spec: ReplaySpec) -> list[LetterLine]:
     """The dead letters that are asked for, those that would not be sent as well. Raises as `make_plan`."""
+    spec = replace(spec, hash_key=servers.hash_key)
     async with opened_journal(servers.data_url) as journal:
         judge = _make_judge(spec, _NO_REPLAY)
         pinned = await asyncio.to_thread(pin, servers.kafka, spec.topics, spec.window)
@@ -89,6 +91,7 @@ async def begin_replay(
 
     Raises `PlanStale`, and as `make_plan` and `Replayer.run`.
     """
+    spec = replace(spec, hash_key=servers.hash_key)
     async with opened_journal(servers.data_url) as journal:
         judge = _make_judge(spec, replay_id)
         planned = await make_plan(journal.connection, servers.kafka, spec, judge, on_planning)

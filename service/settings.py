@@ -183,6 +183,11 @@ class Settings(BaseSettings):
         """librdkafka's configuration, for every client."""
         return {**self.kafka_options, "bootstrap.servers": self.kafka_bootstrap}
 
+    @property
+    def hash_key(self) -> str | None:
+        """The key of the requests' fingerprints and of SQL hashes."""
+        return None if self.sql_hash_key is None else self.sql_hash_key.get_secret_value()
+
     def org_limits(self) -> OrgLimits:
         """What holds for an org that has no limits of its own."""
         return OrgLimits(

@@ -79,7 +79,7 @@ async def make_executor(settings: Settings, stack: AsyncExitStack) -> tuple[Exec
         admission_rules=Rules(
             queue_seconds=_queue_seconds(settings),
             engines=frozenset({"duckdb"}),
-            hash_key=None if settings.sql_hash_key is None else settings.sql_hash_key.get_secret_value(),
+            hash_key=settings.hash_key,
             limits=settings.org_limits(),
         ),
         rules=ExecutorRules(settings.slots(), settings.lease_seconds, settings.drain_seconds),

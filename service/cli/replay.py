@@ -223,7 +223,7 @@ def _servers(settings: Settings) -> Servers:
         kafka=settings.kafka,
         has_transactions=settings.relay_transactions,
         executor_group=str(settings.group("executor")["group.id"]),
-        hash_key=None if settings.sql_hash_key is None else settings.sql_hash_key.get_secret_value(),
+        hash_key=settings.hash_key,
     )
 
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -254,7 +254,9 @@ def await_that(look: Callable[[], _Found], what: str, seconds: float = PATIENCE_
 
 
 @contextmanager
-def running_fleet(kafka: Kafka, postgres: Postgres, store: ObjectStore, folder: Path) -> Iterator[Fleet]:
+def running_fleet(
+    kafka: Kafka, postgres: Postgres, store: ObjectStore, folder: Path, settings: Mapping[str, str] | None = None
+) -> Iterator[Fleet]:
     """A fleet without executors yet, on databases of its own. An embedded `kafka` is `own_broker`'s."""
     with ExitStack() as stack:
         stack.enter_context(_groups_at_the_end(kafka))
@@ -262,7 +264,7 @@ def running_fleet(kafka: Kafka, postgres: Postgres, store: ObjectStore, folder: 
         upgrade_data(urls["data"])
         upgrade_state(urls["state"])
         create_platform_tables(urls["state"])
-        fleet = Fleet(folder, _environment(kafka, urls, store), kafka, store)
+        fleet = Fleet(folder, _environment(kafka, urls, store) | dict(settings or {}), kafka, store)
         stack.callback(fleet.close)
         yield fleet
 

@@ -1,7 +1,8 @@
 """One executor with its relay on each broker, which all tests of replays share: each has an org of its own.
 
 The command line runs on the broker of the test run and on the embedded one, which has other ends, other settings and
-no transactions; a test that is marked `needs_kafka` runs on the first only.
+no transactions; a test that is marked `needs_kafka` runs on the first only. On the embedded broker QUERYD_SQL_HASH_KEY
+is set, for the services and for the command line; on the other one it is not.
 """
 
 from collections.abc import Iterator
@@ -44,7 +45,8 @@ def fleet(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Fleet]:
     folder = tmp_path_factory.mktemp("replays")
-    with running_fleet(kafka, postgres_server, object_store_server, folder) as fleet:
+    settings = {} if kafka.transactions else {"QUERYD_SQL_HASH_KEY": "a key of the replays' tests"}
+    with running_fleet(kafka, postgres_server, object_store_server, folder, settings) as fleet:
         fleet.man(1)
         yield fleet
 
