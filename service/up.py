@@ -151,7 +151,10 @@ class Supervisor:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """The services run, ready, for as long as the context lasts; raises `UpFailed`."""
+        """The services run, ready, for as long as the context lasts; raises `UpFailed`.
+
+        Call `raise_failure` while it lasts: a service that can't be started again ends nothing by itself.
+        """
         self._run_directory.mkdir(parents=True, exist_ok=True)
         for service in self._services:
             self._ready_file(service).unlink(missing_ok=True)
@@ -161,6 +164,12 @@ class Supervisor:
             yield
         finally:
             await self._stop()
+
+    def raise_failure(self) -> None:
+        """Raise the error of the first service that can't be started again, if there is one."""
+        for keeper in self._keepers:
+            if keeper.done():
+                keeper.result()
 
     async def _keep(self, service: Service) -> None:
         while not self._stopping.is_set():
@@ -202,9 +211,7 @@ class Supervisor:
         waiting = set(self._services)
         while waiting:
             waiting = {service for service in waiting if not self._ready_file(service).exists()}
-            for keeper in self._keepers:
-                if keeper.done():
-                    keeper.result()
+            self.raise_failure()
             if time.monotonic() > deadline:
                 raise UpFailed(
                     f"not ready after {_READY_SECONDS:.0f} s: {', '.join(sorted(waiting))}; see the log above"
@@ -242,9 +249,10 @@ async def run_up(directory: Path) -> None:
         await stack.run_start()
         # Check after the servers' start, since a server may have taken one of these ports.
         check_ports(load_settings(), len(Service))
-        async with Supervisor(stack.directory).running():
+        supervisor = Supervisor(stack.directory)
+        async with supervisor.running():
             print("ready", flush=True)
-            await _until_a_server_ends(stack)
+            await _until_something_ends(stack, supervisor)
     except asyncio.CancelledError:
         # A signal stopped the stack, which is no error.
         return
@@ -252,10 +260,12 @@ async def run_up(directory: Path) -> None:
         await asyncio.to_thread(stack.stop)
 
 
-async def _until_a_server_ends(stack: Stack) -> None:
+async def _until_something_ends(stack: Stack, supervisor: Supervisor) -> None:
+    """Wait until a server ends or a service can't be started again, and raise why."""
     assert stack.servers is not None
     # A server's end sends no notification, so poll once per second.
-    while not stack.servers.ended:  # noqa: ASYNC110
+    while not stack.servers.ended:
+        supervisor.raise_failure()
         await asyncio.sleep(1.0)
     logs = _shorten(stack.directory / "logs")
     raise UpFailed(f"a server has ended: {', '.join(stack.servers.ended)}; its log is in {logs}")

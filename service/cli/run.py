@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from enum import StrEnum
 from typing import Annotated
 
@@ -18,6 +19,9 @@ from service.http import check_ports
 from service.run import Service, http_variables, run_service
 from service.settings import STATE_DIRECTORY, check_kafka_options, load_settings
 from telemetry.logs import set_up_logs
+
+# How late `run all` may notice that a service has ended: short beside the seconds of a start or a drain.
+_LOOK_SECONDS = 0.2
 
 
 class Runnable(StrEnum):
@@ -92,8 +96,7 @@ def _run_all(http_port: int) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    codes = []
-    for process in processes:
-        codes.append(process.wait())
-        stop(0, None)
-    return max(abs(code) for code in codes)
+    while all(process.poll() is None for process in processes):
+        time.sleep(_LOOK_SECONDS)
+    stop(0, None)
+    return max(abs(process.wait()) for process in processes)
