@@ -43,7 +43,7 @@ class IdempotentProducer:
             value=record.value,
             headers=list(record.headers),
             partition=record.partition,
-            on_delivery=on_delivery,
+            on_delivery=partial(self._report, on_delivery),
         )
 
     def publish(self, records: Sequence[NewRecord], seconds: float) -> list[KafkaError | None]:
@@ -54,7 +54,7 @@ class IdempotentProducer:
         errors: list[KafkaError | None] = [None] * len(records)
         try:
             for number, record in enumerate(records):
-                self.produce(record, partial(_report, errors, number))
+                self.produce(record, partial(_keep_error, errors, number))
             left = self._producer.flush(seconds)
         except (KafkaException, BufferError) as error:
             raise NotDelivered(explain_error(error)) from error
@@ -62,7 +62,6 @@ class IdempotentProducer:
         if left or failed:
             first = failed[0].str() if failed else None
             raise NotDelivered(f"{left} of {len(records)} records not acknowledged, first error: {first}")
-        self._outages.answered()
         return errors
 
     def poll(self, seconds: float) -> None:
@@ -75,6 +74,11 @@ class IdempotentProducer:
             self._producer.purge()
             self._producer.flush(_REPORT_SECONDS)
 
+    def _report(self, on_delivery: OnDelivery, error: KafkaError | None, message: Message) -> None:
+        if error is None:
+            self._outages.answered()
+        on_delivery(error, message)
 
-def _report(errors: list[KafkaError | None], number: int, error: KafkaError | None, _message: Message) -> None:
+
+def _keep_error(errors: list[KafkaError | None], number: int, error: KafkaError | None, _message: Message) -> None:
     errors[number] = error
