@@ -6,7 +6,7 @@ import io
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ from queryd.codec import Undecodable, decode_status
 from queryd.errors import QueryDeleted, ResultDamaged, ResultExpired
 from queryd.events import Delivery, ErrorCode, Invalid, Mode, OutputFormat, QueryStatusChanged, ResultFile, Status
 from queryd.results import ResultReader
-from service.cli import spreadsheet
+from queryd.spreadsheets import write_for_spreadsheet
 from service.cli.database import optional_uuid, uuid_argument, with_data
 from service.cli.output import complain, print_fields, print_json, print_rows, read_size_option, read_time
 from service.cli.parameters import Param, ParamText, read_parameters
@@ -47,6 +47,7 @@ MaxBytesScanned = Annotated[
     str | None, typer.Option(help="Fail when the query reads more than this: bytes, or 512MiB, 10GB.")
 ]
 
+_CopyFile = Callable[[IO[bytes], IO[bytes]], None]
 
 # The columns that people need most; `--json` has all.
 _LISTED = ("query_id", "status", "mode", "created_at", "duration_ms", "row_count", "bytes", "error_code")
@@ -221,10 +222,10 @@ def fetch(
 ) -> None:
     """Fetch a result, or with --error what the author of a failed query may know."""
     row, files = _read_wanted(query_id)
-    if csv_safe:
-        others = link or why or as_json
-        spreadsheet.write(lambda path: fetch(query_id, path), output, row.output_format, has_other_output=others)
-        return
+    if csv_safe and (link or why or as_json):
+        complain("--csv-safe can't be combined with --link, --json or --error", 2)
+    if csv_safe and row.output_format != OutputFormat.CSV:
+        complain(f"--csv-safe is for csv, and this result is {row.output_format}: submit it with --format csv", 2)
     if why:
         _print_error(row, files)
         return
@@ -243,7 +244,7 @@ def fetch(
     if output is None and row.output_format == OutputFormat.PARQUET and sys.stdout.isatty():
         complain("Parquet is not for a terminal: give -o FILE, or send it through a pipe", 2)
     try:
-        _write(output, ResultReader().open_files(event))
+        _write(output, ResultReader().open_files(event), write_for_spreadsheet if csv_safe else shutil.copyfileobj)
     except (ResultDamaged, ResultExpired) as error:
         complain(str(error))
 
@@ -289,10 +290,10 @@ def _print_place(event: QueryStatusChanged, *, as_json: bool) -> None:
         print(link)
 
 
-def _write(output: Path | None, files: Iterable[IO[bytes]]) -> None:
+def _write(output: Path | None, files: Iterable[IO[bytes]], copy: _CopyFile = shutil.copyfileobj) -> None:
     """Write files one after the other; each is downloaded and verified before its first byte is written."""
     try:
-        _write_files(output, files)
+        _write_files(output, files, copy)
     except (BrokenPipeError, BotoCoreError):
         # Some of botocore's errors are OSErrors too; they must not be reported as errors of the output file.
         raise
@@ -300,11 +301,11 @@ def _write(output: Path | None, files: Iterable[IO[bytes]]) -> None:
         complain(f"can't write {output or 'the output'}: {error.strerror}")
 
 
-def _write_files(output: Path | None, files: Iterable[IO[bytes]]) -> None:
+def _write_files(output: Path | None, files: Iterable[IO[bytes]], copy: _CopyFile) -> None:
     if output is None:
         for file in files:
             with file:
-                shutil.copyfileobj(file, sys.stdout.buffer)
+                copy(file, sys.stdout.buffer)
         sys.stdout.buffer.flush()
         return
     # Write a temporary file and rename it, so that a reader never sees a part of a result.
@@ -313,7 +314,7 @@ def _write_files(output: Path | None, files: Iterable[IO[bytes]]) -> None:
         with draft.open("wb") as written:
             for file in files:
                 with file:
-                    shutil.copyfileobj(file, written)
+                    copy(file, written)
         draft.replace(output)
     except BaseException:
         draft.unlink(missing_ok=True)
