@@ -1,5 +1,5 @@
-"""Spans recorded by OpenTelemetry and sent by OTLP over HTTP. Only `telemetry.traces` imports this: it needs the extra
-`traces`."""
+"""Spans recorded by OpenTelemetry and sent by OTLP over HTTP. Only `telemetry.traces` imports this, and others only for
+types: it needs the extra `traces`."""
 
 import logging
 import os
@@ -49,7 +49,8 @@ class OtlpRecorder:
     def start(
         self, name: SpanName, traceparent: str | None, attributes: Attributes, links: Sequence[str] = ()
     ) -> "OtlpSpan":
-        """See `telemetry.traces.Recorder`."""
+        """A span in the present one, else in that of `traceparent`, else at the root of a new trace; `links` are the
+        `traceparent`s of spans that it has to do with."""
         parent = None
         if traceparent is not None and not trace.get_current_span().get_span_context().is_valid:
             parent = trace.set_span_in_context(NonRecordingSpan(_read(traceparent)))
@@ -59,12 +60,12 @@ class OtlpRecorder:
         return OtlpSpan(self._tracer.start_span(name.value, parent, kind=kind, attributes=said, links=linked))
 
     def find_current(self) -> str | None:
-        """See `telemetry.traces.Recorder`."""
+        """The present span's `traceparent`."""
         context = trace.get_current_span().get_span_context()
         return _write(context) if context.is_valid else None
 
     def close(self) -> None:
-        """See `telemetry.traces.Recorder`."""
+        """Send what was kept; returns within 2 s."""
         # The exporter repeats what the endpoint refuses for longer than anybody waits for a service to end.
         closing = threading.Thread(target=self._provider.shutdown, name="queryd-traces", daemon=True)
         closing.start()
@@ -72,7 +73,7 @@ class OtlpRecorder:
 
 
 class OtlpSpan:
-    """See `telemetry.traces.RunningSpan`."""
+    """A span that has begun."""
 
     def __init__(self, span: Span) -> None:
         self._span = span

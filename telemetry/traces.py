@@ -9,11 +9,15 @@ import os
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from enum import StrEnum
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import structlog
 
 from telemetry.events import LogEvent
+
+if TYPE_CHECKING:
+    # It needs the extra `traces`.
+    from telemetry.recording import OtlpRecorder, OtlpSpan
 
 _log = structlog.get_logger("queryd.traces")
 
@@ -59,43 +63,7 @@ Attributes = Mapping[SpanAttribute, str | int]
 Step = tuple[str | None, Attributes]
 
 
-class RunningSpan(Protocol):
-    """A span that has begun."""
-
-    @property
-    def traceparent(self) -> str:
-        """By which others continue it."""
-        ...
-
-    def current(self) -> AbstractContextManager[None]:
-        """What begins within the context continues this span."""
-        ...
-
-    def end(self, error: BaseException | None = None) -> None:
-        """It has ended, by `error` if there was one."""
-        ...
-
-
-class Recorder(Protocol):
-    """What keeps spans; `telemetry.recording` has the real one."""
-
-    def start(
-        self, name: SpanName, traceparent: str | None, attributes: Attributes, links: Sequence[str] = ()
-    ) -> RunningSpan:
-        """A span in the present one, else in that of `traceparent`, else at the root of a new trace; `links` are the
-        `traceparent`s of spans that it has to do with."""
-        ...
-
-    def find_current(self) -> str | None:
-        """The present span's `traceparent`."""
-        ...
-
-    def close(self) -> None:
-        """Send what was kept; returns within 2 s."""
-        ...
-
-
-_recorder: Recorder | None = None
+_recorder: "OtlpRecorder | None" = None
 _NOTHING = nullcontext()
 
 
@@ -113,7 +81,7 @@ def set_up_traces(service: str) -> None:
     record_by(OtlpRecorder.to_endpoint(service))
 
 
-def record_by(recorder: Recorder | None) -> None:
+def record_by(recorder: "OtlpRecorder | None") -> None:
     """Record by `recorder`, or not at all."""
     global _recorder  # noqa: PLW0603 — one a process, as the endpoint in its environment
     _recorder = recorder
@@ -153,7 +121,7 @@ def in_span(name: SpanName) -> Callable[[_Work[_Given, _Answer]], _Work[_Given, 
 
 
 @contextmanager
-def spans(name: SpanName, steps: Iterable[Step]) -> Iterator[list[RunningSpan]]:
+def spans(name: SpanName, steps: Iterable[Step]) -> Iterator[list["OtlpSpan"]]:
     """A span for each of the steps that are taken together; they all end with the context.
 
     An empty list where nothing is recorded; `steps` is then not even looked at.
@@ -168,7 +136,7 @@ def spans(name: SpanName, steps: Iterable[Step]) -> Iterator[list[RunningSpan]]:
         yield started
 
 
-def within(started: Sequence[RunningSpan], place: int) -> AbstractContextManager[None]:
+def within(started: Sequence["OtlpSpan"], place: int) -> AbstractContextManager[None]:
     """What begins within the context continues the span at that place, if `spans` began any."""
     return started[place].current() if started else _NOTHING
 
@@ -207,7 +175,7 @@ def find_current(traceparent: str) -> str | None:
 class _Ending:
     """Ends a span with the context, and says by what."""
 
-    def __init__(self, running: RunningSpan) -> None:
+    def __init__(self, running: "OtlpSpan") -> None:
         self._running = running
 
     def __enter__(self) -> None:
@@ -218,7 +186,7 @@ class _Ending:
 
 
 @contextmanager
-def _spanning(running: RunningSpan) -> Iterator[None]:
+def _spanning(running: "OtlpSpan") -> Iterator[None]:
     with _Ending(running), running.current():
         yield
 

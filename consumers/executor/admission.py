@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from access.limits import OrgLimits, read_limits
 from consumers.executor.endings import Failure
@@ -33,7 +33,10 @@ from queryd.headers import continue_trace, find_traceparent
 from queryd.identity import fingerprint_request, hash_sql
 from queryd.kafka.record import Record
 from telemetry.metrics import METRICS
-from telemetry.traces import RunningSpan, begin_trace, within
+from telemetry.traces import begin_trace, within
+
+if TYPE_CHECKING:
+    from telemetry.recording import OtlpSpan
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +123,7 @@ async def admit(
     clock: DatabaseClock,
     rules: Rules,
     batch: Sequence[Legible],
-    traced: Sequence[RunningSpan] = (),
+    traced: Sequence["OtlpSpan"] = (),
 ) -> list[Verdict]:
     """Admit a batch; raises `DatabaseUnavailable`, and psycopg's errors of data for one bad row.
 
