@@ -3,6 +3,18 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from queryd.errors import (
+    ClientError,
+    ClientStopped,
+    CommitOverdue,
+    NotSubmitted,
+    QueryDeleted,
+    QueryFailed,
+    ResultDamaged,
+    ResultExpired,
+    ResultInline,
+    ResultUnreadable,
+)
 from queryd.events import (
     Column,
     Delivery,
@@ -21,18 +33,6 @@ if TYPE_CHECKING:
     from queryd.async_client import AsyncQueryClient, AsyncQueryHandle
     from queryd.client import QueryClient, QueryHandle
     from queryd.environment import read_kafka
-    from queryd.errors import (
-        ClientError,
-        ClientStopped,
-        CommitOverdue,
-        NotSubmitted,
-        QueryDeleted,
-        QueryFailed,
-        ResultDamaged,
-        ResultExpired,
-        ResultInline,
-        ResultUnreadable,
-    )
     from queryd.feed import AsyncEventFeed, AsyncStatusFeed, EventFeed, StatusFeed
     from queryd.projector import BlockingStore, Projector, Store, in_thread
     from queryd.status_records import StatusRecord
@@ -82,18 +82,6 @@ _LATE = {
     "queryd.async_client": {"AsyncQueryClient", "AsyncQueryHandle"},
     "queryd.client": {"QueryClient", "QueryHandle"},
     "queryd.environment": {"read_kafka"},
-    "queryd.errors": {
-        "ClientError",
-        "ClientStopped",
-        "CommitOverdue",
-        "NotSubmitted",
-        "QueryDeleted",
-        "QueryFailed",
-        "ResultDamaged",
-        "ResultExpired",
-        "ResultInline",
-        "ResultUnreadable",
-    },
     "queryd.feed": {"AsyncEventFeed", "AsyncStatusFeed", "EventFeed", "StatusFeed"},
     "queryd.projector": {"BlockingStore", "Projector", "Store", "in_thread"},
     "queryd.status_records": {"StatusRecord"},
