@@ -7,7 +7,7 @@ stores after that belongs to a deleted id, and a later sweep takes it.
 
 import asyncio
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from db.connection import Connection
 from db.data.cancellations import NewCancellation, cancel
@@ -58,10 +58,6 @@ class Deleted:
     pii_access_log: int = 0
     objects: int = 0
     uploads: int = 0
-
-    def counts(self) -> dict[str, int]:
-        """Every count by its name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 async def delete_for_good(rules: DeletionRules, access: StoreAccess, scope: Scope) -> Deleted:

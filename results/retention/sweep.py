@@ -9,7 +9,7 @@ import random
 import time
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import groupby
 from operator import itemgetter
@@ -80,10 +80,6 @@ class Swept:
     saved_queries: int = 0
     scratch: int = 0
 
-    def counts(self) -> dict[str, int]:
-        """Every count by its name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
 
 class SweepUnderWay(Exception):
     """Another process sweeps and does not come to its end: ask again later."""
@@ -129,7 +125,7 @@ class Retention:
                 return
             swept = await self._sweep(connection, start)
         swept.scratch += removed
-        _log.info(LogEvent.RETENTION_SWEPT, **swept.counts())
+        _log.info(LogEvent.RETENTION_SWEPT, **asdict(swept))
 
     async def _sweep(self, connection: Connection, start: str) -> Swept:
         sweep = _Sweep(connection, self._access, self._rules)

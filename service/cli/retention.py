@@ -3,6 +3,7 @@
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, TypeVar
 
@@ -40,7 +41,7 @@ def sweep(context: typer.Context, as_json: Json = False) -> None:
     async def work(access: StoreAccess) -> Swept:
         return await make_retention(settings, access).sweep(patience_seconds=_PATIENCE_SECONDS)
 
-    _print(_run(settings, work).counts(), as_json)
+    _print(asdict(_run(settings, work)), as_json)
 
 
 @app.command()
@@ -75,7 +76,7 @@ def _delete(scope: Scope, whose: str, yes: bool, as_json: bool) -> None:
     deleted = _run(settings, work)
     today = datetime.now(UTC).date()
     forgotten = {spec.name.value: today + timedelta(days_until_forgotten(spec)) for spec in TOPICS}
-    fields: dict[str, Any] = {"org_id": scope.org_id, "user_id": scope.user_id, **deleted.counts()}
+    fields: dict[str, Any] = {"org_id": scope.org_id, "user_id": scope.user_id, **asdict(deleted)}
     last = max(forgotten.values())
     if as_json:
         print_json(fields | {"forgotten_by_topic": forgotten, "forgotten_on": last})

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ async def _find_everywhere(place: Place, wanted: Sequence[str]) -> set[str]:
 async def test_deleting_an_org_leaves_nothing_of_it_but_what_refuses_a_redelivery(place: Place) -> None:
     home = await _furnish(place)
     deleted = await place.delete(Scope(home.org_id))
-    assert deleted.counts() == {
+    assert asdict(deleted) == {
         "queries": 8,
         "stopped": 2,
         "saved_queries": 2,
