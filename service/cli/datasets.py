@@ -4,7 +4,6 @@ import json
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict, replace
-from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -23,7 +22,7 @@ from access.grants import authorize
 from access.visibility import InvalidRegistration
 from db.connection import DataPool, transaction
 from db.data.datasets import Dataset, NewDataset, list_datasets
-from engines.protocol import AS_IT_IS, Looked, LookedColumn
+from engines.protocol import AS_IT_IS, Looked, LookedColumn, RelationKind
 from queryd.events import Column
 from results.location import ROOT
 from service.cli.database import optional_uuid, uuid_argument, with_data
@@ -33,13 +32,6 @@ from service.looking import CantLook, check_looked, look
 from service.settings import load_settings
 
 app = typer.Typer(help="What SQL may name, and who may read it.", no_args_is_help=True)
-
-
-class Kind(StrEnum):
-    """Where a dataset's rows lie."""
-
-    PARQUET = "parquet"
-    POSTGRES = "postgres"
 
 
 # What a person looks for; `--json` has everything.
@@ -59,7 +51,7 @@ Grantees = list[str]
 def add(
     name: Name,
     org: Owner,
-    kind: Annotated[Kind, typer.Option(help="Where its rows lie.")],
+    kind: Annotated[RelationKind, typer.Option(help="Where its rows lie.")],
     location: Annotated[str, typer.Option(help="s3://bucket/key, a folder or a pattern; or schema.table.")],
     visibility: Annotated[str, typer.Option(help="private, org, role:<slug> or public.")] = "private",
     user: Annotated[str | None, typer.Option(help="Its creator; wanted for private.")] = None,
