@@ -210,13 +210,6 @@ class Engine(Protocol):
         """
         ...
 
-    async def inspect(self, sql: str) -> Inspected:
-        """Judge a statement as `execute` would, but for what its caller is granted: any relation counts as granted.
-
-        Raises `QueryFailed`, `EngineCrashed` or `EngineUnavailable`.
-        """
-        ...
-
     async def close(self) -> None:
         """Stop whatever still runs and leave nothing behind."""
         ...

@@ -170,7 +170,10 @@ class DuckDBEngine:
             return _to_output(answer, target)
 
     async def inspect(self, sql: str) -> Inspected:
-        """Judge a statement on any child; see `engines.protocol.Engine.inspect`."""
+        """Judge a statement on any child, as `execute` would, but any relation counts as granted.
+
+        Raises the errors of `execute`.
+        """
         deadline = asyncio.get_running_loop().time() + _INSPECT_SECONDS
         worker = await self._take_until(deadline, None)
         async with self._asking(worker, {"inspect": sql}, 0, deadline) as answering:

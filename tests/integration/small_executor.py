@@ -21,7 +21,7 @@ from consumers.executor.reaper import Reaper
 from consumers.executor.transitions import Transitions
 from db.clock import DatabaseClock
 from db.connection import DataPool
-from engines.protocol import Execution, Inspected, Output
+from engines.protocol import Execution, Output
 from queryd.events import Mode
 from queryd.kafka.outages import QUIET
 from results.retention.sweep import Retention
@@ -98,10 +98,6 @@ class StageEngine:
         """Run for as long as the stage wants."""
         await self._stage.play(execution)
         return Output(b"", rows=0, bytes=0, columns=())
-
-    async def inspect(self, _sql: str) -> Inspected:
-        """Everything may run."""
-        return Inspected(frozenset(), frozenset())
 
     async def close(self) -> None:
         """Nothing to close."""
