@@ -26,7 +26,7 @@ from engines.protocol import AS_IT_IS, Looked, LookedColumn, RelationKind
 from queryd.events import Column
 from results.location import ROOT
 from service.cli.database import optional_uuid, uuid_argument, with_data
-from service.cli.output import complain, print_fields, print_json, print_rows
+from service.cli.output import complain, print_fields, print_json, show_rows
 from service.cli.query import Json
 from service.looking import CantLook, check_looked, look
 from service.settings import load_settings
@@ -118,11 +118,7 @@ def list_(
         async with transaction(pool) as connection:
             return await list_datasets(connection, org_id)
 
-    found = [asdict(dataset) for dataset in with_data(read)]
-    if as_json:
-        print_json(found)
-    else:
-        print_rows("datasets", [{field: dataset[field] for field in _SHOWN} for dataset in found])
+    show_rows("datasets", [asdict(dataset) for dataset in with_data(read)], as_json, _SHOWN)
 
 
 @app.command()

@@ -9,7 +9,7 @@ import typer
 from access.limits import OrgLimits, change, list_own, read_own, reset
 from db.data.limits import OwnLimits
 from service.cli.database import uuid_argument, with_data
-from service.cli.output import complain, print_fields, print_json, print_rows, read_size_option
+from service.cli.output import complain, print_fields, print_json, read_size_option, show_rows
 from service.cli.query import Json
 from service.settings import load_settings
 from service.sizes import show_size
@@ -69,11 +69,7 @@ def set_(
 @app.command("list")
 def list_(as_json: Json = False) -> None:
     """List the orgs that have limits of their own, with those."""
-    rows = [asdict(own) for own in with_data(list_own)]
-    if as_json:
-        print_json(rows)
-    else:
-        print_rows("limits", rows)
+    show_rows("limits", [asdict(own) for own in with_data(list_own)], as_json)
 
 
 @app.command("reset")

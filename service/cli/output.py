@@ -31,6 +31,22 @@ def _to_json(value: Any) -> str:
     return value.isoformat() if isinstance(value, datetime) else str(value)
 
 
+def show_rows(title: str, rows: Sequence[Mapping[str, Any]], as_json: bool, shown: Sequence[str] | None = None) -> None:
+    """Rows as JSON, or as a table of the columns `shown`; by default of all."""
+    if as_json:
+        print_json(rows)
+    else:
+        print_rows(title, rows if shown is None else [{name: row[name] for name in shown} for row in rows])
+
+
+def show_fields(fields: Mapping[str, Any], as_json: bool) -> None:
+    """One thing as JSON, or a line a field."""
+    if as_json:
+        print_json(fields)
+    else:
+        print_fields(fields)
+
+
 def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """A table on stdout, its columns named as the first row's keys; on a terminal that is too narrow, a line a cell."""
     if not rows:

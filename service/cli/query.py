@@ -24,7 +24,7 @@ from queryd.events import Delivery, ErrorCode, Invalid, Mode, OutputFormat, Quer
 from queryd.results import ResultReader
 from queryd.spreadsheets import write_for_spreadsheet
 from service.cli.database import optional_uuid, uuid_argument, with_data
-from service.cli.output import complain, print_fields, print_json, print_rows, read_size_option, read_time
+from service.cli.output import complain, print_fields, print_json, read_size_option, read_time, show_fields, show_rows
 from service.cli.parameters import Param, ParamText, read_parameters
 from service.settings import load_settings
 from service.topics import require_topics
@@ -168,11 +168,7 @@ def cancel(
 def status(query_id: Annotated[str, typer.Argument(help="The query's id.")], as_json: Json = False) -> None:
     """Show where a query stands."""
     row, _ = _read_wanted(query_id)
-    fields = asdict(row)
-    if as_json:
-        print_json(fields)
-    else:
-        print_fields(fields)
+    show_fields(asdict(row), as_json)
 
 
 def list_(
@@ -202,11 +198,7 @@ def list_(
         async with transaction(pool) as connection:
             return await list_canonical(connection, wanted, limit)
 
-    rows = [asdict(row) for row in with_data(read)]
-    if as_json:
-        print_json(rows)
-    else:
-        print_rows("queries", [{name: row[name] for name in _LISTED} for row in rows])
+    show_rows("queries", [asdict(row) for row in with_data(read)], as_json, _LISTED)
 
 
 def fetch(

@@ -16,7 +16,7 @@ from replay.kinds import Skip
 from replay.run import Outcome
 from replay.spec import ReplayName, ReplaySpec
 from service.cli.database import optional_uuid, uuid_argument
-from service.cli.output import INTERRUPTED, WRONGLY_ASKED, complain, print_json, print_rows
+from service.cli.output import INTERRUPTED, WRONGLY_ASKED, complain, print_json, show_rows
 from service.cli.progress import Bar
 from service.cli.query import Json
 from service.cli.rebuild import resume_state_db, state_db
@@ -142,10 +142,7 @@ def compare_(replay_id: ReplayId, patience: Patience = PATIENCE_SECONDS, as_json
 def list_(limit: Annotated[int, typer.Option(help="How many.", min=1, max=10_000)] = 20, as_json: Json = False) -> None:
     """The newest replays: who, why, and how far."""
     rows = [summarize(replay) for replay in _in_journal(lambda journal: list_replays(journal.connection, limit))]
-    if as_json:
-        print_json(rows)
-    else:
-        print_rows("replays", rows)
+    show_rows("replays", rows, as_json)
 
 
 @app.command()

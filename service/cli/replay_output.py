@@ -12,7 +12,7 @@ from replay.kinds import Note, Skip
 from replay.letters import LetterLine
 from replay.plan import Plan
 from replay.run import Outcome
-from service.cli.output import print_fields, print_json, print_rows
+from service.cli.output import print_fields, print_json, print_rows, show_rows
 
 
 def print_plan(planned: Plan, as_json: bool) -> None:
@@ -80,11 +80,7 @@ def print_replay(replay: Replay, as_json: bool) -> None:
 
 def print_letters(lines: Sequence[LetterLine], as_json: bool) -> None:
     """Dead letters as they lie in their topic."""
-    rows = [asdict(line) for line in lines]
-    if as_json:
-        print_json(rows)
-    else:
-        print_rows("dead letters", rows)
+    show_rows("dead letters", [asdict(line) for line in lines], as_json)
 
 
 def summarize(replay: Replay) -> dict[str, Any]:

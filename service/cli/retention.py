@@ -15,7 +15,7 @@ from results.retention.deletion import Deleted, DeletionRules, delete_for_good
 from results.retention.sweep import SweepUnderWay, Swept
 from results.store import StoreAccess
 from service.cli.database import uuid_argument
-from service.cli.output import complain, print_fields, print_json
+from service.cli.output import complain, print_fields, print_json, show_fields
 from service.cli.query import Json
 from service.settings import Settings, load_settings
 from service.topics import TOPICS, days_until_forgotten
@@ -41,7 +41,7 @@ def sweep(context: typer.Context, as_json: Json = False) -> None:
     async def work(access: StoreAccess) -> Swept:
         return await make_retention(settings, access).sweep(patience_seconds=_PATIENCE_SECONDS)
 
-    _print(asdict(_run(settings, work)), as_json)
+    show_fields(asdict(_run(settings, work)), as_json)
 
 
 @app.command()
@@ -103,10 +103,3 @@ def _run(settings: Settings, work: Callable[[StoreAccess], Awaitable[_Answer]]) 
         return asyncio.run(run())
     except SweepUnderWay as error:
         complain(f"{error}; repeat the command when it is done")
-
-
-def _print(counts: dict[str, int], as_json: bool) -> None:
-    if as_json:
-        print_json(counts)
-    else:
-        print_fields(counts)

@@ -13,7 +13,7 @@ from engines.protocol import Inspected
 from queryd.events import Mode, OutputFormat
 from service.cli import query
 from service.cli.database import optional_uuid, uuid_argument, with_data
-from service.cli.output import complain, print_fields, print_json, print_rows
+from service.cli.output import complain, show_fields, show_rows
 from service.cli.parameters import Param, ParamText
 from service.cli.query import Json
 from service.looking import CantLook, look
@@ -61,11 +61,7 @@ def list_(
                 return await list_visible(connection, org_id, user_id, role or ())
             return await list_saved(connection, org_id)
 
-    saved = [_describe(each) for each in with_data(read)]
-    if as_json:
-        print_json(saved)
-    else:
-        print_rows("saved queries", saved)
+    show_rows("saved queries", [_describe(each) for each in with_data(read)], as_json)
 
 
 @app.command()
@@ -142,11 +138,7 @@ def remove(saved_query_id: Id, as_json: Json = False) -> None:
     """Remove a saved query and its text. Its results stay, and so does what they say of it."""
     wanted = uuid_argument(saved_query_id, "the id")
     gone = with_data(lambda pool: remove_saved(pool, wanted))
-    fields = {"removed": wanted, "kept_for_results": not gone}
-    if as_json:
-        print_json(fields)
-    else:
-        print_fields(fields)
+    show_fields({"removed": wanted, "kept_for_results": not gone}, as_json)
 
 
 def _read(sql: str) -> str:
@@ -170,10 +162,7 @@ def _print(saved: SavedQuery, inspected: Inspected | None, as_json: bool, *, tex
         fields |= {"parameters": sorted(inspected.parameters)}
     if text:
         fields |= {"query": saved.query}
-    if as_json:
-        print_json(fields)
-    else:
-        print_fields(fields)
+    show_fields(fields, as_json)
 
 
 def _describe(saved: SavedQuery) -> dict[str, Any]:
