@@ -42,10 +42,6 @@ class Judged:
     original_ms: int | None = None
     new_ms: int | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return asdict(self)
-
     def to_text(self) -> str:
         """One line."""
         line = f"{self.verdict:<10} {self.original} → {self.new}"
@@ -110,7 +106,7 @@ class Comparison:
                 "new": after.to_json(),
                 "ratio": _divide(after.total_ms, before.total_ms),
             },
-            "queries": [each.to_json() for each in self.judged],
+            "queries": [asdict(each) for each in self.judged],
         }
 
     def to_text(self) -> str:

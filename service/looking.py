@@ -9,8 +9,8 @@ from typing import TypeVar
 
 from access.visibility import InvalidRegistration
 from db.data.datasets import NewDataset
+from engines.duckdb.errors import NO_TABLE
 from engines.duckdb.pool import DuckDBEngine
-from engines.duckdb.postgres_columns import NO_TABLE
 from engines.protocol import EngineCrashed, EngineUnavailable, Inspected, Looked, QueryFailed, Relation, RelationKind
 from queryd.events import ErrorCode
 from service.settings import Settings

@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from queryd.dead_letters import DeadCode
 from queryd.events import ErrorCode, Mode
 
 # Every label that a metric may have.
@@ -24,8 +25,8 @@ SUCCEEDED = "Succeeded"
 LANES = tuple(lane.value for lane in Mode)
 OUTCOMES = (SUCCEEDED, *(code.value for code in ErrorCode))
 CHILDREN = ("duckdb",)
-# The values of `DeadCode` and `CancelOutcome`, which this package must not import; a test checks that they are equal.
-DEAD_CODES = ("UNDECODABLE", "INVALID_REQUEST", "CONFLICT")
+DEAD_CODES = tuple(code.value for code in DeadCode)
+# The values of `CancelOutcome`, which this package must not import; a test checks that they are equal.
 CANCEL_OUTCOMES = ("accepted", "early", "finished", "other_org")
 
 # A small query takes 10 ms, an export hours: steps of 2 to 4 across all of it.

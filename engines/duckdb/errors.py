@@ -38,6 +38,7 @@ _PLACED = (duckdb.BinderException, duckdb.CatalogException, duckdb.ConversionExc
 
 # An unknown error of a statement of queryd's own, which creates a dataset's view.
 DATASET_UNREADABLE = "The dataset can't be read."
+NO_TABLE = "The dataset's table or view is missing."
 
 _SYNTAX = "The SQL has a syntax error."
 _ARGUMENT = "A function or a subquery got a value that it can't use."
@@ -260,7 +261,7 @@ def _read_storage_error(told: Told, kinds: Collection[RelationKind]) -> Ours | N
 def _blame_dataset(told: Told) -> Meaning:
     """Translate an error of queryd's own statement, which creates a dataset's view."""
     if issubclass(told.kind, duckdb.CatalogException):
-        return Meaning(QueryFailed(ErrorCode.QUERY_ERROR, "The dataset's table or view is missing."), known=True)
+        return Meaning(QueryFailed(ErrorCode.QUERY_ERROR, NO_TABLE), known=True)
     return Meaning(QueryFailed(ErrorCode.QUERY_ERROR, DATASET_UNREADABLE), known=False)
 
 

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 import duckdb
 
+from engines.duckdb.errors import NO_TABLE
 from engines.duckdb.shapes import check_names, refusal
 from engines.duckdb.sql_text import literal, quote
 from engines.protocol import QueryFailed
 from queryd.events import ErrorCode
-
-NO_TABLE = "The dataset's table or view is missing."
 
 _MAX_DIGITS = 38
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import duckdb
 from duckdb.sqltypes import DuckDBPyType
 
+from engines.duckdb.gate.names import fold
 from engines.duckdb.snapshot import Snapshot
 from engines.duckdb.sql_text import literal, quote
 from engines.duckdb.storage_errors import REFUSED
@@ -114,7 +115,7 @@ def check_names(names: Iterable[str]) -> None:
     """Raises `QueryFailed` if two names are equal or differ only in case."""
     seen: dict[str, str] = {}
     for name in names:
-        other = seen.setdefault(_fold(name), name)
+        other = seen.setdefault(fold(name), name)
         if other is not name:
             both = _name([other, name])
             differ = "have the same name" if other == name else "differ only in case"
@@ -124,18 +125,18 @@ def check_names(names: Iterable[str]) -> None:
 
 def unite(shapes: Sequence[Shape], registered: Sequence[ShapeColumn], snapshot: Snapshot) -> tuple[ShapeColumn, ...]:
     """Unite the shapes' columns, without partition columns. Raises `QueryFailed` if types are incompatible."""
-    united: dict[str, tuple[ShapeColumn, str | None]] = {_fold(each.name): (each, None) for each in registered}
+    united: dict[str, tuple[ShapeColumn, str | None]] = {fold(each.name): (each, None) for each in registered}
     for shape in shapes:
         for column in shape.columns:
-            before, where = united.get(_fold(column.name), (None, None))
+            before, where = united.get(fold(column.name), (None, None))
             if before is None or before.trouble or column.trouble:
-                united[_fold(column.name)] = (before if before and before.trouble else column, shape.key)
+                united[fold(column.name)] = (before if before and before.trouble else column, shape.key)
                 continue
             type_ = unify(before.type, column.type)
             if type_ is None:
                 raise _differ(before, where, column, shape.key, snapshot)
-            united[_fold(column.name)] = (ShapeColumn(before.name, type_), where or shape.key)
-    partitions = {_fold(name): name for name, _ in snapshot.partitions}
+            united[fold(column.name)] = (ShapeColumn(before.name, type_), where or shape.key)
+    partitions = {fold(name): name for name, _ in snapshot.partitions}
     for folded, (column, _) in united.items():
         if folded in partitions and partitions[folded] != column.name:
             check_names([column.name, partitions[folded]])
@@ -161,8 +162,8 @@ def refusal(name: str, trouble: str) -> str:
 
 
 def _write_part(columns: Sequence[ShapeColumn], shape: Shape, urls: Sequence[str], snapshot: Snapshot) -> str:
-    own = {_fold(column.name): column for column in shape.columns}
-    listed = [_write_column(column, own.get(_fold(column.name))) for column in columns]
+    own = {fold(column.name): column for column in shape.columns}
+    listed = [_write_column(column, own.get(fold(column.name))) for column in columns]
     listed += [quote(name) for name, _ in snapshot.partitions]
     options = "hive_partitioning = false"
     if snapshot.partitions:
@@ -243,7 +244,3 @@ def _name(names: Sequence[str]) -> str:
     if all(name.isprintable() and len(name) <= _MAX_TOLD_NAME for name in names):
         return f" {' and '.join(names)}"
     return ""
-
-
-def _fold(name: str) -> str:
-    return name.encode("utf-8", "surrogatepass").lower().decode("utf-8", "surrogatepass")

@@ -59,14 +59,13 @@ class PostgresSource:
         """
         await compare(connection)
         async for found in read_difference(connection, _AT_ONCE):
-            missing = [query_id for query_id, kind in found if kind == "missing"]
-            others = [query_id for query_id, kind in found if kind != "missing"]
+            query_ids = [query_id for query_id, _ in found]
             async with transaction(self._pool) as data:
-                events = await read_last_events_of(data, missing + others)
+                events = await read_last_events_of(data, query_ids)
             # Anew, and not over what was copied: of an id that was asked for again the sequence has begun again.
-            await unstage(connection, missing + others)
+            await unstage(connection, query_ids)
             await self._take(connection, events.items())
-            await keep_live(connection, [query_id for query_id in others if query_id in self._unreadable])
+            await keep_live(connection, [query_id for query_id in query_ids if query_id in self._unreadable])
 
     async def write_offsets(self, connection: Connection) -> None:
         """None: Postgres data knows nothing of the log. A projector goes on where it was, or begins at the log's

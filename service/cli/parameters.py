@@ -24,8 +24,8 @@ def read_parameters(guessed: Iterable[str], texts: Iterable[str]) -> dict[str, P
     """Merge the parameters of both options; exits with 2 if a name occurs twice."""
     parameters: dict[str, Parameter] = {}
     given: list[tuple[str, str, Callable[[str, str], Parameter]]]
-    given = [(*_split(each, "--param"), _guess) for each in guessed]
-    given += [(*_split(each, "--param-text"), _as_text) for each in texts]
+    given = [(*split_pair(each, "--param must be name=value"), _guess) for each in guessed]
+    given += [(*split_pair(each, "--param-text must be name=value"), _as_text) for each in texts]
     for name, value, read in given:
         if name in parameters:
             complain(f"the parameter {name} is given twice", 2)
@@ -33,10 +33,11 @@ def read_parameters(guessed: Iterable[str], texts: Iterable[str]) -> dict[str, P
     return parameters
 
 
-def _split(text: str, option: str) -> tuple[str, str]:
+def split_pair(text: str, refusal: str) -> tuple[str, str]:
+    """Split `name=value`; exits with 2 and the sentence `refusal` if it is no such pair."""
     name, separator, value = text.partition("=")
     if not separator or not name:
-        complain(f"{option} must be name=value", 2)
+        complain(refusal, 2)
     return name, value
 
 

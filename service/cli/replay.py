@@ -121,7 +121,7 @@ def resume(replay_id: ReplayId, pace: PaceOptions, changes: Changes = None, as_j
         resume_state_db(wanted, as_json)
         return
     with Bar("publishing", quiet=as_json) as bar:
-        work = resume_replay(_servers(settings), wanted, read_patch(changes), pace.pace, bar.show)
+        work = resume_replay(_servers(settings), wanted, read_patch(changes), pace, bar.show)
         outcome = run_replay(settings, work, _say_how_to_resume(wanted))
     _finish(outcome, wanted, as_json)
 
@@ -184,7 +184,7 @@ def _plan_or_run(
             replay_id=wanted,
             actor=plan.actor,
             reason=reason,
-            pace=pace.pace,
+            pace=pace,
             on_planning=planning.show,
             on_progress=bar.show,
         )

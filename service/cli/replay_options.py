@@ -1,5 +1,6 @@
 """The options that the replay commands share, each defined once."""
 
+import getpass
 import inspect
 import json
 from collections.abc import Callable, Sequence
@@ -14,9 +15,9 @@ from replay.commands import Pace
 from replay.log import Window
 from replay.patch import Patch
 from replay.spec import HeaderRules, ReplayName, ReplaySpec, Selection
-from service.cli.account import account
 from service.cli.database import optional_uuid
 from service.cli.output import WRONGLY_ASKED, complain, read_time
+from service.cli.parameters import split_pair
 from service.cli.query import Json
 
 ReplayId = Annotated[str, typer.Argument(metavar="ID", help="The replay's id.")]
@@ -56,7 +57,7 @@ class RecordOptions:
             complain("--user requires --org", WRONGLY_ASKED)
         selection = Selection(
             keys=frozenset(self.key or ()),
-            headers=frozenset(_split(each, "--header") for each in self.header or ()),
+            headers=frozenset(split_pair(each, "--header wants name=value") for each in self.header or ()),
             org_id=optional_uuid(self.org, "--org"),
             user_id=optional_uuid(self.user, "--user"),
             mode=None if self.mode is None else self.mode.value,
@@ -99,8 +100,13 @@ class PlanOptions:
 
     @property
     def actor(self) -> str:
-        """Who replays."""
-        return self.by or account()
+        """Who replays: `--by`, else this process's account. Exits with 2 if the account has no name."""
+        if self.by:
+            return self.by
+        try:
+            return getpass.getuser()
+        except (OSError, KeyError):
+            complain("this account has no name: say who replays, --by NAME", WRONGLY_ASKED)
 
     def require_reason(self) -> str:
         """The reason; exits with 2 if it is missing."""
@@ -110,18 +116,13 @@ class PlanOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class PaceOptions:
+class PaceOptions(Pace):
     """How fast to publish."""
 
     # A broker and an executor on two cores publish as much beside live traffic without a visible delay.
     rate: Annotated[float, typer.Option(help="Records a second.", min=1)] = 1000.0
     # Some seconds of an executor's admission.
     max_lag: Annotated[int, typer.Option(help="Wait while more live records than this wait; 0: never.", min=0)] = 10_000
-
-    @property
-    def pace(self) -> Pace:
-        """The pace of a replay."""
-        return Pace(self.rate, self.max_lag)
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -163,16 +164,9 @@ def read_patch(changes: list[str] | None) -> Patch:
     """The values of --set."""
     values: dict[str, Any] = {}
     for change in changes or ():
-        name, text = _split(change, "--set")
+        name, text = split_pair(change, "--set wants name=value")
         try:
             values[name] = json.loads(text)
         except ValueError:
             values[name] = text
     return Patch(values)
-
-
-def _split(text: str, option: str) -> tuple[str, str]:
-    name, separator, value = text.partition("=")
-    if not separator or not name:
-        complain(f"{option} wants name=value", WRONGLY_ASKED)
-    return name, value

@@ -11,7 +11,7 @@ from prometheus_client.metrics_core import Metric
 from db.data.cancellations import CancelOutcome
 from queryd.dead_letters import DeadCode
 from queryd.events import ErrorCode, Mode
-from telemetry.metrics import CANCEL_OUTCOMES, CHILDREN, DEAD_CODES, LABELS, METRICS, SUCCEEDED, Metrics
+from telemetry.metrics import CANCEL_OUTCOMES, CHILDREN, LABELS, METRICS, SUCCEEDED, Metrics
 
 # What a query may spend on being counted.
 _QUERY_SECONDS = 0.0001
@@ -85,7 +85,6 @@ def test_every_series_whose_labels_are_known_exists_from_the_start(metrics: Metr
 
 
 def test_the_words_that_telemetry_repeats_are_those_of_their_packages() -> None:
-    assert set(DEAD_CODES) == {code.value for code in DeadCode}
     assert set(CANCEL_OUTCOMES) == {outcome.value for outcome in CancelOutcome}
 
 
