@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from engines.duckdb.sandbox import LOCAL_SOCKETS, Layers, address_space_used, al
 from engines.duckdb.settings import DuckDBSettings
 from engines.duckdb.statement import StatementFailed, Wrapped
 from engines.duckdb.watch import Limits, Watch
-from engines.protocol import EngineUnavailable, Looked, QueryFailed, Read, Relation, RelationKind
+from engines.protocol import EngineUnavailable, QueryFailed, Read, Relation, RelationKind
 from processes.failpoints import Failpoint, failpoint
 from processes.frames import Message
 from processes.garbage import collect_garbage_less_often
@@ -98,7 +98,10 @@ class _Progress:
 
 
 class _Runner:
-    """Runs one query after another in a home of its own, which has `out`, `spill` and `secrets` (that stays empty)."""
+    """Runs one query after another in a home of its own, which has `out`, `spill` and `secrets` (that stays empty).
+
+    `inspect`, `look` and `run` raise `QueryFailed`, `_Failed`, `EngineUnavailable` and `Interrupted`.
+    """
 
     def __init__(self, settings: DuckDBSettings, home: Path, progress: _Progress) -> None:
         self._progress = progress
@@ -123,35 +126,20 @@ class _Runner:
         """Judge a statement without running it."""
         # Of what the query before has left nothing may be taken.
         allow_cpu(_CPU_SLACK_SECONDS)
-        try:
-            inspected = self._gate.inspect(message["inspect"])
-        except QueryFailed as failure:
-            return {"failed": failure.code, "message": failure.message, "detail": failure.detail}
+        inspected = self._gate.inspect(message["inspect"])
         return {"relations": sorted(inspected.relations), "parameters": sorted(inspected.parameters)}
 
     def look(self, message: Message) -> Message:
         """Return what a relation holds, and how each of its columns is read."""
         relation = _relation(message["look"])
         allow_cpu(message["seconds"] * (self._settings.threads + 1) + _CPU_SLACK_SECONDS)
-        try:
-            return {"looked": asdict(self._look(relation))}
-        except QueryFailed as failure:
-            return _to_failure_message(failure, known=failure.code is not ErrorCode.INTERNAL)
-        except _Failed as failure:
-            return _to_failure_message(failure.ours, known=failure.known)
-        except EngineUnavailable as failure:
-            return {"unavailable": failure.outage.name}
-        except errors.Interrupted:
-            return {"interrupted": True}
-
-    def _look(self, relation: Relation) -> Looked:
         kinds = frozenset({relation.kind})
         try:
             # No org: a cache that this look fills is useless to any query.
             instance = Instance(self._settings, self._home, frozenset({relation}), kinds)
             try:
                 instance.pin([relation.name])
-                return instance.look(relation.name)
+                return {"looked": asdict(instance.look(relation.name))}
             finally:
                 instance.close()
         except (duckdb.Error, MemoryError, UnicodeError) as error:
@@ -164,7 +152,6 @@ class _Runner:
 
         Before the query runs, `tell` reports which personal data it will read: a query that is killed may have read it.
         """
-        judged: Judged | None = None
         exported: Exported | None = None
         try:
             # What the parent has left there, because nobody wanted it any more.
@@ -176,14 +163,6 @@ class _Runner:
             if judged.reads:
                 tell({"reads": [_to_message(read) for read in judged.reads]})
             exported = self._execute(message, relations, judged)
-        except QueryFailed as failure:
-            return _to_failure_message(failure, known=failure.code is not ErrorCode.INTERNAL)
-        except _Failed as failure:
-            return _to_failure_message(failure.ours, known=failure.known)
-        except EngineUnavailable as failure:
-            return {"unavailable": failure.outage.name}
-        except errors.Interrupted:
-            return {"interrupted": True}
         finally:
             if exported is None:
                 empty(self._out)
@@ -360,13 +339,13 @@ class _Child:
             self._runner = _Runner(settings, Path(message["home"]), self._progress)
             return {"landlock": self._layers.landlock, "seccomp": self._layers.seccomp}
         if "inspect" in message:
-            return self._runner.inspect(message)
+            return _answer(partial(self._runner.inspect, message))
         if "look" in message:
-            return self._runner.look(message)
+            return _answer(partial(self._runner.look, message))
         self._progress.begin(message["run"])
         failpoint(Failpoint.CHILD_BEFORE)
         try:
-            answer = self._runner.run(message, tell)
+            answer = _answer(partial(self._runner.run, message, tell))
             failpoint(Failpoint.CHILD_AFTER)
             return answer
         finally:
@@ -375,6 +354,20 @@ class _Child:
     def notice(self, message: Message) -> None:
         """Obey an interrupt."""
         self._progress.interrupt(message["interrupt"])
+
+
+def _answer(work: Callable[[], Message]) -> Message:
+    """Return what one of the runner's methods returns, or a message for what it raises."""
+    try:
+        return work()
+    except QueryFailed as failure:
+        return _to_failure_message(failure, known=failure.code is not ErrorCode.INTERNAL)
+    except _Failed as failure:
+        return _to_failure_message(failure.ours, known=failure.known)
+    except EngineUnavailable as failure:
+        return {"unavailable": failure.outage.name}
+    except errors.Interrupted:
+        return {"interrupted": True}
 
 
 def _to_exception(meaning: errors.Meaning) -> Exception:
