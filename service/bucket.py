@@ -27,16 +27,18 @@ class BucketRefused(Exception):
     """The bucket can't be made or takes no object; the sentence says why."""
 
 
+def make_s3_client(seconds: float) -> Any:
+    """Return a client that tries each request once, and waits `seconds` for a connection and for an answer."""
+    config = Config(connect_timeout=seconds, read_timeout=seconds, retries={"total_max_attempts": 1})
+    return boto3.client("s3", region_name=os.environ.get("AWS_REGION"), config=config)
+
+
 def apply_bucket(name: str, seconds: float = _SECONDS) -> str:
     """Make the bucket where it is missing, and wait until it takes an object: `created` or `kept`. Safe to repeat.
 
     `seconds` is how long a server is waited for that does not answer or is not ready. Raises `BucketRefused`.
     """
-    client = boto3.client(
-        "s3",
-        region_name=os.environ.get("AWS_REGION"),
-        config=Config(connect_timeout=_TRY_SECONDS, read_timeout=_TRY_SECONDS, retries={"total_max_attempts": 1}),
-    )
+    client = make_s3_client(_TRY_SECONDS)
     deadline = time.monotonic() + seconds
     done = "kept"
     while True:

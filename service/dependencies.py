@@ -113,21 +113,13 @@ def s3(settings: Settings) -> Dependency:
 
     def ask() -> bool:
         if not clients:
-            clients.append(_make_s3_client())
+            # boto3 takes 0.2 s and 25 MB: imported when first asked.
+            from service.bucket import make_s3_client  # noqa: PLC0415
+
+            clients.append(make_s3_client(_SECONDS))
         return _has_bucket(clients[0], settings.bucket)
 
     return Dependency("s3", lambda: asyncio.get_running_loop().run_in_executor(threads, ask))
-
-
-# boto3 takes 0.2 s and 25 MB, and a service's own process has no other use for it: imported when first asked.
-
-
-def _make_s3_client() -> Any:
-    import boto3  # noqa: PLC0415
-    from botocore.config import Config  # noqa: PLC0415
-
-    config = Config(connect_timeout=_SECONDS, read_timeout=_SECONDS, retries={"total_max_attempts": 1})
-    return boto3.client("s3", config=config)
 
 
 def _has_bucket(client: Any, bucket: str) -> bool:

@@ -1,7 +1,6 @@
 """`queryd doctor`: can everything be reached, and what is to be fixed?"""
 
 import asyncio
-import os
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -10,9 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import boto3
 import psycopg
-from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from db.health import DATA, STATE, Schema, find_problem, same_server
@@ -23,6 +20,7 @@ from engines.protocol import EngineUnavailable, Outage
 from queryd.events import OrgId, QueryId, Topic
 from queryd.registry import EVENT_OF_TOPIC, RegistryAway, RegistryRefused, registry_in_use
 from results.location import prefix
+from service.bucket import make_s3_client
 from service.diagnosis import (
     OVERWRITES,
     PRECONDITION_FAILED,
@@ -222,11 +220,7 @@ def _try_conditional_put(client: Any, bucket: str) -> Iterator[Finding]:
 
 def _try_bucket(bucket: str) -> Any:
     """Return a client of the bucket's store, after a first successful request."""
-    client = boto3.client(
-        "s3",
-        region_name=os.environ.get("AWS_REGION"),
-        config=Config(connect_timeout=_SECONDS, read_timeout=_SECONDS, retries={"total_max_attempts": 1}),
-    )
+    client = make_s3_client(_SECONDS)
     try:
         client.head_bucket(Bucket=bucket)
     except ClientError as error:
