@@ -2,8 +2,7 @@
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,27 +29,23 @@ class CantLook(Exception):
 
 
 def look(settings: Settings, work: Callable[["Looker"], Awaitable[_Answer]]) -> _Answer:
-    """The answer of `work`, which gets an engine of its own. Raises `CantLook` and whatever `work` raises."""
+    """The answer of `work`, which gets an engine of its own with one child, and the datasets' credentials.
 
-    async def run() -> _Answer:
-        async with opened_looker(settings) as looker:
-            return await work(looker)
+    Raises `CantLook` and whatever `work` raises.
+    """
 
-    return asyncio.run(run())
-
-
-@asynccontextmanager
-async def opened_looker(settings: Settings) -> AsyncIterator["Looker"]:
-    """A looker with one child process, which reads with the datasets' credentials; raises `CantLook`."""
-    with tempfile.TemporaryDirectory(prefix="queryd-look-") as folder:
-        engine = DuckDBEngine(duckdb_settings(settings, Path(folder)), 1)
+    async def run(folder: Path) -> _Answer:
+        engine = DuckDBEngine(duckdb_settings(settings, folder), 1)
         try:
             await engine.start()
-            yield Looker(engine)
+            return await work(Looker(engine))
         except EngineUnavailable as error:
             raise CantLook(str(error)) from error
         finally:
             await engine.close()
+
+    with tempfile.TemporaryDirectory(prefix="queryd-look-") as folder:
+        return asyncio.run(run(Path(folder)))
 
 
 class Looker:
