@@ -1,53 +1,47 @@
-"""Parse the DuckDB types of an event's columns, and map them to Arrow types."""
+"""Parse and write the DuckDB types of an event's columns."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import pyarrow as pa
-
 _Part = TypeVar("_Part")
 
-_NUMBERS = {
-    "BOOLEAN": pa.bool_(),
-    "TINYINT": pa.int8(),
-    "SMALLINT": pa.int16(),
-    "INTEGER": pa.int32(),
-    "BIGINT": pa.int64(),
-    "UTINYINT": pa.uint8(),
-    "USMALLINT": pa.uint16(),
-    "UINTEGER": pa.uint32(),
-    "UBIGINT": pa.uint64(),
-    # The type of a sum of integers. It has up to 39 digits; decimal128 has 38.
-    "HUGEINT": pa.decimal256(39, 0),
-    "UHUGEINT": pa.decimal256(39, 0),
-    "FLOAT": pa.float32(),
-    "DOUBLE": pa.float64(),
-}
-_TIMES = {
-    "DATE": pa.date32(),
-    "TIMESTAMP": pa.timestamp("us"),
-    "TIMESTAMP_S": pa.timestamp("us"),
-    "TIMESTAMP_MS": pa.timestamp("ms"),
-    "TIMESTAMP_NS": pa.timestamp("ns"),
-    "TIMESTAMP WITH TIME ZONE": pa.timestamp("us", "UTC"),
-}
-# Arrow has no matching type, or its type lacks some values: its time of day can't be 24:00:00.
-_TEXTS = {
-    "VARCHAR",
-    "BIT",
-    "UUID",
-    "ENUM",
-    "JSON",
-    "BIGNUM",
-    "GEOMETRY",
-    "INTERVAL",
-    "TIME",
-    "TIME_NS",
-    "TIME WITH TIME ZONE",
-}
-_SCALARS: dict[str, pa.DataType] = {**_NUMBERS, **_TIMES, "BLOB": pa.binary(), **dict.fromkeys(_TEXTS, pa.string())}
+_SCALARS = frozenset(
+    {
+        "BOOLEAN",
+        "TINYINT",
+        "SMALLINT",
+        "INTEGER",
+        "BIGINT",
+        "HUGEINT",
+        "UTINYINT",
+        "USMALLINT",
+        "UINTEGER",
+        "UBIGINT",
+        "UHUGEINT",
+        "FLOAT",
+        "DOUBLE",
+        "DATE",
+        "TIME",
+        "TIME_NS",
+        "TIME WITH TIME ZONE",
+        "TIMESTAMP",
+        "TIMESTAMP_S",
+        "TIMESTAMP_MS",
+        "TIMESTAMP_NS",
+        "TIMESTAMP WITH TIME ZONE",
+        "INTERVAL",
+        "VARCHAR",
+        "BLOB",
+        "BIT",
+        "UUID",
+        "ENUM",
+        "JSON",
+        "BIGNUM",
+        "GEOMETRY",
+    }
+)
 _NESTED = frozenset({"LIST", "ARRAY", "STRUCT", "MAP", "UNION"})
 
 _TOKEN = re.compile(r"""\s*("(?:[^"]|"")*"|'(?:[^']|'')*'|[\[\](),]|[^\s"'\[\](),]+)""")
@@ -148,23 +142,6 @@ def make_unique(names: Sequence[str]) -> list[str]:
         seen.add(candidate.lower())
         unique.append(candidate)
     return unique
-
-
-def to_arrow(type_: ColumnType) -> pa.DataType:
-    """Return the Arrow type for the type's values in a JSON result."""
-    match type_.name:
-        case "LIST" | "ARRAY":
-            return pa.list_(to_arrow(type_.element))
-        case "MAP":
-            return pa.map_(*(to_arrow(part) for _, part in type_.parts))
-        case "STRUCT" | "UNION":
-            parts = [to_arrow(part) for _, part in type_.parts]
-            tag = [pa.string()] if type_.name == "UNION" else []
-            return pa.struct(list(zip(name_fields(type_), [*tag, *parts], strict=True)))
-        case "DECIMAL":
-            return pa.decimal128(*type_.numbers)
-        case name:
-            return _SCALARS[name]
 
 
 def _quote(name: str) -> str:

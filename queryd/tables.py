@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 from pyarrow import csv, json, parquet
 
 from queryd import moments
-from queryd.column_types import ColumnType, NoCounterpart, name_fields, parse_type, to_arrow
+from queryd.arrow_types import to_arrow
+from queryd.column_types import ColumnType, NoCounterpart, name_fields, parse_type
 from queryd.errors import ResultUnreadable
 from queryd.events import Column, OutputFormat, QueryStatusChanged
 

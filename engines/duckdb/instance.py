@@ -15,7 +15,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import duckdb
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from engines.duckdb import postgres_columns
 from engines.duckdb.export import Plans
@@ -273,6 +272,9 @@ class Instance:
         if settings.postgres_url is None:
             message = "The datasets' Postgres is not configured: set QUERYD_DATASETS_PG_URL."
             raise QueryFailed(ErrorCode.INTERNAL, message)
+        # Importing it takes 0.1 s, and many children never need it.
+        from psycopg.conninfo import conninfo_to_dict, make_conninfo  # noqa: PLC0415
+
         given = conninfo_to_dict(settings.postgres_url)
         password = given.pop("password", None)
         options = "TYPE postgres, READ_ONLY"

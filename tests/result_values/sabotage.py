@@ -11,7 +11,7 @@ import pyarrow as pa
 from pyarrow import csv
 
 from engines.duckdb import columns, export, json_lines, parquet_values
-from queryd import column_types, moments, tables
+from queryd import arrow_types, moments, tables
 from queryd.column_types import ColumnType
 from queryd.events import OutputFormat
 
@@ -100,7 +100,7 @@ SABOTAGES = {
     "an infinity is no moment": Sabotage(_JSON, _swap(moments, "_INFINITIES", {})),
     "bytes are their text": Sabotage(_CSV, _swap(tables, "_to_bytes", str.encode)),
     "an empty text is NULL": Sabotage(_CSV, lambda: patch.object(csv, "ConvertOptions", _quote_nulls)),
-    "whole numbers as floats": Sabotage(_JSON, lambda: patch.dict(column_types._SCALARS, HUGEINT=pa.float64())),
+    "whole numbers as floats": Sabotage(_JSON, lambda: patch.dict(arrow_types._SCALARS, HUGEINT=pa.float64())),
     "a text that looks like a number": Sabotage(_CSV, _swap(tables, "_type_in_csv", lambda column: pa.string())),
     "digits are lost": Sabotage(
         _JSON,
