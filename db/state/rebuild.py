@@ -73,7 +73,7 @@ SELECT count(*) FILTER (WHERE kind = 'missing') AS missing, count(*) FILTER (WHE
 FROM rebuilt_difference
 """
 READ_DIFFERENCE = """
-SELECT query_id::text, kind FROM rebuilt_difference
+SELECT query_id::text FROM rebuilt_difference
 WHERE %(after)s::uuid IS NULL OR query_id > %(after)s::uuid
 ORDER BY query_id
 LIMIT %(limit)s
@@ -260,16 +260,16 @@ async def compare(connection: Connection) -> Difference:
     return difference
 
 
-async def read_difference(connection: Connection, limit: int) -> AsyncIterator[list[tuple[str, str]]]:
-    """The ids that differ, each with `missing`, `stale` or `surplus`, at most `limit` at a time."""
+async def read_difference(connection: Connection, limit: int) -> AsyncIterator[list[str]]:
+    """The ids of the queries that differ, at most `limit` at a time."""
     after: str | None = None
     while True:
         cursor = await connection.execute(READ_DIFFERENCE, {"after": after, "limit": limit})
-        found = [(query_id, kind) for query_id, kind in await cursor.fetchall()]
+        found = [query_id for (query_id,) in await cursor.fetchall()]
         if not found:
             return
         yield found
-        after = found[-1][0]
+        after = found[-1]
 
 
 async def put_right(connection: Connection) -> None:

@@ -58,8 +58,7 @@ class PostgresSource:
         what the live table knows better has gone on since it was copied.
         """
         await compare(connection)
-        async for found in read_difference(connection, _AT_ONCE):
-            query_ids = [query_id for query_id, _ in found]
+        async for query_ids in read_difference(connection, _AT_ONCE):
             async with transaction(self._pool) as data:
                 events = await read_last_events_of(data, query_ids)
             # Anew, and not over what was copied: of an id that was asked for again the sequence has begun again.

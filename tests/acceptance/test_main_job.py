@@ -218,6 +218,7 @@ def kill_at(stack: Stack, service: str, told: StatusTail, terminal: int) -> None
     stack.await_restart(service, killed)
 
 
+@pytest.mark.slow
 def test_a_killed_executor_loses_and_doubles_nothing(stack: Stack, contract: Contract) -> None:
     count = 1_000
 

@@ -371,7 +371,8 @@ def _make_story(
 
 
 def _make_projector(place: Place, ready: asyncio.Event | None = None) -> Projector:
-    group = {"group.id": place.group} | _SESSION
+    # The embedded broker answers an empty fetch only after half of it.
+    group = {"group.id": place.group, "fetch.wait.max.ms": 20} | _SESSION
     return Projector(place.pool, place.kafka, group, (ready or asyncio.Event()).set)
 
 
