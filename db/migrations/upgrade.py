@@ -1,15 +1,14 @@
-"""Bring a database to the newest version of its schema."""
+"""Bring a database to the newest version of its schema.
+
+Only an upgrade imports alembic and SQLAlchemy: the command line and the services import this module, and the two take
+0.2 s and 30 MB.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
-from alembic import command
-from alembic.config import Config
-from sqlalchemy import create_engine, text
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.pool import NullPool
 
 _DB = Path(__file__).resolve().parent.parent
 
@@ -35,6 +34,8 @@ def upgrade_state(url: str) -> None:
 @contextmanager
 def _psycopg_errors() -> Iterator[None]:
     """Raise psycopg's errors instead of SQLAlchemy's wrappers."""
+    from sqlalchemy.exc import DBAPIError  # noqa: PLC0415
+
     try:
         yield
     except DBAPIError as error:
@@ -44,6 +45,11 @@ def _psycopg_errors() -> Iterator[None]:
 
 
 def _upgrade(url: str, versions: Path, version_table: str) -> None:
+    from alembic import command  # noqa: PLC0415
+    from alembic.config import Config  # noqa: PLC0415
+    from sqlalchemy import create_engine, text  # noqa: PLC0415
+    from sqlalchemy.pool import NullPool  # noqa: PLC0415
+
     # SQLAlchemy only carries alembic here; the connection itself is made by psycopg from the libpq URI.
     engine = create_engine(
         "postgresql+psycopg://",
