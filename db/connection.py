@@ -55,7 +55,7 @@ _CONNINFO: dict[str, Any] = {
         " -c plan_cache_mode=force_generic_plan"
     ),
 }
-# A connection keeps the plans that it made. While an installation is new, Postgres makes them for empty tables.
+# Replace connections this often, because each keeps its plans: in a new installation those are for empty tables.
 _LIFETIME_SECONDS = 60.0
 # How long to wait for a free connection before the database counts as unavailable.
 _POOL_SECONDS = 10.0

@@ -29,9 +29,10 @@ class CantLook(Exception):
 
 
 def look(settings: Settings, work: Callable[["Looker"], Awaitable[_Answer]]) -> _Answer:
-    """The answer of `work`, which gets an engine of its own with one child, and the datasets' credentials.
+    """Call `work` with a `Looker` and return its answer.
 
-    Raises `CantLook` and whatever `work` raises.
+    The looker has an engine of its own with one child, which has the datasets' credentials. Raises `CantLook` and
+    whatever `work` raises.
     """
 
     async def run(folder: Path) -> _Answer:

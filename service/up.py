@@ -151,9 +151,9 @@ class Supervisor:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """The services run, ready, for as long as the context lasts; raises `UpFailed`.
+        """Start the services, wait until all are ready, and stop them at the end of the context; raises `UpFailed`.
 
-        Call `raise_failure` while it lasts: a service that can't be started again ends nothing by itself.
+        Poll `raise_failure` inside the context: a service that can't be restarted does not end the context.
         """
         self._run_directory.mkdir(parents=True, exist_ok=True)
         for service in self._services:

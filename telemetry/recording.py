@@ -1,5 +1,7 @@
-"""Spans recorded by OpenTelemetry and sent by OTLP over HTTP. Only `telemetry.traces` imports this, and others only for
-types: it needs the extra `traces`."""
+"""Spans recorded by OpenTelemetry and sent by OTLP over HTTP.
+
+At runtime only `telemetry.traces` imports this module, because it needs the extra `traces`.
+"""
 
 import logging
 import os
@@ -49,8 +51,8 @@ class OtlpRecorder:
     def start(
         self, name: SpanName, traceparent: str | None, attributes: Attributes, links: Sequence[str] = ()
     ) -> "OtlpSpan":
-        """A span in the present one, else in that of `traceparent`, else at the root of a new trace; `links` are the
-        `traceparent`s of spans that it has to do with."""
+        """Start a child of the current span, else of `traceparent`, else the root span of a new trace. `links` are the
+        `traceparent`s of related spans."""
         parent = None
         if traceparent is not None and not trace.get_current_span().get_span_context().is_valid:
             parent = trace.set_span_in_context(NonRecordingSpan(_read(traceparent)))

@@ -16,7 +16,7 @@ import structlog
 from telemetry.events import LogEvent
 
 if TYPE_CHECKING:
-    # It needs the extra `traces`.
+    # Only for annotations: at runtime this import needs the extra `traces`.
     from telemetry.recording import OtlpRecorder, OtlpSpan
 
 _log = structlog.get_logger("queryd.traces")

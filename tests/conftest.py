@@ -28,7 +28,7 @@ _FOLDERS = {
     "acceptance": "the real command line, from outside",
 }
 _SERVERS = {"kafka", "postgres_server", "object_store_server"}
-_WITHOUT_KAFKA = f"needs Apache Kafka: make test-all, with {brokers.WHAT_TO_INSTALL}"
+_WITHOUT_KAFKA = f"needs Apache Kafka: install {brokers.WHAT_TO_INSTALL}, and run make test-all"
 # The first leader of a partition is elected in milliseconds; the machine may be busy.
 _TOPIC_SECONDS = 30.0
 
@@ -69,7 +69,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("without Apache Kafka")
         terminalreporter.line(
             f"{skipped} tests need transactions or watermarks and were skipped. "
-            f"`make test-all` runs them with {brokers.WHAT_TO_INSTALL}, unless {brokers.VARIABLE} names another broker."
+            f"To run them, install {brokers.WHAT_TO_INSTALL}, unset {brokers.VARIABLE}, and run `make test-all`."
         )
 
 

@@ -314,7 +314,7 @@ def _decide(candidate: _Candidate, state: RunState | None, limits: OrgLimits) ->
         # Every malformed record is a dead letter of its own, whatever stands under its id.
         return Refused(DeadCode.INVALID_REQUEST, item.reason or "")
     if state is None:
-        # Deleted for good: its id is not inserted again.
+        # The query was deleted for good: `deleted_ids` keeps its id from being inserted again.
         return Done()
     if state.fingerprint != item.fingerprint:
         return Refused(DeadCode.CONFLICT, "another request with this query_id was accepted before")

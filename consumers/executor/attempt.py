@@ -250,7 +250,7 @@ class Attempts:
 
     async def _execute(self, attempt: Attempt) -> Output | Failure:
         query = attempt.query
-        # A query without its text is ended, not claimed, see `find_failure`.
+        # Never None here: for a query without SQL text `find_failure` returns a failure, so it is not claimed.
         assert query.sql is not None
         request, granted = query.request, attempt.datasets
         most_rows = least(request.max_rows, query.limits.result_rows)

@@ -17,7 +17,7 @@ _AGAIN_SECONDS = 1.0
 
 
 async def follow_cancellations(pool: DataPool, leases: Leases, reaper: Reaper) -> None:
-    """Act on each cancellation as soon as it is committed, for ever. Runs in every executor."""
+    """Stop or end each cancelled query as soon as its cancellation is committed. Runs in every executor."""
     while True:
         try:
             async with statement(pool) as connection, aclosing(hear_cancelled(connection)) as news:

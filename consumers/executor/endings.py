@@ -121,7 +121,7 @@ def fail(
         duration_ms=duration_ms,
         error_code=failure.code.value,
         error_message=failure.message,
-        # A failed query has no location in its row by which retention would find the file.
+        # The row of a failed query has no `output_location`, so the file entry has the location for retention.
         files=Jsonb([] if stored is None else [asdict(stored.file) | {"location": stored.location}]),
         retention_seconds=None if stored is None else stored.retention.total_seconds(),
         shard=event.shard,

@@ -308,7 +308,7 @@ class Executor:
                 refused.append((record, _UNSTORABLE))
             case Done():
                 self.intake.finish(record)
-            # Whether a lease is dead is the watch's to say.
+            # `Watch` decides whether the lease is dead.
             case Query() if verdict.state.lease_token is not None:
                 self._park(verdict)
             case Query():

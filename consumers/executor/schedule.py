@@ -21,10 +21,10 @@ _REMEMBERED = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A query and the place in which it has come.
+    """A waiting query and its position among its org's queries.
 
-    Once it is its turn, `charged` is what its org has paid for it, and `releases` how many of its org's queries had
-    ended by then.
+    `take` and `take_now` set `charged`, the virtual time that the org pays, and `releases`, how many of the org's
+    queries had ended by then.
     """
 
     number: int

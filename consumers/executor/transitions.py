@@ -47,10 +47,10 @@ class RowRefused(Exception):
 async def run_batch(
     run: Callable[[Sequence[_Item]], Awaitable[Sequence[_Answer]]], items: Sequence[_Item]
 ) -> list[_Answer | RowRefused]:
-    """The answers of `run`, in the items' order.
+    """Call `run` with the items and return its answers in the items' order.
 
-    While the database is away `run` is repeated for ever; an error of data splits the batch until the one row that
-    caused it stands alone, and has `RowRefused` as its answer.
+    While the database is unavailable, the call is repeated. After a data error the batch is split in halves until the
+    bad row is alone; its answer is `RowRefused`.
     """
     try:
         return list(await until_available(partial(run, items), "postgres data"))
@@ -158,7 +158,8 @@ class Transitions:
     async def claim(self, wanted: Sequence[tuple[Claim, Caller]]) -> list[tuple[Dataset, ...] | Refusal | None]:
         """Claim queries, each for an attempt on behalf of its caller.
 
-        The answers: what the caller may read, if the query is claimed, or why it waits; None if it can't be claimed.
+        Returns for each, in order: the datasets that its caller may read if it is claimed, the `Refusal` if it must
+        wait, None if it can't be claimed.
         """
         answers = await run_batch(self._claim, wanted)
         return [None if isinstance(answer, RowRefused) else answer for answer in answers]
@@ -168,7 +169,7 @@ class Transitions:
         try:
             return await self._endings.submit(ending)
         except RowRefused:
-            # Repeating won't help: the query is taken over as crashed, until it has been so often enough.
+            # A retry won't help: the query is taken over, and each takeover counts as a crash, up to MAX_CRASHES.
             return EndResult.NOT_OURS
 
     async def hand_back(self, given: HandBack) -> None:

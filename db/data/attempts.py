@@ -269,9 +269,8 @@ DELETE FROM query_leases l USING given WHERE l.query_id = given.query_id
 class ClaimAnswer:
     """The result of a batch of claims.
 
-    `claimed` has the tokens of the new attempts. `refused` has the org of each query, by its id, that could be claimed
-    but for its org's limit, or because the org has a limit and was not locked. A query in neither was not claimable;
-    read its state.
+    `claimed` has the tokens of the new attempts. `refused` maps the id of each refused query to its org: the org has
+    reached its limit, or it has a limit and was not locked. A query in neither was not claimable; read its state.
     """
 
     claimed: set[str]

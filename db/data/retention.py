@@ -167,7 +167,7 @@ WHERE NOT EXISTS (SELECT FROM query_results q WHERE q.id = i.query_id)
   AND (%(everything)s OR EXISTS (SELECT FROM deleted_ids d WHERE d.query_id = i.query_id))
 """
 
-# The planner must know how few it reads; of a parameter it assumes a tenth of the table.
+# LIMIT is a literal, so that the planner knows it: for a parameter, a generic plan assumes a tenth of the rows.
 READ_OUTLIVED = f"""
 WITH old AS (
     SELECT query_id, files FROM query_runs

@@ -66,10 +66,10 @@ LEFT JOIN query_leases l ON l.query_id = r.query_id
 WHERE r.query_id = ANY(%(query_ids)s::uuid[])
 """
 
-# Queries past their deadline, or cancelled, the oldest first, so that a backlog is worked off in order. Those with a
-# lease are as many as run, and are read in addition. One that was left behind by its worker is the next attempt's,
-# unless its message is gone: `left_behind` says that this must be found out, and is false again of what has been left
-# for `forsaken` seconds.
+# Overdue and cancelled queries: at most 1,000 of each without a lease (the longest overdue first), and all with a
+# lease, because only running queries have one.
+# `left_behind`: an attempt of the query has started, so its next attempt takes it over. End the query only if its
+# record will not be delivered again. After `forsaken` seconds `left_behind` is false, and the query ends in any case.
 _OVERDUE = """
 SELECT r.query_id::text AS query_id, r.topic, r.partition, r.record_offset,
        r.attempt > 0 AND NOT r.cancelled
@@ -167,7 +167,7 @@ async def read_states(connection: Connection, query_ids: Iterable[str]) -> dict[
 
 
 async def read_overdue(connection: Connection, *, grace: float, forsaken: float) -> list[Overdue]:
-    """Queries past their deadline, or cancelled: at most 1,000 of each without a lease, and all with one.
+    """Read overdue and cancelled queries: at most 1,000 of each without a lease, and all with a lease.
 
     `grace` and `forsaken` in seconds are for those that were started once and not cancelled.
     """

@@ -170,9 +170,9 @@ class DuckDBEngine:
             return _to_output(answer, target)
 
     async def inspect(self, sql: str) -> Inspected:
-        """Judge a statement on any child, as `execute` would, but any relation counts as granted.
+        """Check a statement on any child as `execute` does, with every relation granted.
 
-        Raises the errors of `execute`.
+        Raises `QueryFailed`, `EngineCrashed` or `EngineUnavailable`.
         """
         deadline = asyncio.get_running_loop().time() + _INSPECT_SECONDS
         worker = await self._take_until(deadline, None)

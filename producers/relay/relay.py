@@ -50,7 +50,7 @@ _LOOK_SECONDS = 1.0
 # Idle, an event goes at once; a full batch has nothing to wait for.
 _APART_SECONDS = 0.02
 _KEEP_SECONDS = 24 * 3600.0
-# Between two sessions while Postgres or Kafka is away, doubled each time.
+# Backoff between two sessions while Postgres or Kafka is unavailable; doubled after each failure.
 _FIRST_PAUSE_SECONDS = 0.2
 _LONGEST_PAUSE_SECONDS = 3.0
 # How often a standby asks for the lock.
@@ -101,7 +101,7 @@ class Relay:
         self._rules = rules
         self._ready = ready
         self._stopping = asyncio.Event()
-        # What is away, and how long to wait before the next session.
+        # The unavailable dependencies, and the backoff before the next session.
         self._unavailable: set[str] = set()
         self._pause_seconds = _FIRST_PAUSE_SECONDS
 

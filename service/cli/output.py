@@ -32,7 +32,7 @@ def _to_json(value: Any) -> str:
 
 
 def show_rows(title: str, rows: Sequence[Mapping[str, Any]], as_json: bool, shown: Sequence[str] | None = None) -> None:
-    """Rows as JSON, or as a table of the columns `shown`; by default of all."""
+    """Print rows as JSON, or as a table of the columns `shown` (default: all columns)."""
     if as_json:
         print_json(rows)
     else:
@@ -40,7 +40,7 @@ def show_rows(title: str, rows: Sequence[Mapping[str, Any]], as_json: bool, show
 
 
 def show_fields(fields: Mapping[str, Any], as_json: bool) -> None:
-    """One thing as JSON, or a line a field."""
+    """Print fields as JSON, or one line per field."""
     if as_json:
         print_json(fields)
     else:

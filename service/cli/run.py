@@ -20,7 +20,7 @@ from service.run import Service, http_variables, run_service
 from service.settings import STATE_DIRECTORY, check_kafka_options, load_settings
 from telemetry.logs import set_up_logs
 
-# How late `run all` may notice that a service has ended: short beside the seconds of a start or a drain.
+# How often `run all` checks its services: short compared with a service's start or drain, which take seconds.
 _LOOK_SECONDS = 0.2
 
 

@@ -782,7 +782,7 @@ async def test_waiting_counts_from_the_brokers_append_and_never_from_the_future(
         assert verdict.state.queued_at <= verdict.state.read_at
 
 
-async def test_a_query_that_has_waited_for_too_long_is_ended_by_the_executor_that_has_its_record(
+async def test_the_executor_that_has_the_record_ends_a_query_that_waited_too_long(
     worker: Worker,
 ) -> None:
     record = make_record(make_request())

@@ -102,7 +102,7 @@ async def test_behind_ten_thousand_of_another_org_a_query_waits_for_one_that_run
 
 
 @pytest.mark.slow
-async def test_a_query_behind_a_burst_is_admitted_before_what_is_left_of_the_burst(
+async def test_a_query_behind_a_burst_is_admitted_before_the_rest_of_the_burst(
     kafka: dict[str, Any], data_url: str, tmp_path: Path
 ) -> None:
     upgrade_data(data_url)
@@ -118,11 +118,11 @@ async def test_a_query_behind_a_burst_is_admitted_before_what_is_left_of_the_bur
 
         await _until(is_admitted)
         admitted = _count(data_url, "Queued")
-        # In the order of arrival all others would have come first.
+        # In arrival order the whole burst would have been admitted first.
         assert admitted < 0.9 * _CROWD
 
         async def is_scheduled() -> bool:
-            # A row is there before the executor has the answer; batches are scheduled in the order of their commits.
+            # The row is visible before the executor schedules the query. Batches are scheduled in commit order.
             return executor.count_waiting()[Mode.INTERACTIVE] >= admitted
 
         await _until(is_scheduled)

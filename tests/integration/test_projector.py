@@ -371,7 +371,7 @@ def _make_story(
 
 
 def _make_projector(place: Place, ready: asyncio.Event | None = None) -> Projector:
-    # The embedded broker answers an empty fetch only after half of it.
+    # The embedded broker answers an empty fetch after half of `fetch.wait.max.ms`, which is 500 ms by default.
     group = {"group.id": place.group, "fetch.wait.max.ms": 20} | _SESSION
     return Projector(place.pool, place.kafka, group, (ready or asyncio.Event()).set)
 

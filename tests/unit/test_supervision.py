@@ -14,7 +14,7 @@ from service import up
 from service.cli import run
 from service.run import Service
 
-# Guards against hanging only: what is awaited comes within seconds.
+# Only a guard against a hang: each test finishes within seconds.
 _PATIENCE_SECONDS = 30.0
 _WAIT = "import time; time.sleep(600)"
 # Report readiness, then end with this code as soon as the file exists.
