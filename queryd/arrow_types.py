@@ -26,6 +26,18 @@ _SCALARS: dict[str, pa.DataType] = {
     "TIMESTAMP_NS": pa.timestamp("ns"),
     "TIMESTAMP WITH TIME ZONE": pa.timestamp("us", "UTC"),
     "BLOB": pa.binary(),
+    # Arrow has no matching type, or its type lacks some values: its time of day can't be 24:00:00.
+    "VARCHAR": pa.string(),
+    "BIT": pa.string(),
+    "UUID": pa.string(),
+    "ENUM": pa.string(),
+    "JSON": pa.string(),
+    "BIGNUM": pa.string(),
+    "GEOMETRY": pa.string(),
+    "INTERVAL": pa.string(),
+    "TIME": pa.string(),
+    "TIME_NS": pa.string(),
+    "TIME WITH TIME ZONE": pa.string(),
 }
 
 
@@ -43,5 +55,4 @@ def to_arrow(type_: ColumnType) -> pa.DataType:
         case "DECIMAL":
             return pa.decimal128(*type_.numbers)
         case name:
-            # Arrow has no matching type, or its type lacks some values: its time of day can't be 24:00:00.
-            return _SCALARS.get(name, pa.string())
+            return _SCALARS[name]

@@ -173,7 +173,10 @@ class Supervisor:
 
     async def _keep(self, service: Service) -> None:
         while not self._stopping.is_set():
-            process = await self._start(service)
+            try:
+                process = await self._start(service)
+            except OSError as error:
+                raise UpFailed(f"{service.value} can't be started: {error.strerror}") from error
             code = await process.wait()
             if self._stopping.is_set():
                 return

@@ -292,15 +292,20 @@ class Executor:
             return
         refused: list[tuple[Record, Refused]] = []
         verdicts = await run_batch(self._admit, batch)
-        for item, verdict in zip(batch, verdicts, strict=True):
-            self._follow(item.record, verdict, refused)
+        ending = [self._follow(item.record, verdict, refused) for item, verdict in zip(batch, verdicts, strict=True)]
         await self._bury(refused)
+        # So that the endings of a backlog of overdue queries don't delay those of results.
+        if tasks := [task for task in ending if task is not None]:
+            await asyncio.wait(tasks)
 
     async def _admit(self, batch: Sequence[Legible]) -> list[Verdict]:
         with spans(SpanName.ADMIT, map(_to_step, batch)) as traced:
             return await admit(self._pool, self._clock, self._admission_rules, batch, traced)
 
-    def _follow(self, record: Record, verdict: Verdict | RowRefused, refused: list[tuple[Record, Refused]]) -> None:
+    def _follow(
+        self, record: Record, verdict: Verdict | RowRefused, refused: list[tuple[Record, Refused]]
+    ) -> "asyncio.Task[None] | None":
+        """Act on a verdict; returns the task that ends the query, if it can't run."""
         match verdict:
             case Refused():
                 refused.append((record, verdict))
@@ -312,7 +317,8 @@ class Executor:
             case Query() if verdict.state.lease_token is not None:
                 self._park(verdict)
             case Query():
-                self._schedule(verdict)
+                return self._schedule(verdict)
+        return None
 
     async def _bury(self, refused: Sequence[tuple[Record, Refused]]) -> None:
         """Commit dead letters before their records finish; if one can't be committed, the executor stops."""
@@ -322,13 +328,13 @@ class Executor:
 
     # Schedule and run.
 
-    def _schedule(self, query: Query) -> None:
+    def _schedule(self, query: Query) -> "asyncio.Task[None] | None":
         failure = find_failure(query)
         if failure is not None:
             # It only has to be ended, and need not wait for a slot.
-            self._start(self._end_unclaimed(query, failure))
-        else:
-            self._lanes[query.facts.mode].queue.put(query)
+            return self._start(self._end_unclaimed(query, failure))
+        self._lanes[query.facts.mode].queue.put(query)
+        return None
 
     def _start(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.create_task(work)

@@ -66,14 +66,12 @@ class Reaper:
         asked_at = elapsed()
         async with statement(self._pool) as connection:
             found = await read_overdue(connection, grace=self._grace, forsaken=_FORSAKEN_SECONDS)
-            states = await read_states(
-                connection,
-                [
-                    each.query_id
-                    for each in found
-                    if not each.left_behind or is_over(each.topic, each.partition, each.record_offset)
-                ],
-            )
+            due = [
+                each.query_id
+                for each in found
+                if not each.left_behind or is_over(each.topic, each.partition, each.record_offset)
+            ]
+            states = await read_states(connection, due) if due else {}
         return await self._end_all(states.values(), self._leases.observe(states.values(), asked_at))
 
     async def end(self, query_ids: Sequence[str]) -> None:

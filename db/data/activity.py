@@ -33,12 +33,12 @@ WHERE true __SCOPE__
 GROUP BY r.topic
 """
 
-READ_ENDED = """
+READ_ENDED = f"""
 SELECT r.topic, count(*) AS ended, count(*) FILTER (WHERE q.status = 'Failed') AS failed
 FROM query_runs r JOIN query_results q ON q.id = r.query_id
-WHERE r.ended_at > now() - make_interval(secs => %(seconds)s) AND r.ended_at <= now() __SCOPE__
+WHERE r.ended_at > now() - make_interval(secs => {RATE_SECONDS}) AND r.ended_at <= now() __SCOPE__
 GROUP BY r.topic
-"""
+"""  # noqa: S608
 
 _SEEN = """
 SELECT q.id::text AS query_id, q.org_id::text AS org_id, q.mode, q.status, q.error_code,
@@ -130,7 +130,7 @@ class Activity:
 
 async def read_activity(connection: Connection, org_id: str | None, limit: int) -> Activity:
     """What happens now, of one org or of all, with at most `limit` queries."""
-    keys = {"org_id": org_id, "most": MOST_COUNTED, "seconds": RATE_SECONDS, "limit": limit}
+    keys = {"org_id": org_id, "most": MOST_COUNTED, "limit": limit}
     async with connection.cursor(row_factory=class_row(Waiting)) as cursor:
         waiting = await (await cursor.execute(_narrow(READ_WAITING, org_id), keys)).fetchall()
     running: dict[str, int] = dict(await (await connection.execute(_narrow(READ_RUNNING, org_id), keys)).fetchall())

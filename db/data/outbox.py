@@ -69,6 +69,7 @@ def shard_of(query_id: str) -> int:
 LISTEN = f"LISTEN {CHANNEL}"
 # A relay that was stopped loses its connection after this, and with it the lock and the right to delete.
 LIMIT_IDLENESS = "SET idle_session_timeout = '10s'"
+DISCARD_PLANS = "DISCARD PLANS"
 
 # Limit the bytes of a batch, since the relay holds it in memory. The first row may have any size.
 READ_WAITING = """
@@ -149,6 +150,11 @@ async def read_progress(connection: Connection, relay: str) -> Progress:
         progress = await cursor.fetchone()
     assert progress is not None
     return progress
+
+
+async def discard_plans(connection: Connection) -> None:
+    """Have Postgres plan the connection's prepared statements again at their next use."""
+    await connection.execute(DISCARD_PLANS)
 
 
 async def limit_idleness(connection: Connection) -> None:

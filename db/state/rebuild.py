@@ -75,7 +75,7 @@ FROM rebuilt_difference
 READ_DIFFERENCE = """
 SELECT query_id::text FROM rebuilt_difference
 WHERE %(after)s::uuid IS NULL OR query_id > %(after)s::uuid
-ORDER BY query_id
+ORDER BY rebuilt_difference.query_id
 LIMIT %(limit)s
 """
 

@@ -317,7 +317,8 @@ class _Runner:
     def _confidential(self) -> list[str]:
         """Texts that an author must not see: the path of this process's folder, and credentials."""
         settings = self._settings
-        ours = (str(self._home), settings.postgres_url, settings.access_key, settings.secret_key)
+        credentials = (settings.postgres_password, settings.access_key, settings.secret_key)
+        ours = (str(self._home), settings.postgres_url, *credentials)
         return sorted((text for text in ours if text), key=len, reverse=True)
 
 

@@ -272,18 +272,13 @@ class Instance:
         if settings.postgres_url is None:
             message = "The datasets' Postgres is not configured: set QUERYD_DATASETS_PG_URL."
             raise QueryFailed(ErrorCode.INTERNAL, message)
-        # Importing it takes 0.1 s, and many children never need it.
-        from psycopg.conninfo import conninfo_to_dict, make_conninfo  # noqa: PLC0415
-
-        given = conninfo_to_dict(settings.postgres_url)
-        password = given.pop("password", None)
         options = "TYPE postgres, READ_ONLY"
-        if password is not None:
+        if settings.postgres_password is not None:
             # DuckDB shows the connection string of an attached server, but it hides the password of a secret.
-            self.connection.execute(f"CREATE SECRET {_ATTACHED} (TYPE postgres, PASSWORD {literal(str(password))})")
+            password = literal(settings.postgres_password)
+            self.connection.execute(f"CREATE SECRET {_ATTACHED} (TYPE postgres, PASSWORD {password})")
             options += f", SECRET {_ATTACHED}"
-        url = literal(make_conninfo("", **given))
-        self.connection.execute(f"ATTACH {url} AS {_ATTACHED} ({options})")
+        self.connection.execute(f"ATTACH {literal(settings.postgres_url)} AS {_ATTACHED} ({options})")
 
     def _create_view(self, relation: Relation) -> None:
         self.plans.clear()

@@ -53,7 +53,7 @@ _QUERIES_PER_CHILD = 10_000
 # As many warm instances as a child keeps, see engines.duckdb.instance.
 _WARM_PER_CHILD = 8
 
-# A start takes 0.6 s on an idle machine; on a starved one it may take many times that, and waiting beats giving up.
+# A start takes 0.25 s on an idle machine; on a starved one it may take many times that, and waiting beats giving up.
 _START_SECONDS = 60.0
 
 # After a failed start (no memory, no disk) another try makes sense soon, but not at once.
@@ -125,7 +125,7 @@ class DuckDBEngine:
         self.name = f"duckdb {version('duckdb')}"
         # What the kernel holds the children to, as the last one that started says; None before `start`.
         self.layers: Layers | None = None
-        self._settings = _with_bounded_scans(settings)
+        self._settings = _prepare_for_children(settings)
         self._children = children
         self._quiet = quiet
         # The least recently used child stands first.
@@ -440,11 +440,16 @@ def _files(settings: DuckDBSettings) -> Iterator[str]:
         yield from (str(given[name]) for name in _POSTGRES_FILES if str(given.get(name, "")).startswith("/"))
 
 
-def _with_bounded_scans(settings: DuckDBSettings) -> DuckDBSettings:
-    """The settings with limits on what a query may ask of the datasets' Postgres."""
+def _prepare_for_children(settings: DuckDBSettings) -> DuckDBSettings:
+    """The settings with limits on what a query may ask of the datasets' Postgres, and with its password by itself."""
     if settings.postgres_url is None:
         return settings
-    given = conninfo_to_dict(settings.postgres_url).get("options")
-    options = f"{given or ''} -c statement_timeout={_SCAN_MILLISECONDS}".strip()
-    bounded = make_conninfo(settings.postgres_url, options=options, connect_timeout=_CONNECT_SECONDS)
-    return replace(settings, postgres_url=bounded)
+    given = conninfo_to_dict(settings.postgres_url)
+    password = given.pop("password", None)
+    given["options"] = f"{given.get('options') or ''} -c statement_timeout={_SCAN_MILLISECONDS}".strip()
+    given["connect_timeout"] = _CONNECT_SECONDS
+    return replace(
+        settings,
+        postgres_url=make_conninfo("", **given),
+        postgres_password=None if password is None else str(password),
+    )

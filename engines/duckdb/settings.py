@@ -11,7 +11,8 @@ class DuckDBSettings:
 
     `memory_bytes` is DuckDB's memory_limit; the address space is four times that. `max_scratch_bytes` bounds what a
     query may spill and, apart from that, the largest file that it may write. `postgres_url` is a libpq URI or
-    connection string of a role that can only read. Without an access key, S3 is read anonymously.
+    connection string of a role that can only read; for a child it is a connection string without the password, which
+    is `postgres_password` then. Without an access key, S3 is read anonymously.
     """
 
     memory_bytes: int
@@ -23,6 +24,7 @@ class DuckDBSettings:
     secret_key: str | None = field(default=None, repr=False)
     session_token: str | None = field(default=None, repr=False)
     postgres_url: str | None = field(default=None, repr=False)
+    postgres_password: str | None = field(default=None, repr=False)
     max_scratch_bytes: int = 20 * 1024**3
 
     def to_message(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from db.data.outbox import (
     Progress,
     WaitingEvent,
     delete_published,
+    discard_plans,
     limit_idleness,
     listen,
     read_event_ids,
@@ -50,6 +51,10 @@ _LOOK_SECONDS = 1.0
 # Idle, an event goes at once; a full batch has nothing to wait for.
 _APART_SECONDS = 0.02
 _KEEP_SECONDS = 24 * 3600.0
+# How long a plan is used: Postgres may have made it for an empty outbox. As for a pool's connections.
+_PLANS_SECONDS = 60.0
+# Dependencies, as the log names them.
+_POSTGRES, _KAFKA = "postgres data", "kafka"
 # Backoff between two sessions while Postgres or Kafka is unavailable; doubled after each failure.
 _FIRST_PAUSE_SECONDS = 0.2
 _LONGEST_PAUSE_SECONDS = 3.0
@@ -115,7 +120,7 @@ class Relay:
             try:
                 await self._run_session()
             except (DatabaseUnavailable, ChannelBroken, TopicUnknown) as error:
-                dependency = "postgres data" if isinstance(error, DatabaseUnavailable) else "kafka"
+                dependency = _POSTGRES if isinstance(error, DatabaseUnavailable) else _KAFKA
                 if dependency not in self._unavailable:
                     _log.warning(LogEvent.DEPENDENCY_UNAVAILABLE, dependency=dependency, reason=str(error))
                     self._unavailable.add(dependency)
@@ -123,11 +128,12 @@ class Relay:
                 await self._stops_within(self._pause_seconds * random.uniform(0.75, 1.25))  # noqa: S311
                 self._pause_seconds = min(2 * self._pause_seconds, _LONGEST_PAUSE_SECONDS)
 
-    def _note_available(self) -> None:
-        for dependency in sorted(self._unavailable):
+    def _note_available(self, *dependencies: str) -> None:
+        for dependency in self._unavailable.intersection(dependencies):
             _log.info(LogEvent.DEPENDENCY_AVAILABLE, dependency=dependency)
-        self._unavailable.clear()
-        self._pause_seconds = _FIRST_PAUSE_SECONDS
+        self._unavailable.difference_update(dependencies)
+        if not self._unavailable:
+            self._pause_seconds = _FIRST_PAUSE_SECONDS
 
     async def _run_session(self) -> None:
         with unavailable_told_apart():
@@ -143,6 +149,7 @@ class Relay:
     async def _wait_for_lock(self, connection: Connection) -> bool:
         told = False
         while not await try_lock(connection, self._rules.shards[0]):
+            self._note_available(_POSTGRES)
             if not told:
                 _log.info(LogEvent.RELAY_WAITING, reason="another relay is active for these shards")
                 told = True
@@ -158,7 +165,7 @@ class Relay:
             ledger = await asyncio.to_thread(channel.open)
             batches = await self._settle(connection, ledger, progress)
             self._ready()
-            more_waits, last_start, next_keep = False, -_APART_SECONDS, 0.0
+            more_waits, last_start, next_keep, next_plans = False, -_APART_SECONDS, 0.0, 0.0
             while not self._stopping.is_set():
                 if not more_waits:
                     await asyncio.sleep(last_start + _APART_SECONDS - time.monotonic())
@@ -167,6 +174,9 @@ class Relay:
                     # At every start and once a day, so that neither silence nor restarts let the ledger expire.
                     await asyncio.to_thread(channel.keep)
                     next_keep = last_start + _KEEP_SECONDS
+                if last_start >= next_plans:
+                    await discard_plans(connection)
+                    next_plans = last_start + _PLANS_SECONDS
                 waiting = await read_waiting(connection, self._rules.shards, _BATCH, _BATCH_BYTES)
                 events = waiting[: within_span([event.position for event in waiting])]
                 more_waits = len(events) < len(waiting) or _is_full(waiting)
@@ -181,7 +191,7 @@ class Relay:
                     failpoint(Failpoint.RELAY_COMMITTED)
                     await delete_published(connection, self._rules.name, batches, ledger.positions)
                     failpoint(Failpoint.RELAY_DELETED)
-                self._note_available()
+                self._note_available(_POSTGRES, _KAFKA)
                 if not more_waits:
                     await self._wait_for_news(connection)
         finally:

@@ -9,7 +9,7 @@ import structlog
 
 from consumers.projector import to_row
 from db.connection import Connection, DataPool, transaction
-from db.data.last_events import count_queries, read_last_events, read_last_events_of
+from db.data.last_events import PAGE, count_queries, read_last_events, read_last_events_of
 from db.state.query_status import QueryStatusRow
 from db.state.rebuild import compare, keep_live, read_difference, stage, unstage
 from queryd.codec import InvalidEvent, NoRegistry, Undecodable, decode_status
@@ -17,9 +17,6 @@ from replay.rebuild.source import Reading, Report, SourceName
 from telemetry.events import LogEvent
 
 _log = structlog.get_logger("queryd.rebuild")
-
-# Of some 500 bytes each, and 64 KiB at most where a result is inline: 32 MB.
-_AT_ONCE = 500
 
 
 class PostgresSource:
@@ -58,7 +55,7 @@ class PostgresSource:
         what the live table knows better has gone on since it was copied.
         """
         await compare(connection)
-        async for query_ids in read_difference(connection, _AT_ONCE):
+        async for query_ids in read_difference(connection, PAGE):
             async with transaction(self._pool) as data:
                 events = await read_last_events_of(data, query_ids)
             # Anew, and not over what was copied: of an id that was asked for again the sequence has begun again.
@@ -72,7 +69,7 @@ class PostgresSource:
 
     async def _read_page(self, after: str | None) -> list[tuple[str, bytes]]:
         async with transaction(self._pool) as data:
-            return await read_last_events(data, after, _AT_ONCE)
+            return await read_last_events(data, after)
 
     async def _take(self, connection: Connection, events: Iterable[tuple[str, bytes]]) -> None:
         rows, unreadable = await asyncio.to_thread(_decode, events)

@@ -24,7 +24,7 @@ from db.connection import DataPool
 from db.data.attempts import Renewal, claim, renew
 from db.data.datasets import Caller
 from db.data.outbox import shard_of
-from db.data.runs import RunState
+from db.data.runs import RunState, read_overdue
 from db.data.saved_queries import insert_saved
 from db.migrations.upgrade import upgrade_data
 from queryd.dead_letters import DeadCode
@@ -551,6 +551,27 @@ async def test_what_was_left_behind_waits_for_its_record_while_that_may_come(wor
     await _change_deadline(worker.pool, query.facts.query_id, "- interval '1 hour'")
     assert [await reaper.reap(still_comes) for _ in range(2)] == [0, 1]
     assert await read_story(worker.pool, query.facts.query_id) == [_QUEUED, (2, "Running", 1), (3, "Failed", 1)]
+
+
+@pytest.mark.slow
+async def test_a_backlog_of_overdue_queries_hides_neither_cancelled_ones_nor_those_with_a_dead_lease(
+    worker: Worker,
+) -> None:
+    left_behind, cancelled = await worker.admit_new(), await worker.admit_new()
+    await worker.start(left_behind.facts)
+    await pass_deadline(worker.pool, left_behind.facts.query_id)
+    await worker.admit(*(make_record(make_request()) for _ in range(1_001)))
+    async with worker.pool.connection() as connection:
+        await connection.execute(
+            "UPDATE query_runs SET deadline = now() - interval '2 hours' WHERE attempt = 0 AND query_id <> %s",
+            [cancelled.facts.query_id],
+        )
+        await connection.execute(
+            "UPDATE query_runs SET cancelled = true WHERE query_id = %s", [cancelled.facts.query_id]
+        )
+        found = {each.query_id for each in await read_overdue(connection, grace=0.0, forsaken=0.0)}
+    assert len(found) == 1_002
+    assert {left_behind.facts.query_id, cancelled.facts.query_id} < found
 
 
 async def _change_deadline(pool: DataPool, query_id: str, by: str) -> None:

@@ -14,7 +14,19 @@ import psycopg
 import pytest
 
 from db import connection as connections
-from db.data import admission, attempts, audit, cancellations, datasets, limits, outbox, retention, runs
+from db.data import (
+    activity,
+    admission,
+    attempts,
+    audit,
+    cancellations,
+    datasets,
+    last_events,
+    limits,
+    outbox,
+    retention,
+    runs,
+)
 from db.migrations.upgrade import upgrade_data, upgrade_state
 from db.state import query_status
 from db.state.platform import create_platform_tables
@@ -26,10 +38,10 @@ _ROWS = int(os.environ.get("QUERYD_TEST_ROWS", "200000"))
 _TIMEOUT_SECONDS = 30 * 60
 
 _LARGE = frozenset(
-    {"query_results", "query_runs", "query_cancellations", "deleted_ids", "pii_access_log", "query_status"}
+    {"query_results", "query_runs", "query_cancellations", "deleted_ids", "pii_access_log", "query_status", "outbox"}
 )
-# Contains only cancelled queries that have not ended.
-_SMALL_INDEX = "idx_query_runs_cancelled"
+# They contain only queries that have not ended.
+_SMALL_INDEXES = frozenset({"idx_query_runs_cancelled", "idx_query_runs_deadline"})
 _DATA = {
     "insert queries": admission.INSERT_QUERIES,
     "resolve saved queries": admission.RESOLVE_SAVED,
@@ -55,6 +67,18 @@ _DATA = {
     "read outlived queries": retention.READ_OUTLIVED,
     "lock rows": retention.LOCK_ROWS,
     "delete rows": retention.DELETE_ROWS,
+    "judge objects": retention.JUDGE,
+    "judge deleted queries' objects": retention.JUDGE_DELETED,
+    "keep young queries' ids": retention.REMEMBER_YOUNG,
+    "delete audit entries": retention.DELETE_AUDIT,
+    "read an org's unfinished queries": retention.READ_UNFINISHED,
+    "read an org's queries to delete": retention.READ_QUERIES,
+    "read last events": last_events.READ,
+    "watch waiting queries": activity.READ_WAITING.replace("__SCOPE__", ""),
+    "watch running queries": activity.READ_RUNNING.replace("__SCOPE__", ""),
+    "watch ended queries": activity.READ_ENDED.replace("__SCOPE__", ""),
+    "watch queries": activity.READ_SEEN,
+    "watch an org's queries": activity.READ_SEEN_OF_ORG,
 }
 _STATE = {
     "write statuses": query_status.UPSERT,
@@ -78,6 +102,12 @@ SELECT id, org_id, '', 'query.requests.interactive', 0, 0, '', 1, created_at,
        CASE WHEN status <> 'Queued' THEN created_at + interval '7 days' END,
        CASE WHEN status = 'Queued' THEN '[]' ELSE '[{"key": "result.parquet"}]' END::jsonb, ''
 FROM query_results;
+
+INSERT INTO outbox (shard, event_id, query_id, type, payload, headers)
+SELECT 0, gen_random_uuid(), id, 'QueryStatusChanged', '', '{}' FROM query_results LIMIT %(rows)s / 10;
+
+INSERT INTO pii_access_log (org_id, user_id, dataset, record_id)
+SELECT org_id, user_id, 'people', id FROM query_results LIMIT %(rows)s / 10;
 
 INSERT INTO query_cancellations (query_id, org_id) SELECT id, org_id FROM query_results LIMIT %(rows)s / 10;
 INSERT INTO deleted_ids (query_id) SELECT gen_random_uuid() FROM generate_series(1, %(rows)s / 10);
@@ -146,11 +176,13 @@ def _explain(url: str, statement: str) -> Any:
     return json.loads(row[0])[0]["Plan"] if isinstance(row[0], str) else row[0][0]["Plan"]
 
 
-def _find_whole_reads(plan: dict[str, Any]) -> Iterator[str]:
-    """The nodes that read all rows of a large table."""
+def _find_whole_reads(plan: dict[str, Any], *, limited: bool = False) -> Iterator[str]:
+    """The nodes that read all rows of a large table. A `limited` scan of an index ends after some rows."""
     kind, relation = plan["Node Type"], plan.get("Relation Name")
     is_scan = kind in ("Seq Scan", "Index Scan", "Index Only Scan", "Bitmap Heap Scan") and relation in _LARGE
-    if is_scan and not (plan.keys() & {"Index Cond", "Recheck Cond"}) and plan.get("Index Name") != _SMALL_INDEX:
+    has_condition = bool(plan.keys() & {"Index Cond", "Recheck Cond"})
+    is_short = "Index Name" in plan and (limited or plan["Index Name"] in _SMALL_INDEXES)
+    if is_scan and not has_condition and not is_short:
         yield f"{kind} on {relation}"
     for child in plan.get("Plans", ()):
-        yield from _find_whole_reads(child)
+        yield from _find_whole_reads(child, limited=kind == "Limit")

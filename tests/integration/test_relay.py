@@ -551,22 +551,37 @@ async def test_a_relay_that_was_stopped_and_wakes_up_late_publishes_nothing(
 
 @pytest.mark.slow
 async def test_each_outage_of_postgres_is_logged_once_with_its_end(place: Place) -> None:
+    rules = place.rules(transactions=False)
     with structlog.testing.capture_logs() as logs:
-        async with _running(place.rules(transactions=False), place.pool) as relay:
-            await _wait(relay.ready)
-            for outage in (1, 2):
-                await _end_lock_holder(place.pool, place.shard)
-                await _insert(place, _tell_stories(place.shard, queries=1))
-                await _until_empty(place.pool, relay)
+        async with _running(rules, place.pool) as active:
+            await _wait(active.ready)
+            async with _running(rules, place.pool) as standby:
+                await _wait(standby.ready)
+                for outage in (1, 2):
+                    await _end_relays(place.pool)
+                    await _insert(place, _tell_stories(place.shard, queries=1))
+                    await _until_empty(place.pool, active, standby)
 
-                async def is_logged(times: int = outage) -> bool:
-                    return _outages(logs) == ["dependency_unavailable", "dependency_available"] * times
+                    async def is_logged(times: int = 2 * outage) -> bool:
+                        return _count_outages(logs) == (times, times)
 
-                await until(is_logged, relay.task)
+                    await until(is_logged, active.task, standby.task)
 
 
-def _outages(logs: Sequence[MutableMapping[str, Any]]) -> list[str]:
-    return [line["event"] for line in logs if line.get("dependency") == "postgres data"]
+async def _end_relays(pool: DataPool) -> None:
+    """End the sessions of the active relay and of its standby."""
+    async with pool.connection() as connection:
+        ended = await connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE application_name = 'queryd relay' AND datname = current_database()"
+        )
+        assert await ended.fetchall() == [(True,), (True,)]
+
+
+def _count_outages(logs: Sequence[MutableMapping[str, Any]]) -> tuple[int, int]:
+    """How often Postgres was logged as unavailable, and as available again."""
+    events = [line["event"] for line in logs if line.get("dependency") == "postgres data"]
+    return events.count("dependency_unavailable"), events.count("dependency_available")
 
 
 # A request to end a transaction (EndTxn) that is delayed, or whose answer is lost. librdkafka speaks the first version

@@ -49,7 +49,7 @@ def test_run_all_ends_when_any_service_ends(ending: Service, monkeypatch: pytest
     ("code", "again", "error", "sentence"),
     [
         (2, sys.executable, up.UpFailed, "relay can't start with these settings"),
-        (1, "/no/such/program", FileNotFoundError, "/no/such/program"),
+        (1, "/no/such/program", up.UpFailed, "relay can't be started: No such file"),
     ],
     ids=["wrong setting", "no program"],
 )

@@ -12,6 +12,7 @@ import duckdb
 import pyarrow as pa
 import pytest
 
+from queryd import arrow_types, column_types
 from queryd.errors import ResultUnreadable
 from queryd.events import Column, OutputFormat
 from queryd.tables import open_batches
@@ -212,3 +213,7 @@ def test_a_file_that_is_no_table_of_its_types_is_said_to_be_without_quoting_it(
         open_batches(io.BytesIO(body), event).read_all()
     assert "secret" not in str(unreadable.value)
     assert unreadable.value.__suppress_context__
+
+
+def test_every_type_without_parts_has_an_arrow_type() -> None:
+    assert arrow_types._SCALARS.keys() == column_types._SCALARS
