@@ -104,8 +104,8 @@ def _publish_before_commit() -> None:
 # What the statements return, beside which the events are returned here. No org has limits here, so no claim is refused.
 _ANSWERS = {
     "CLAIM": (
-        "SELECT query_id::text, NULL, token::text, attempt, sequence FROM moved",
-        "SELECT m.query_id::text, NULL, token::text, attempt, sequence, e.* FROM moved m JOIN told e USING (query_id)",
+        "SELECT query_id::text, NULL, token::text FROM moved",
+        "SELECT m.query_id::text, NULL, token::text, e.* FROM moved m JOIN told e USING (query_id)",
     ),
     "END": (
         "SELECT query_id::text, token::text, topic, total FROM moved",
@@ -116,9 +116,7 @@ _ANSWERS = {
         "       clock_timestamp(), e.*\nFROM runs JOIN events e USING (query_id)",
     ),
 }
-_REFUSED_CLAIMS = (
-    "SELECT query_id::text, org_id::text, NULL, NULL::int, NULL::int FROM judged WHERE NOT granted\nUNION ALL\n"
-)
+_REFUSED_CLAIMS = "SELECT query_id::text, org_id::text, NULL FROM judged WHERE NOT granted\nUNION ALL\n"
 _EVENT_COLUMNS = 6
 
 _Bypass = Callable[[Connection, Callable[[], Awaitable[list[Any]]], bool], Awaitable[None]]
