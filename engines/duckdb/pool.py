@@ -125,7 +125,7 @@ class DuckDBEngine:
         self.name = f"duckdb {version('duckdb')}"
         # What the kernel holds the children to, as the last one that started says; None before `start`.
         self.layers: Layers | None = None
-        self._settings = _prepare_for_children(settings)
+        self._settings = prepare_for_children(settings)
         self._children = children
         self._quiet = quiet
         # The least recently used child stands first.
@@ -440,7 +440,7 @@ def _files(settings: DuckDBSettings) -> Iterator[str]:
         yield from (str(given[name]) for name in _POSTGRES_FILES if str(given.get(name, "")).startswith("/"))
 
 
-def _prepare_for_children(settings: DuckDBSettings) -> DuckDBSettings:
+def prepare_for_children(settings: DuckDBSettings) -> DuckDBSettings:
     """The settings with limits on what a query may ask of the datasets' Postgres, and with its password by itself."""
     if settings.postgres_url is None:
         return settings

@@ -28,7 +28,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from engines.duckdb import errors, landlock
 from engines.duckdb.instance import Instance
-from engines.duckdb.pool import DuckDBEngine
+from engines.duckdb.pool import DuckDBEngine, prepare_for_children
 from engines.duckdb.sandbox import Layers
 from engines.duckdb.settings import DuckDBSettings
 from engines.protocol import QueryFailed, Relation, RelationKind
@@ -508,7 +508,7 @@ class _World:
             max_scratch_bytes=max_scratch_bytes,
         )
         relations = frozenset({self.granted, self.shops})
-        made = Instance(settings, self.home, relations, frozenset(RelationKind))
+        made = Instance(prepare_for_children(settings), self.home, relations, frozenset(RelationKind))
         made.expose([relation.name for relation in relations])
         return made
 
