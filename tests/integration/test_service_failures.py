@@ -19,7 +19,7 @@ import pytest
 
 from service.embedded.broker import Broker
 from service.embedded.object_store import ObjectStore
-from service.embedded.ports import pick_ports
+from service.embedded.ports import is_free, pick_ports
 from service.embedded.postgres import Postgres
 from service.embedded.servers import Lifeline
 from service.run import Service
@@ -40,6 +40,7 @@ _PATIENCE_SECONDS = 40.0
 # `queryd up` ends 15 s after SIGTERM; a busy machine takes longer.
 _END_SECONDS = 30.0
 _LOOK_SECONDS = 0.2
+_PORT_CHOICES = 3
 _TIMEOUT_SECONDS = 10 * 60
 
 
@@ -147,9 +148,26 @@ def _cells(there: Dependencies) -> Iterator[Cell]:
 
 def _run(cell: Cell, folder: Path) -> str | None:
     """Run a service until it has said what is wrong, then end it; returns what is not as it must be."""
-    place = folder / f"{cell.service}-{cell.need}-{cell.state}".replace(" ", "-")
+    problem = None
+    for number in range(_PORT_CHOICES):
+        problem = _run_once(cell, folder / f"{cell.service}-{cell.need}-{cell.state}-{number}".replace(" ", "-"))
+        # Another process may have taken a port since it was found free.
+        if problem is None or "Address already in use" not in problem:
+            break
+    return problem
+
+
+def _pick_ports_in_a_row() -> int:
+    """The first of as many free ports as `queryd run all` listens on."""
+    while True:
+        (port,) = pick_ports(1)
+        if all(is_free(port + distance) for distance in range(len(Service))):
+            return port
+
+
+def _run_once(cell: Cell, place: Path) -> str | None:
     place.mkdir()
-    port = pick_ports(1)[0]
+    port = _pick_ports_in_a_row()
     own = {
         "QUERYD_HTTP_PORT": str(port),
         "QUERYD_SCRATCH": str(place),
@@ -192,8 +210,8 @@ def _wait_until_named(cell: Cell, process: "subprocess.Popen[bytes]", log: Path,
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while time.monotonic() < deadline:
         has_ended = process.poll() is not None
-        # `all` has a port for each service.
-        unready = [] if has_ended else [_read_unready_body(each) for each in range(port, port + len(Service))]
+        ports = range(port, port + (len(Service) if cell.service == "all" else 1))
+        unready = [] if has_ended else [_read_unready_body(each) for each in ports]
         told = f"{log.read_text()} {unready}".lower()
         if any(word.lower() in told for word in WORDS[cell.need]) and (has_ended or any(unready)):
             return True
